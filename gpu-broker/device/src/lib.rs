@@ -1,0 +1,150 @@
+//! Where models run: memory at fixed addresses, filled late and emptied for free.
+//!
+//! A model's weights get a range of addresses once, when it is bound ([`Device::reserve`]). Swapping in puts memory from
+//! the device's bounded pool behind that range and copies the weights group after group; swapping out takes the memory
+//! away. The range stays, so whatever holds addresses into it (a session, a captured graph) stays valid.
+//!
+//! [`host`] is the device without a GPU. `conformance` states what every implementation must do.
+
+#![expect(unsafe_code, reason = "one of the three fences: this crate maps memory and speaks to drivers")]
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use faaswap_protocol::Bytes;
+
+pub mod conformance;
+pub mod host;
+mod weights;
+
+pub use weights::HostWeights;
+
+/// A reserved range of addresses on one device. Copies name the same range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RangeId(pub u32);
+
+/// The compute stream that shall wait, as the driver's raw handle. The host device has none: there the caller waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream(pub usize);
+
+impl Stream {
+    /// The calling thread itself.
+    pub const CALLER: Self = Self(0);
+}
+
+/// A stretch of a model's weights that is copied, and awaited, as one. Groups lie in order, without gaps between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// First byte in the weights.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// For logs and metrics: `host0`, `cuda0`.
+    pub name: String,
+    /// Memory for weights in all.
+    pub capacity: Bytes,
+    /// Memory is given out in chunks of this size.
+    pub chunk: Bytes,
+}
+
+/// Memory by the device's own count, in whole chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// In all.
+    pub capacity: Bytes,
+    /// Behind ranges now.
+    pub mapped: Bytes,
+}
+
+/// How a swap-in went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwapReport {
+    /// Bytes of weights copied.
+    pub copied: Bytes,
+    /// From the start of the work (not counting the wait for earlier work of the link) to the last byte.
+    pub took: Duration,
+    /// The part of it spent putting memory behind addresses.
+    pub mapping: Duration,
+}
+
+/// A fault of a device, or a request that it cannot fulfil.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// The pool does not hold enough chunks.
+    #[error("{needed} of device memory needed, {free} free")]
+    OutOfMemory {
+        /// What the range takes in whole chunks.
+        needed: Bytes,
+        /// What the pool has.
+        free: Bytes,
+    },
+    /// The operating system or driver refused.
+    #[error("{call} failed: {reason}")]
+    Failed {
+        /// The call that failed.
+        call: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// The range is not there, or not in the state that the call needs.
+    #[error("range {range:?} is {state}, not {wanted}")]
+    State {
+        /// Which range.
+        range: RangeId,
+        /// What it is.
+        state: &'static str,
+        /// What the call needs.
+        wanted: &'static str,
+    },
+    /// The arguments contradict each other.
+    #[error("{0}")]
+    Invalid(&'static str),
+    /// The device has failed for good; everything on it is lost.
+    #[error("the device is lost")]
+    Lost,
+}
+
+/// Called once, on a thread of the device, when a swap has ended.
+pub type OnDone<T> = Box<dyn FnOnce(Result<T, DeviceError>) + Send>;
+
+/// One device. Swaps are queued and done in the order in which they were asked for, by a thread of the device's own,
+/// so that a swap-out followed by a swap-in may use the same memory without waiting in between.
+pub trait Device: Send + Sync + fmt::Debug {
+    /// What this device is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// Memory by the device's own count.
+    fn memory(&self) -> DeviceMemory;
+
+    /// Reserves addresses for weights of this size. Takes no device memory; touching the range faults.
+    fn reserve(&self, weights: Bytes) -> Result<RangeId, DeviceError>;
+
+    /// Gives the addresses back. The range must be swapped out and its holders gone.
+    fn release(&self, range: RangeId) -> Result<(), DeviceError>;
+
+    /// First address of the range.
+    fn address(&self, range: RangeId) -> Result<usize, DeviceError>;
+
+    /// Queues: put memory behind the range and copy the weights, group after group. Returns once it is queued.
+    /// [`Device::await_group`] works from then on, and fails if the swap fails.
+    fn swap_in(
+        &self,
+        range: RangeId,
+        weights: Arc<HostWeights>,
+        groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError>;
+
+    /// Queues: take the memory away from the range. The caller sees to it that nothing runs on it.
+    fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError>;
+
+    /// Makes `stream` wait until the groups `0..=group` are there; on [`Stream::CALLER`] blocks the calling thread.
+    fn await_group(&self, range: RangeId, group: u32, stream: Stream) -> Result<(), DeviceError>;
+
+    /// Reads weights back from device memory, to verify them. The range must be wholly swapped in.
+    fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError>;
+}

@@ -1,0 +1,169 @@
+//! What the scheduler hears and what it asks for.
+
+use std::time::Duration;
+
+use faaswap_protocol::{Bytes, Late, Priority, Refusal, Slo};
+
+/// A point in time: the span since the broker started. Made by whoever drives the scheduler, never read from a clock here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Moment(pub Duration);
+
+/// A device of this node, in configuration order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceId(pub u16);
+
+/// A lane of a device: one model runs on it at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LaneId(pub u16);
+
+/// A set of weights; functions with the same digest share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModelId(pub u32);
+
+/// A function of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FunctionKey(pub u32);
+
+/// A request of the node, never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestKey(pub u64);
+
+/// What has happened. Facts about things that are not known (any more) are ignored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A device can be used.
+    DeviceAdded {
+        /// The device.
+        device: DeviceId,
+        /// Its memory for weights.
+        capacity: Bytes,
+        /// How many lanes it has.
+        lanes: u16,
+    },
+    /// A device is gone with everything on it. Requests that ran there are refused.
+    DeviceLost {
+        /// The device.
+        device: DeviceId,
+    },
+    /// A model can be swapped in and run on this device.
+    ModelBound {
+        /// The model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+        /// What it takes there while swapped in.
+        charge: Bytes,
+    },
+    /// A model will not be used again; it is swapped out wherever it still is.
+    ModelRemoved {
+        /// The model.
+        model: ModelId,
+    },
+    /// A function may be called.
+    FunctionAdded {
+        /// The function.
+        function: FunctionKey,
+        /// Its model.
+        model: ModelId,
+        /// Its objective.
+        slo: Slo,
+        /// Whether somebody waits.
+        priority: Priority,
+        /// What to do with late requests.
+        late: Late,
+    },
+    /// A function is gone: what waits is refused as cancelled, what runs may end.
+    FunctionRemoved {
+        /// The function.
+        function: FunctionKey,
+    },
+    /// A request came in.
+    Arrived {
+        /// The request.
+        request: RequestKey,
+        /// Its function.
+        function: FunctionKey,
+        /// When its answer is due.
+        deadline: Moment,
+    },
+    /// Nobody wants the answer any more. A waiting request is refused, a running one ends as it ends.
+    Cancelled {
+        /// The request.
+        request: RequestKey,
+    },
+    /// The weights are there.
+    SwapInDone {
+        /// The model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+        /// How long the copy took.
+        took: Duration,
+    },
+    /// The weights could not be brought. Runs that were waiting for them end as failed by themselves.
+    SwapInFailed {
+        /// The model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+    },
+    /// The memory is free.
+    SwapOutDone {
+        /// The model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+    },
+    /// A run ended, well or not; the executor has answered the request.
+    RunDone {
+        /// The request.
+        request: RequestKey,
+        /// How long it took.
+        took: Duration,
+    },
+    /// No new requests; what is there is still served.
+    DrainBegun,
+    /// The moment of an [`Action::WakeAt`] has come.
+    Woken,
+}
+
+/// What must now be done, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Take the weights away. The device does its swaps in the order of these actions.
+    SwapOut {
+        /// The model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+    },
+    /// Bring the weights.
+    SwapIn {
+        /// The model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+    },
+    /// Run the request; where a swap-in of its model was asked for before, the run overlaps it.
+    Run {
+        /// The request.
+        request: RequestKey,
+        /// Its model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+        /// On which lane.
+        lane: LaneId,
+        /// Whether the weights are there already.
+        resident: bool,
+    },
+    /// Decline the request.
+    Refuse {
+        /// The request.
+        request: RequestKey,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Send [`Event::Woken`] then, if nothing happens before. Replaces an earlier wish.
+    WakeAt(Moment),
+}
