@@ -84,8 +84,7 @@ mod tests {
 
     #[test]
     fn amounts_are_shown_in_the_largest_unit_that_fits() {
-        let shown: Vec<String> =
-            [12, 1536, 3 << 20, 5 << 30].iter().map(|&n| Bytes::new(n).to_string()).collect();
+        let shown: Vec<String> = [12, 1536, 3 << 20, 5 << 30].iter().map(|&n| Bytes::new(n).to_string()).collect();
         assert_eq!(shown, ["12 B", "1.5 KiB", "3.0 MiB", "5.00 GiB"]);
     }
 

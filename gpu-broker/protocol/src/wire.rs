@@ -52,7 +52,8 @@ impl Head {
     /// Reads a head and checks both lengths.
     pub fn decode(bytes: [u8; HEAD_LEN]) -> Result<Self, WireError> {
         let [a, b, c, d, e, f, g, h] = bytes;
-        let head = Self { message_len: u32::from_le_bytes([a, b, c, d]), payload_len: u32::from_le_bytes([e, f, g, h]) };
+        let head =
+            Self { message_len: u32::from_le_bytes([a, b, c, d]), payload_len: u32::from_le_bytes([e, f, g, h]) };
         if head.message_len == 0 || head.message_len > MESSAGE_BYTES_MAX {
             return Err(WireError::MessageLength { len: head.message_len });
         }

@@ -29,7 +29,7 @@ pub struct FunctionKey(pub u32);
 pub struct RequestKey(pub u64);
 
 /// What has happened. Facts about things that are not known (any more) are ignored.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A device can be used.
     DeviceAdded {
