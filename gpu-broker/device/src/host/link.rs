@@ -47,12 +47,18 @@ pub(super) struct Link {
     behind: BTreeMap<RangeId, Lent>,
 }
 
-/// Loses the device where its thread ends early: without it, everyone would wait for ever.
-struct LoseOnPanic<'a>(&'a Shared);
+/// Loses the device when its thread ends, even by a panic of a callback: without it, everyone would wait for ever.
+struct LoseAtEnd<'a>(&'a Shared);
 
-impl Drop for LoseOnPanic<'_> {
+impl Drop for LoseAtEnd<'_> {
     fn drop(&mut self) {
         self.0.lose();
+        while let Some(job) = self.0.pop_job() {
+            match job.swap {
+                Swap::In { done, .. } => done(Err(DeviceError::Lost)),
+                Swap::Out { done } => done(Err(DeviceError::Lost)),
+            }
+        }
     }
 }
 
@@ -64,7 +70,7 @@ impl Link {
     /// Until the device goes.
     pub(super) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
-        let _guard = LoseOnPanic(&shared);
+        let _guard = LoseAtEnd(&shared);
         while let Some(Job { range, reservation, swap }) = shared.next_job() {
             match swap {
                 Swap::In { weights, groups, done } => {

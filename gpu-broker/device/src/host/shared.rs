@@ -174,6 +174,11 @@ impl Shared {
         self.work.notify_one();
     }
 
+    /// The next swap, if there is one.
+    pub(super) fn pop_job(&self) -> Option<Job> {
+        self.lock().queue.pop_front()
+    }
+
     /// The next swap, when there is one; `None` when the device goes.
     pub(super) fn next_job(&self) -> Option<Job> {
         let mut books = self.lock();

@@ -1,0 +1,25 @@
+//! The sizes that bound what the engine takes on.
+
+use faaswap_protocol::Bytes;
+
+/// Largest graph file: what ONNX Runtime, and protobuf under it, can read. Larger models keep weights in other files.
+pub const GRAPH_FILE_BYTES_MAX: Bytes = Bytes::new((1 << 31) - 1);
+/// Most nodes of one graph, bodies included.
+pub const NODES_MAX: usize = 1 << 20;
+/// Alignment of every initializer in the flat weights file: a cache line for the CPU, a memory transaction for a GPU.
+pub const WEIGHT_ALIGN: u64 = 256;
+/// Initializers below this size stay in the graph: a table entry would cost as much as the data, and shapes and axes
+/// must be readable when a session is made.
+pub const WEIGHT_BYTES_MIN: u64 = 1024;
+/// The first group of a model: small, so that the first nodes start early. Each later group is twice as large.
+pub const FIRST_GROUP_BYTES: Bytes = Bytes::kib(256);
+/// Most groups of one model; larger models get larger groups.
+pub const GROUPS_MAX: u64 = 256;
+/// Largest constant that the optimizer may compute in advance: a tiny graph can ask for terabytes of them.
+pub const FOLDED_BYTES_MAX: Bytes = Bytes::mib(1024);
+/// Largest manifest that is read back.
+pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
+/// Largest tensor that a trial run makes up; models that need more are not tried.
+pub const TRIAL_TENSOR_BYTES_MAX: u64 = 256 << 20;
+
+const _: () = assert!(WEIGHT_BYTES_MIN >= WEIGHT_ALIGN, "padding must not outweigh what is stored");

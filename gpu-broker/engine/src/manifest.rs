@@ -1,0 +1,176 @@
+//! What is known of a prepared model: the manifest beside its graph and its weights.
+//!
+//! `prepare` writes it, `bound` reads it. A folder is believed only when its version, its sizes and the order of its
+//! tables hold; the content of weights is checked by whoever stores them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use faaswap_device::Group;
+use faaswap_protocol::{Bytes, DType, Signature};
+use serde::{Deserialize, Serialize};
+
+use crate::{EngineError, limits::MANIFEST_BYTES_MAX, onnx};
+
+/// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
+pub const MANIFEST_VERSION: u32 = 1;
+/// File names inside the folder of a prepared model.
+pub const MODEL_FILE: &str = "model.onnx";
+/// The flat weights.
+pub const WEIGHTS_FILE: &str = "weights.bin";
+/// The manifest.
+pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// One initializer in the flat weights.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Initializer {
+    /// Its name in the prepared graph.
+    pub name: String,
+    /// ONNX's number of its element type.
+    pub element: i32,
+    /// Its dimensions.
+    pub dims: Vec<i64>,
+    /// First byte in the weights.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+/// A stretch of weights that is copied, and awaited, as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupSpan {
+    /// First byte in the weights.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+/// What is known of a prepared model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`MANIFEST_VERSION`] of the engine that wrote it.
+    pub version: u32,
+    /// The ONNX Runtime that optimized the graph.
+    pub ort_version: String,
+    /// What the model takes and gives.
+    pub signature: Signature,
+    /// Size of the flat weights.
+    pub weights_bytes: Bytes,
+    /// The weights, cut where initializers end.
+    pub groups: Vec<GroupSpan>,
+    /// What lies in the weights, in order.
+    pub initializers: Vec<Initializer>,
+    /// How many Await nodes the graph has.
+    pub await_count: u32,
+    /// Of which element types.
+    pub await_types: Vec<DType>,
+    /// The last group that some node needs without having an input that could wait for it.
+    pub await_before_run: Option<u32>,
+    /// Inputs that only kernels read which do not choose addresses by their values; see `prepare::shared`.
+    pub inputs_in_place: Vec<bool>,
+    /// Outputs that no other node reads.
+    pub outputs_in_place: Vec<bool>,
+    /// How long a trial run took with the weights there; `None` where no inputs could be made up that the original
+    /// model accepts.
+    pub trial_run_us: Option<u64>,
+    /// Largest difference between the trial's outputs and the original model's; 0 where all were equal. `None` where
+    /// nothing was compared: no trial, or a model that draws random numbers.
+    pub trial_max_abs_diff: Option<f64>,
+}
+
+impl Manifest {
+    fn check(&self) -> Result<(), String> {
+        if self.version != MANIFEST_VERSION {
+            return Err(format!("its version is {}, not {MANIFEST_VERSION}", self.version));
+        }
+        let mut end = 0;
+        for group in &self.groups {
+            if group.offset != end || group.len == 0 {
+                return Err(format!("its groups do not join at byte {end}"));
+            }
+            end = group.offset.checked_add(group.len).ok_or("its groups overflow")?;
+        }
+        if end != self.weights_bytes.get() {
+            return Err(format!("its groups end at byte {end}, its weights at {}", self.weights_bytes.get()));
+        }
+        let mut end = 0;
+        for weight in &self.initializers {
+            if weight.offset < end || onnx::data_len(weight.element, &weight.dims) != Some(weight.len) {
+                return Err(format!("its initializer {} overlaps another or has the wrong size", weight.name));
+            }
+            end = weight.offset.checked_add(weight.len).ok_or("its initializers overflow")?;
+        }
+        if end > self.weights_bytes.get() {
+            return Err("its initializers end behind its weights".to_owned());
+        }
+        if self.await_before_run.is_some_and(|group| usize::try_from(group).is_ok_and(|g| g >= self.groups.len())) {
+            return Err("it waits for a group that it does not have".to_owned());
+        }
+        if self.inputs_in_place.len() != self.signature.inputs.len()
+            || self.outputs_in_place.len() != self.signature.outputs.len()
+        {
+            return Err("its signature and its tables differ in length".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// A prepared model in a folder.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    dir: PathBuf,
+    manifest: Arc<Manifest>,
+}
+
+impl Prepared {
+    /// Reads the manifest and checks that the files are the ones that it describes.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, EngineError> {
+        let dir = dir.into();
+        let path = dir.join(MANIFEST_FILE);
+        let refuse = |reason: String| EngineError::NotPrepared { path: path.clone(), reason };
+        let len = fs::metadata(&path).map_err(EngineError::io(&path))?.len();
+        if len > MANIFEST_BYTES_MAX {
+            return Err(refuse(format!("{len} bytes are too many for a manifest")));
+        }
+        let text = fs::read(&path).map_err(EngineError::io(&path))?;
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| refuse(e.to_string()))?;
+        manifest.check().map_err(refuse)?;
+        let weights = dir.join(WEIGHTS_FILE);
+        let len = fs::metadata(&weights).map_err(EngineError::io(&weights))?.len();
+        if len != manifest.weights_bytes.get() {
+            let reason = format!("the weights are {len} bytes, not {}", manifest.weights_bytes.get());
+            return Err(EngineError::NotPrepared { path: weights, reason });
+        }
+        Ok(Self { dir, manifest: Arc::new(manifest) })
+    }
+
+    /// A model that was just written and is not believed yet.
+    pub(crate) fn untried(dir: &Path, manifest: Manifest) -> Result<Self, EngineError> {
+        let refuse = |reason| EngineError::NotPrepared { path: dir.to_owned(), reason };
+        manifest.check().map_err(refuse)?;
+        Ok(Self { dir: dir.to_owned(), manifest: Arc::new(manifest) })
+    }
+
+    /// What is known of the model.
+    pub fn manifest(&self) -> &Arc<Manifest> {
+        &self.manifest
+    }
+
+    /// The flat weights.
+    pub fn weights_path(&self) -> PathBuf {
+        self.dir.join(WEIGHTS_FILE)
+    }
+
+    /// The rewritten graph.
+    pub fn graph_path(&self) -> PathBuf {
+        self.dir.join(MODEL_FILE)
+    }
+
+    /// The groups as a device wants them.
+    pub fn groups(&self) -> Arc<[Group]> {
+        self.manifest.groups.iter().map(|group| Group { offset: group.offset, len: group.len }).collect()
+    }
+}

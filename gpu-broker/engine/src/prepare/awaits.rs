@@ -1,0 +1,153 @@
+//! Puts Await nodes into a graph, so that no node touches weights that are not there yet.
+//!
+//! Every value has a *level*: so many groups have been awaited once the value exists. A node that uses a later group
+//! than its inputs' level gets an Await in front of one of its inputs. Levels follow data, not the order in which nodes
+//! happen to run, so the promise holds for every order that a runtime may choose. `check` proves it independently.
+
+use std::collections::{BTreeSet, HashMap};
+
+use faaswap_protocol::DType;
+
+use super::graph::captured;
+use crate::{
+    await_op,
+    onnx::{self, AttributeProto, GraphProto, NodeProto, attribute_proto::AttributeType},
+};
+
+/// What was put in.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Placed {
+    /// How many Await nodes.
+    pub(super) count: u32,
+    /// Of which element types.
+    pub(super) types: BTreeSet<DType>,
+    /// The last group that must be there before the run starts, because some node that uses it has no tensor to wait on.
+    pub(super) before_run: Option<u32>,
+}
+
+/// Puts Await nodes into the graph. `group_of` names each late-bound initializer's group.
+pub(super) fn place(graph: &mut GraphProto, group_of: &HashMap<String, u32>) -> Placed {
+    let mut placer = Placer { group_of, placed: Placed::default() };
+    placer.graph(graph, None, 0);
+    placer.placed
+}
+
+struct Placer<'a> {
+    group_of: &'a HashMap<String, u32>,
+    placed: Placed,
+}
+
+/// What is known of the values of one graph. Bodies see those of the graphs around them.
+struct Scope<'p> {
+    outer: Option<&'p Self>,
+    level: HashMap<String, u32>,
+    dtype: HashMap<String, DType>,
+    /// The Await output that stands for a value already, and its level.
+    awaited: HashMap<String, (String, u32)>,
+}
+
+impl<'p> Scope<'p> {
+    fn new(graph: &GraphProto, outer: Option<&'p Self>, base: u32) -> Self {
+        let values = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
+        let typed = values.filter_map(|v| Some((v.name().to_owned(), onnx::dtype_of(v.tensor_element()?)?)));
+        let given = graph.initializer.iter();
+        let given = given.filter_map(|t| Some((t.name().to_owned(), onnx::dtype_of(t.data_type())?)));
+        let level = graph.input.iter().map(|value| (value.name().to_owned(), base));
+        let fixed = graph.initializer.iter().map(|tensor| (tensor.name().to_owned(), 0));
+        Self {
+            outer,
+            level: level.chain(fixed).collect(),
+            dtype: typed.chain(given).collect(),
+            awaited: HashMap::new(),
+        }
+    }
+
+    fn level(&self, name: &str) -> u32 {
+        match (self.level.get(name), self.outer) {
+            (Some(&level), _) => level,
+            (None, Some(outer)) => outer.level(name),
+            (None, None) => 0,
+        }
+    }
+
+    fn dtype(&self, name: &str) -> Option<DType> {
+        self.dtype.get(name).copied().or_else(|| self.outer?.dtype(name))
+    }
+}
+
+impl Placer<'_> {
+    /// Level that a node needs for its own inputs: one more than the last group among them.
+    fn need(&self, node: &NodeProto) -> u32 {
+        node.input.iter().filter_map(|name| self.group_of.get(name)).map(|group| group + 1).max().unwrap_or(0)
+    }
+
+    fn graph(&mut self, graph: &mut GraphProto, outer: Option<&Scope<'_>>, base: u32) {
+        let mut scope = Scope::new(graph, outer, base);
+        let nodes = std::mem::take(&mut graph.node);
+        for mut node in nodes {
+            let inputs = node.input.iter().map(|name| scope.level(name));
+            let bodies = node.bodies().flat_map(captured).map(|name| scope.level(name));
+            let mut have = inputs.chain(bodies).max().unwrap_or(0).max(base);
+            let need = self.need(&node);
+            if need > have {
+                self.cover(&mut node, need, &mut scope, &mut graph.node);
+                have = need;
+            }
+            for body in node.bodies_mut() {
+                self.graph(body, Some(&scope), have);
+            }
+            scope.level.extend(node.output.iter().map(|name| (name.clone(), have)));
+            graph.node.push(node);
+        }
+    }
+
+    /// Makes the node wait for `need` groups through one of its inputs.
+    fn cover(&mut self, node: &mut NodeProto, need: u32, scope: &mut Scope<'_>, nodes: &mut Vec<NodeProto>) {
+        let awaited =
+            node.input.iter().position(|name| scope.awaited.get(name).is_some_and(|(_, level)| *level >= need));
+        if let Some(input) = awaited {
+            let awaited = scope.awaited[&node.input[input]].0.clone();
+            node.input[input] = awaited;
+            return;
+        }
+        let Some((input, dtype)) = self.best_input(node, scope) else {
+            self.placed.before_run = self.placed.before_run.max(Some(need - 1));
+            return;
+        };
+        let value = node.input[input].clone();
+        let output = format!("faaswap/await/{}", self.placed.count);
+        nodes.push(await_node(&value, &output, dtype, need - 1));
+        self.placed.count += 1;
+        self.placed.types.insert(dtype);
+        scope.level.insert(output.clone(), need);
+        scope.dtype.insert(output.clone(), dtype);
+        scope.awaited.insert(value, (output.clone(), need));
+        node.input[input] = output;
+    }
+
+    /// The input to wait on: computed values before constants, which some kernels want to stay constants; f32 before
+    /// others, so that few kinds of Await are needed.
+    fn best_input(&self, node: &NodeProto, scope: &Scope<'_>) -> Option<(usize, DType)> {
+        let inputs = node.input.iter().enumerate().filter(|(_, name)| !name.is_empty());
+        let typed = inputs.filter_map(|(i, name)| Some((i, name, scope.dtype(name)?)));
+        let cost = |name: &str, dtype: DType| (self.group_of.contains_key(name), dtype != DType::F32);
+        typed.min_by_key(|&(i, name, dtype)| (cost(name, dtype), i)).map(|(i, _, dtype)| (i, dtype))
+    }
+}
+
+fn await_node(input: &str, output: &str, dtype: DType, group: u32) -> NodeProto {
+    NodeProto {
+        input: vec![input.to_owned()],
+        output: vec![output.to_owned()],
+        name: Some(output.to_owned()),
+        op_type: Some(await_op::op_type(dtype).to_owned()),
+        domain: Some(await_op::DOMAIN.to_owned()),
+        attribute: vec![AttributeProto {
+            name: Some(await_op::GROUP.to_owned()),
+            r#type: Some(AttributeType::Int.into()),
+            i: Some(i64::from(group)),
+            ..AttributeProto::default()
+        }],
+        ..NodeProto::default()
+    }
+}

@@ -1,0 +1,78 @@
+//! Cuts the flat weights into groups: small ones first, so that the first nodes start early, larger ones later, so that
+//! a large model does not wait a thousand times.
+
+use faaswap_protocol::Bytes;
+
+use crate::{
+    limits::{FIRST_GROUP_BYTES, GROUPS_MAX},
+    manifest::{GroupSpan, Initializer},
+};
+
+/// Cuts where initializers start; groups join without gaps and end with the weights. No group but the last is below its
+/// wanted size unless the next initializer would more than double it.
+pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Bytes) -> Vec<GroupSpan> {
+    let largest = largest.get().max(weights_bytes.div_ceil(GROUPS_MAX / 2)).max(1);
+    let mut wanted = FIRST_GROUP_BYTES.get().min(largest);
+    let mut groups = Vec::new();
+    let mut start = 0;
+    for weight in initializers {
+        let have = weight.offset - start;
+        let with = (weight.offset + weight.len) - start;
+        if have >= wanted || (have > 0 && with > wanted.saturating_mul(2)) {
+            groups.push(GroupSpan { offset: start, len: have });
+            start = weight.offset;
+            wanted = wanted.saturating_mul(2).min(largest);
+        }
+    }
+    if weights_bytes > start {
+        groups.push(GroupSpan { offset: start, len: weights_bytes - start });
+    }
+    groups
+}
+
+/// The group in which the byte lies.
+pub(super) fn group_at(groups: &[GroupSpan], offset: u64) -> u32 {
+    let group = groups.partition_point(|group| group.offset <= offset).saturating_sub(1);
+    u32::try_from(group).expect("there are at most GROUPS_MAX groups")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights(lens: &[u64]) -> (Vec<Initializer>, u64) {
+        let mut offset = 0;
+        let table = lens.iter().map(|&len| {
+            let weight = Initializer { name: String::new(), element: 2, dims: vec![], offset, len };
+            offset += len;
+            weight
+        });
+        (table.collect(), offset)
+    }
+
+    #[test]
+    fn groups_join_grow_and_end_with_the_weights() {
+        let (table, total) = weights(&[128 << 10; 400]);
+        let groups = cut(&table, total, Bytes::mib(4));
+        assert_eq!(groups[0].len, FIRST_GROUP_BYTES.get());
+        assert!(groups.windows(2).all(|w| w[0].offset + w[0].len == w[1].offset));
+        assert_eq!(groups.iter().map(|g| g.len).sum::<u64>(), total);
+        assert!(groups.iter().all(|g| g.len <= 4 << 20) && groups.iter().any(|g| g.len == 4 << 20));
+    }
+
+    #[test]
+    fn a_huge_initializer_does_not_delay_the_small_ones_before_it() {
+        let (table, total) = weights(&[2048, 2048, 100 << 20, 2048]);
+        let groups = cut(&table, total, Bytes::mib(4));
+        assert_eq!(groups.iter().map(|g| g.len).collect::<Vec<_>>(), [4096, 100 << 20, 2048]);
+        assert_eq!(table.iter().map(|w| group_at(&groups, w.offset)).collect::<Vec<_>>(), [0, 0, 1, 2]);
+    }
+
+    #[test]
+    fn no_model_has_more_than_the_most_groups() {
+        let (table, total) = weights(&[1 << 20; 4000]);
+        let groups = cut(&table, total, Bytes::mib(1));
+        assert!(groups.len() as u64 <= GROUPS_MAX, "{}", groups.len());
+        assert_eq!(cut(&[], 0, Bytes::mib(1)), []);
+    }
+}

@@ -1,0 +1,161 @@
+//! Turns an ONNX model into a prepared one: optimized for this machine, its weights in one flat file, Await nodes where
+//! they are needed, tried once against the original.
+//!
+//! Runs in a process of its own with [limits](limit_this_process), because what it opens may be hostile: it may die, the
+//! broker goes on. Where prepared models are kept, and for how long, is the model store's business.
+
+mod awaits;
+mod check;
+mod graph;
+mod groups;
+mod inspect;
+mod limit;
+mod optimize;
+mod shared;
+mod verify;
+mod weights;
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use faaswap_protocol::{Bytes, Signature, TensorSpec};
+use prost::Message;
+use serde::{Deserialize, Serialize};
+
+use self::verify::Reference;
+pub use self::{
+    check::{Proof, check},
+    limit::{PrepareLimits, limit_this_process},
+};
+use crate::{
+    EngineError, Manifest, PlainSession, PrepareError, Prepared, Runtime, await_op,
+    limits::GRAPH_FILE_BYTES_MAX,
+    manifest::{MANIFEST_FILE, MANIFEST_VERSION, MODEL_FILE},
+    onnx::{GraphProto, ModelProto, OperatorSetIdProto},
+};
+
+/// One model to prepare.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareJob {
+    /// Folder of the original model.
+    pub model_dir: PathBuf,
+    /// Name of its graph file in that folder.
+    pub graph_file: String,
+    /// Folder for the prepared model; made if it is not there. Its parent must have room for about twice the model.
+    pub out_dir: PathBuf,
+    /// Wanted size of the later groups.
+    pub group_bytes: Bytes,
+}
+
+/// Prepares the model. The manifest is written last: a folder without one is no prepared model.
+pub fn run(runtime: &Runtime, job: &PrepareJob) -> Result<Manifest, PrepareError> {
+    let signature = inspect::inspect(&job.model_dir, &job.graph_file)?;
+    let work = job.out_dir.join("work");
+    fs::create_dir_all(&work).map_err(EngineError::io(&work))?;
+    let done = prepare(runtime, job, signature, &work);
+    // A leftover costs disk space, not correctness; what went wrong before matters more.
+    let _ = fs::remove_dir_all(&work);
+    done
+}
+
+fn prepare(runtime: &Runtime, job: &PrepareJob, signature: Signature, work: &Path) -> Result<Manifest, PrepareError> {
+    let optimized = optimize::optimize(runtime, &job.model_dir.join(&job.graph_file), work)?;
+    let reference = {
+        let original = PlainSession::of(optimized.session)?;
+        verify::ask_original(&original, &signature)
+    };
+    let model = inspect::read_model(&optimized.graph)?;
+    let manifest = rewrite(model, runtime, job, signature, work)?;
+    let manifest = try_out(runtime, job, manifest, reference.as_ref())?;
+    write_manifest(&job.out_dir, &manifest)?;
+    Ok(manifest)
+}
+
+/// Writes the rewritten graph and its weights.
+fn rewrite(
+    mut model: ModelProto,
+    runtime: &Runtime,
+    job: &PrepareJob,
+    signature: Signature,
+    work: &Path,
+) -> Result<Manifest, PrepareError> {
+    let graph = model.graph.get_or_insert_default();
+    let (initializers, weights_bytes) = weights::extract(graph, work, &job.out_dir)?;
+    let groups = groups::cut(&initializers, weights_bytes, job.group_bytes);
+    let group_of = |offset: u64, len: u64| groups::group_at(&groups, offset + len - 1);
+    let group_of: HashMap<_, _> = initializers.iter().map(|w| (w.name.clone(), group_of(w.offset, w.len))).collect();
+    let placed = awaits::place(graph, &group_of);
+    let signature = refine(signature, graph);
+    let inputs_in_place = shared::inputs_in_place(graph, signature.inputs.iter().map(|spec| spec.name.as_str()));
+    let outputs_in_place = shared::outputs_in_place(graph, signature.outputs.iter().map(|spec| spec.name.as_str()));
+    model.training_info.clear();
+    model.opset_import.push(OperatorSetIdProto { domain: Some(await_op::DOMAIN.to_owned()), version: Some(1) });
+    let manifest = Manifest {
+        version: MANIFEST_VERSION,
+        ort_version: runtime.version().to_owned(),
+        signature,
+        weights_bytes: Bytes::new(weights_bytes),
+        groups,
+        initializers,
+        await_count: placed.count,
+        await_types: placed.types.into_iter().collect(),
+        await_before_run: placed.before_run,
+        inputs_in_place,
+        outputs_in_place,
+        trial_run_us: None,
+        trial_max_abs_diff: None,
+    };
+    let proof =
+        check(&model, &manifest).map_err(|why| PrepareError::rejected(format!("cannot be made late-bound: {why}")))?;
+    tracing::debug!(uses = proof.uses, awaits = proof.awaits, "every use of weights is awaited");
+    let path = job.out_dir.join(MODEL_FILE);
+    let bytes = model.encode_to_vec();
+    if bytes.len() as u64 > GRAPH_FILE_BYTES_MAX.get() {
+        return Err(PrepareError::rejected(format!("without its weights the graph still has {} bytes", bytes.len())));
+    }
+    fs::write(&path, bytes).map_err(EngineError::io(&path))?;
+    Ok(manifest)
+}
+
+/// Takes over what ONNX Runtime has inferred about the shapes of outputs.
+fn refine(mut signature: Signature, graph: &GraphProto) -> Signature {
+    for spec in &mut signature.outputs {
+        let inferred = graph.output.iter().find(|output| output.name() == spec.name);
+        let inferred: Option<TensorSpec> = inferred.and_then(|output| inspect::tensor_spec("output", output).ok());
+        if let Some(inferred) = inferred.filter(|inferred| inferred.dtype == spec.dtype) {
+            spec.dims = inferred.dims;
+        }
+    }
+    signature
+}
+
+fn try_out(
+    runtime: &Runtime,
+    job: &PrepareJob,
+    mut manifest: Manifest,
+    reference: Option<&Reference>,
+) -> Result<Manifest, PrepareError> {
+    let prepared = Prepared::untried(&job.out_dir, manifest.clone())?;
+    let Some(trial) = verify::try_prepared(runtime, &prepared, reference)? else {
+        return Ok(manifest);
+    };
+    manifest.trial_run_us = Some(trial.run_us);
+    manifest.trial_max_abs_diff = trial.max_abs_diff;
+    // A shape that the model declares and does not keep cannot be written in place.
+    for (in_place, holds) in manifest.outputs_in_place.iter_mut().zip(trial.shape_holds) {
+        *in_place &= holds;
+    }
+    Ok(manifest)
+}
+
+fn write_manifest(dir: &Path, manifest: &Manifest) -> Result<(), EngineError> {
+    let path = dir.join(MANIFEST_FILE);
+    let draft = dir.join("manifest.draft");
+    let text = serde_json::to_vec(manifest)
+        .map_err(|e| EngineError::NotPrepared { path: path.clone(), reason: e.to_string() })?;
+    fs::write(&draft, text).map_err(EngineError::io(&draft))?;
+    fs::rename(&draft, &path).map_err(EngineError::io(&path))
+}
