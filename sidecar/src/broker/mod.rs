@@ -1,0 +1,355 @@
+//! The client of the broker: registers one function and asks for inferences, whatever happens to the broker meanwhile.
+//!
+//! A request lives in its caller's task: it is sent on the connection that is open, and when that connection ends
+//! without an answer it waits for the next one and is sent again, until its deadline. Its inputs stay with it, so a
+//! broker's death loses nothing. Whether inputs fit the model is checked before, by `infer`; here they are bytes.
+
+mod dial;
+mod link;
+mod register;
+mod room;
+mod socket;
+mod supervise;
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use faaswap_protocol::{DType, FunctionSpec, Refusal, Shape, Signature, Timing};
+use tokio::{
+    sync::watch,
+    time::{Duration, Instant, timeout_at},
+};
+
+pub use self::{
+    dial::{SlabSizes, Target},
+    socket::LinkError,
+};
+use self::{
+    link::{Attempt, Link},
+    room::Waiting,
+};
+use crate::{
+    limits::{SENDS_MAX, WAITING_MAX},
+    model::ModelSource,
+};
+
+/// What a broker client needs to know.
+#[derive(Clone, Debug)]
+pub struct BrokerConfig {
+    /// Where brokers may listen; tried in order, each time.
+    pub targets: Vec<Target>,
+    /// The function to register.
+    pub function: FunctionSpec,
+    /// Its model, uploaded when the broker does not have it.
+    pub model: ModelSource,
+    /// Wanted sizes of the slab.
+    pub slab: SlabSizes,
+    /// Who this is, for the broker's logs.
+    pub agent: String,
+    /// How long a request without a timeout of its own waits for an absent broker; `None`: as long as the function's
+    /// SLO deadline.
+    pub away_wait: Option<Duration>,
+}
+
+/// How the function stands with the broker.
+#[derive(Clone, Debug)]
+pub enum FunctionState {
+    /// No broker answers.
+    Connecting,
+    /// The model is being sent.
+    Uploading,
+    /// The broker works on the model.
+    Preparing(String),
+    /// Requests are served.
+    Ready(Ready),
+    /// The broker declined.
+    Rejected(Refusal),
+}
+
+impl FunctionState {
+    /// The state in one word, for metrics and listings.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Uploading => "uploading",
+            Self::Preparing(_) => "preparing",
+            Self::Ready(_) => "ready",
+            Self::Rejected(_) => "rejected",
+        }
+    }
+}
+
+impl std::fmt::Display for FunctionState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Connecting => f.write_str("connecting to the broker"),
+            Self::Uploading => f.write_str("uploading the model to the broker"),
+            Self::Preparing(stage) => write!(f, "the broker is preparing the model: {stage}"),
+            Self::Ready(_) => f.write_str("ready"),
+            Self::Rejected(refusal) => write!(f, "the broker declined the function: {refusal}"),
+        }
+    }
+}
+
+/// A function that can be called.
+#[derive(Clone, Debug)]
+pub struct Ready {
+    /// What the broker says of it.
+    pub known: Arc<Known>,
+    link: Arc<Link>,
+}
+
+/// What stays true of a function across brokers: it follows from the model's digest.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Known {
+    /// What the model takes and gives.
+    pub signature: Signature,
+    /// Size of its weights.
+    pub weights: faaswap_protocol::Bytes,
+}
+
+/// One input of a request.
+#[derive(Clone, Debug)]
+pub struct TensorInput {
+    /// Position among the model's inputs.
+    pub index: u16,
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions.
+    pub shape: Shape,
+    /// The bytes, little-endian, row-major, in as many pieces as they came in.
+    pub data: Vec<Bytes>,
+}
+
+/// One inference to ask for.
+#[derive(Clone, Debug, Default)]
+pub struct InferRequest {
+    /// Every input of the signature, once each.
+    pub inputs: Vec<TensorInput>,
+    /// Positions of the wanted outputs; empty: all.
+    pub outputs: Vec<u16>,
+    /// The caller's own time limit. With one, nobody waits longer, and the broker is told; without one the function's
+    /// SLO counts, and an answer that is late is still an answer.
+    pub timeout: Option<Duration>,
+}
+
+/// One output of an answer.
+#[derive(Clone, Debug)]
+pub struct OutputTensor {
+    /// Position among the model's outputs.
+    pub index: u16,
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions.
+    pub shape: Shape,
+    /// The bytes, where the broker wrote them: drop them soon, they occupy the slab.
+    pub data: Bytes,
+}
+
+/// What came of an inference.
+#[derive(Clone, Debug)]
+pub struct InferAnswer {
+    /// In the order asked for.
+    pub outputs: Vec<OutputTensor>,
+    /// Where the time went.
+    pub timing: Timing,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum InferError {
+    /// The broker declined.
+    #[error("{0}")]
+    Refused(Refusal),
+    /// The function has never been ready.
+    #[error("the function is not ready: {0}")]
+    NotReady(FunctionState),
+    /// No broker came back in time.
+    #[error("no broker within {waited:?}: {state}")]
+    BrokerAway {
+        /// How long the request waited.
+        waited: Duration,
+        /// What the function was doing instead.
+        state: FunctionState,
+    },
+    /// The connection ended each time the request was sent.
+    #[error("the broker was lost {sends} times before it answered")]
+    BrokerLost {
+        /// How often it was sent.
+        sends: u32,
+    },
+    /// Too many requests wait already.
+    #[error("{WAITING_MAX} requests are waiting already")]
+    WaitingFull,
+    /// No room became free in time.
+    #[error("no room in the slab within {waited:?}: too many requests in flight")]
+    NoRoom {
+        /// How long the request waited.
+        waited: Duration,
+    },
+    /// The inputs exceed what one request may carry.
+    #[error("the inputs take {needed} bytes and at most {size} can be sent to the broker")]
+    TooLarge {
+        /// What they take.
+        needed: u64,
+        /// What there is.
+        size: u64,
+    },
+    /// The caller's time limit passed.
+    #[error("no answer within the request's time limit of {0:?}")]
+    TimedOut(Duration),
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: BrokerConfig,
+    states: watch::Sender<FunctionState>,
+    known: OnceLock<Arc<Known>>,
+    waiting: Waiting,
+}
+
+/// A handle to the client; the connection ends when the last one is dropped.
+#[derive(Clone, Debug)]
+pub struct Broker {
+    shared: Arc<Shared>,
+    _task: Arc<AbortOnDrop>,
+}
+
+#[derive(Debug)]
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Broker {
+    /// Starts connecting and registering in a task of the current runtime.
+    pub fn start(config: BrokerConfig) -> Self {
+        let shared = Arc::new(Shared {
+            config,
+            states: watch::Sender::new(FunctionState::Connecting),
+            known: OnceLock::new(),
+            waiting: Waiting::default(),
+        });
+        let task = tokio::spawn(supervise::keep_connected(Arc::clone(&shared)));
+        Self { shared, _task: Arc::new(AbortOnDrop(task)) }
+    }
+
+    /// How the function stands, now and from now on.
+    pub fn function(&self) -> watch::Receiver<FunctionState> {
+        self.shared.states.subscribe()
+    }
+
+    /// How the function stands now.
+    pub fn state(&self) -> FunctionState {
+        self.shared.states.borrow().clone()
+    }
+
+    /// Whether a request would be sent at once.
+    pub fn is_ready(&self) -> bool {
+        matches!(&*self.shared.states.borrow(), FunctionState::Ready(ready) if ready.link.is_open())
+    }
+
+    /// What the model takes and gives, once the function was ready; remembered while the broker is away.
+    pub fn known(&self) -> Option<Arc<Known>> {
+        self.shared.known.get().map(Arc::clone)
+    }
+
+    /// Waits until the function is ready, or declined for good.
+    pub async fn until_ready(&self) -> Result<Arc<Known>, Refusal> {
+        let mut states = self.function();
+        loop {
+            match &*states.borrow_and_update() {
+                FunctionState::Ready(ready) => return Ok(Arc::clone(&ready.known)),
+                FunctionState::Rejected(refusal) if !refusal.is_passing() => return Err(refusal.clone()),
+                FunctionState::Rejected(_)
+                | FunctionState::Connecting
+                | FunctionState::Uploading
+                | FunctionState::Preparing(_) => {}
+            }
+            if states.changed().await.is_err() {
+                return Err(Refusal::Draining);
+            }
+        }
+    }
+
+    /// Requests that wait for the broker or for room.
+    pub fn waiting(&self) -> usize {
+        self.shared.waiting.count()
+    }
+
+    /// Asks for one inference. Dropping the future takes the request back.
+    pub async fn infer(&self, request: &InferRequest) -> Result<InferAnswer, InferError> {
+        if self.shared.known.get().is_none() {
+            return Err(match self.state() {
+                FunctionState::Rejected(refusal) => InferError::Refused(refusal),
+                state => InferError::NotReady(state),
+            });
+        }
+        match request.timeout {
+            None => self.infer_across_brokers(request).await,
+            Some(limit) => tokio::time::timeout(limit, self.infer_across_brokers(request))
+                .await
+                .unwrap_or(Err(InferError::TimedOut(limit))),
+        }
+    }
+
+    async fn infer_across_brokers(&self, request: &InferRequest) -> Result<InferAnswer, InferError> {
+        let arrived = Instant::now();
+        let config = &self.shared.config;
+        let deadline = arrived + request.timeout.unwrap_or(config.function.slo.deadline);
+        let patience = arrived + request.timeout.or(config.away_wait).unwrap_or(config.function.slo.deadline);
+        let mut sends = 0;
+        loop {
+            let link = self.link(arrived, patience).await?;
+            // The first time, and without a limit of its own, the function's deadline counts from the broker's clock.
+            let told = (sends > 0 || request.timeout.is_some()).then_some(deadline);
+            sends += 1;
+            let room_until = deadline.max(patience);
+            match link.infer(request, told, room_until, &self.shared.waiting).await {
+                Ok(answer) => return Ok(answer),
+                Err(Attempt::Lost) if sends < SENDS_MAX => {
+                    tracing::info!(sends, "request will be sent again to the next broker");
+                }
+                Err(Attempt::Lost) => return Err(InferError::BrokerLost { sends }),
+                Err(Attempt::Refused(Refusal::Draining)) => {
+                    link.retire();
+                    sends -= 1;
+                }
+                Err(Attempt::Refused(refusal)) => return Err(InferError::Refused(refusal)),
+                Err(Attempt::WaitingFull) => return Err(InferError::WaitingFull),
+                Err(Attempt::NoRoom) => return Err(InferError::NoRoom { waited: arrived.elapsed() }),
+                Err(Attempt::TooLarge { needed, size }) => return Err(InferError::TooLarge { needed, size }),
+            }
+        }
+    }
+
+    /// The connection to use: the open one, or the next one that opens in time.
+    async fn link(&self, arrived: Instant, patience: Instant) -> Result<Arc<Link>, InferError> {
+        if let FunctionState::Ready(ready) = &*self.shared.states.borrow()
+            && ready.link.is_open()
+        {
+            return Ok(Arc::clone(&ready.link));
+        }
+        let _waits = self.shared.waiting.enter().ok_or(InferError::WaitingFull)?;
+        let mut states = self.shared.states.subscribe();
+        loop {
+            match &*states.borrow_and_update() {
+                FunctionState::Ready(ready) if ready.link.is_open() => return Ok(Arc::clone(&ready.link)),
+                FunctionState::Rejected(refusal) => return Err(InferError::Refused(refusal.clone())),
+                FunctionState::Ready(_)
+                | FunctionState::Connecting
+                | FunctionState::Uploading
+                | FunctionState::Preparing(_) => {}
+            }
+            match timeout_at(patience, states.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => {
+                    return Err(InferError::BrokerAway { waited: arrived.elapsed(), state: self.state() });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! The HTTP half of the Open Inference Protocol, and the one service behind the port: gRPC, protocol and handler.
+//!
+//! The stack, outermost first: `limit` refuses when too much is in work; then the kind of request is told apart by
+//! content type and path. `failure` turns what goes wrong into statuses; `server` owns sockets and their limits.
+
+pub mod body;
+pub mod encoding;
+pub mod json_data;
+pub mod limit;
+pub mod oip;
+pub mod proxy;
+pub mod reply;
+pub mod request;
+pub mod route;
+pub mod views;
+
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{Request, header};
+use tower::Service;
+
+use self::{oip::Oip, proxy::Upstream, reply::Reply};
+use crate::{failure::Failure, grpc::Grpc};
+
+/// Response header with the stable code of a failure.
+pub const REFUSAL_HEADER: &str = "faaswap-refusal";
+
+type ServiceFuture = std::pin::Pin<Box<dyn Future<Output = Result<Reply, Infallible>> + Send>>;
+
+/// Tells requests apart and hands them on.
+#[derive(Clone, Debug)]
+pub struct Dispatch {
+    oip: Arc<Oip>,
+    grpc: Grpc,
+    upstream: Option<Upstream>,
+}
+
+impl Dispatch {
+    /// The three that requests are handed to; without an upstream, only the protocol is served.
+    pub fn new(oip: Arc<Oip>, grpc: Grpc, upstream: Option<Upstream>) -> Self {
+        Self { oip, grpc, upstream }
+    }
+}
+
+impl<B> Service<Request<B>> for Dispatch
+where
+    B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
+    B::Error: Into<reply::BoxError> + std::fmt::Display + Send,
+{
+    type Response = Reply;
+    type Error = Infallible;
+    type Future = ServiceFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> ServiceFuture {
+        if is_grpc(&request) {
+            return Box::pin(self.grpc.serve(request));
+        }
+        if route::is_protocol(request.uri().path()) {
+            let oip = Arc::clone(&self.oip);
+            return Box::pin(async move { Ok(oip.serve(request).await) });
+        }
+        match &self.upstream {
+            Some(upstream) => {
+                let upstream = upstream.clone();
+                Box::pin(async move { Ok(upstream.pass(request).await) })
+            }
+            None => {
+                let failure = Failure::NotFound(format!("no such path: {}", request.uri().path()));
+                Box::pin(std::future::ready(Ok(reply::failure(&failure))))
+            }
+        }
+    }
+}
+
+fn is_grpc<B>(request: &Request<B>) -> bool {
+    let kind = request.headers().get(header::CONTENT_TYPE).map(http::HeaderValue::as_bytes);
+    kind.and_then(|kind| kind.strip_prefix(b"application/grpc"))
+        .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}

@@ -1,0 +1,331 @@
+//! Reads an infer request: JSON, JSON with binary tensors behind it, or nothing but a tensor.
+//!
+//! Binary tensors are cut out of the body's pieces, never copied. Everything that the client gets wrong is said in
+//! terms of what was expected and what came.
+
+use std::{borrow::Cow, collections::VecDeque, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use faaswap_protocol::{DType, Signature, limits::TENSORS_MAX};
+use http::HeaderMap;
+use serde::{Deserialize, Deserializer, de};
+use serde_json::value::RawValue;
+
+use super::json_data;
+use crate::{
+    broker::{InferRequest, TensorInput},
+    failure::{Failure, invalid},
+    infer::check::{self, Announced},
+};
+
+/// Length of the JSON in front of binary tensors.
+pub const HEADER_LENGTH: &str = "inference-header-content-length";
+
+/// A request that fits the model.
+#[derive(Debug)]
+pub struct Parsed {
+    /// For the broker.
+    pub request: InferRequest,
+    /// Comes back in the reply.
+    pub id: Option<String>,
+    /// Which outputs the reply has, and whether as binary data.
+    pub outputs: Vec<WantedOutput>,
+}
+
+/// One output of the reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WantedOutput {
+    /// Position among the model's outputs.
+    pub index: u16,
+    /// As binary data behind the JSON.
+    pub binary: bool,
+}
+
+#[derive(Deserialize)]
+struct Head<'a> {
+    #[serde(borrow, default)]
+    id: Option<Cow<'a, str>>,
+    #[serde(default)]
+    parameters: Option<HeadParameters>,
+    #[serde(borrow, default)]
+    inputs: Option<Vec<Input<'a>>>,
+    #[serde(borrow, default)]
+    outputs: Option<Vec<Output<'a>>>,
+}
+
+/// The parameters of a request that mean something here; others are taken and ignored.
+#[derive(Default, Deserialize)]
+struct HeadParameters {
+    #[serde(default)]
+    binary_data_output: Option<bool>,
+    #[serde(default)]
+    timeout: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Input<'a> {
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(borrow)]
+    datatype: Cow<'a, str>,
+    shape: Vec<DimText>,
+    #[serde(default)]
+    parameters: Option<InputParameters>,
+    #[serde(borrow, default)]
+    data: Option<&'a RawValue>,
+}
+
+#[derive(Default, Deserialize)]
+struct InputParameters {
+    #[serde(default)]
+    binary_data_size: Option<u64>,
+    #[serde(default)]
+    shared_memory_region: Option<de::IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+struct Output<'a> {
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(default)]
+    parameters: Option<OutputParameters>,
+}
+
+#[derive(Default, Deserialize)]
+struct OutputParameters {
+    #[serde(default)]
+    binary_data: Option<bool>,
+    #[serde(default)]
+    classification: Option<de::IgnoredAny>,
+    #[serde(default)]
+    shared_memory_region: Option<de::IgnoredAny>,
+}
+
+/// A dimension, with an error that says what one is.
+struct DimText(i64);
+
+impl<'de> Deserialize<'de> for DimText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = DimText;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a dimension: a whole number from 0 to 9223372036854775807")
+            }
+            fn visit_i64<E: de::Error>(self, n: i64) -> Result<DimText, E> {
+                Ok(DimText(n))
+            }
+            fn visit_u64<E: de::Error>(self, n: u64) -> Result<DimText, E> {
+                i64::try_from(n).map(DimText).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(n), &self))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// Reads a body. `pieces` are already unpacked.
+pub fn parse(signature: &Signature, headers: &HeaderMap, pieces: Vec<Bytes>) -> Result<Parsed, Failure> {
+    let len = pieces.iter().map(Bytes::len).sum::<usize>();
+    match header_length(headers, len)? {
+        None => {
+            let json = join(pieces);
+            from_json(signature, &json, Rest::default())
+        }
+        Some(0) => raw(signature, pieces, len),
+        Some(json_len) => {
+            let mut rest = Rest { len, pieces: pieces.into() };
+            let json = join(rest.take(json_len)?);
+            from_json(signature, &json, rest)
+        }
+    }
+}
+
+fn header_length(headers: &HeaderMap, body_len: usize) -> Result<Option<usize>, Failure> {
+    let Some(value) = headers.get(HEADER_LENGTH) else {
+        return Ok(None);
+    };
+    let text = value.to_str().unwrap_or("unreadable").trim();
+    match text.parse::<usize>() {
+        Ok(len) if len <= body_len => Ok(Some(len)),
+        Ok(_) | Err(_) => {
+            invalid(format!("inference header size should be in range (0, {body_len}), got: {text}"))
+        }
+    }
+}
+
+/// The part of a body behind its JSON.
+#[derive(Default)]
+struct Rest {
+    pieces: VecDeque<Bytes>,
+    len: usize,
+}
+
+impl Rest {
+    /// Cuts off the next `len` bytes.
+    fn take(&mut self, mut len: usize) -> Result<Vec<Bytes>, Failure> {
+        let Some(left) = self.len.checked_sub(len) else {
+            return invalid(format!("{len} more bytes of binary data were announced and {} came", self.len));
+        };
+        self.len = left;
+        let mut taken = Vec::with_capacity(self.pieces.len().min(8));
+        while len > 0 {
+            let Some(mut piece) = self.pieces.pop_front() else {
+                return Err(Failure::Internal("the body's pieces do not add up".to_owned()));
+            };
+            if piece.len() > len {
+                let rest = piece.split_off(len);
+                self.pieces.push_front(rest);
+            }
+            len -= piece.len();
+            taken.push(piece);
+        }
+        Ok(taken)
+    }
+}
+
+fn join(mut pieces: Vec<Bytes>) -> Bytes {
+    if pieces.len() <= 1 {
+        return pieces.pop().unwrap_or_default();
+    }
+    let mut all = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
+    for piece in pieces {
+        all.extend_from_slice(&piece);
+    }
+    all.freeze()
+}
+
+fn raw(signature: &Signature, pieces: Vec<Bytes>, len: usize) -> Result<Parsed, Failure> {
+    let announced = check::only_input(signature, len)?;
+    check::binary(&announced, &pieces)?;
+    let outputs = every_output(signature, true)?;
+    let Announced { index, dtype, shape, .. } = announced;
+    let input = TensorInput { index, dtype, shape, data: pieces };
+    Ok(Parsed {
+        request: InferRequest { inputs: vec![input], outputs: Vec::new(), timeout: None },
+        id: None,
+        outputs,
+    })
+}
+
+fn from_json(signature: &Signature, json: &[u8], mut rest: Rest) -> Result<Parsed, Failure> {
+    let head: Head<'_> = serde_json::from_slice(json).map_err(|error| explain(json, &error))?;
+    let Some(inputs) = head.inputs else {
+        return invalid("the request has no 'inputs'");
+    };
+    if inputs.len() > TENSORS_MAX {
+        return invalid(format!("the request has {} inputs, at most {TENSORS_MAX} are allowed", inputs.len()));
+    }
+    let announced = inputs.iter().map(|input| announce(signature, input)).collect::<Result<Vec<_>, _>>()?;
+    check::complete(signature, &announced)?;
+    let mut tensors = Vec::with_capacity(inputs.len());
+    for (input, announced) in inputs.iter().zip(announced) {
+        let data = data_of(input, &announced, &mut rest)?;
+        let Announced { index, dtype, shape, .. } = announced;
+        tensors.push(TensorInput { index, dtype, shape, data });
+    }
+    if rest.len > 0 {
+        return invalid(format!("unexpected additional input data: {} bytes are left over after the last input", rest.len));
+    }
+    let parameters = head.parameters.unwrap_or_default();
+    let outputs = wanted(signature, head.outputs.as_deref(), parameters.binary_data_output.unwrap_or(false))?;
+    let indices = match head.outputs {
+        Some(_) => outputs.iter().map(|output| output.index).collect(),
+        None => Vec::new(),
+    };
+    let timeout = parameters.timeout.filter(|&us| us > 0).map(Duration::from_micros);
+    Ok(Parsed {
+        request: InferRequest { inputs: tensors, outputs: indices, timeout },
+        id: head.id.filter(|id| !id.is_empty()).map(Cow::into_owned),
+        outputs,
+    })
+}
+
+fn announce(signature: &Signature, input: &Input<'_>) -> Result<Announced, Failure> {
+    let dims: Vec<_> = input.shape.iter().map(|dim| dim.0).collect();
+    check::input(signature, &input.name, &input.datatype, &dims)
+}
+
+fn data_of(input: &Input<'_>, announced: &Announced, rest: &mut Rest) -> Result<Vec<Bytes>, Failure> {
+    let name = &input.name;
+    let parameters = input.parameters.as_ref();
+    let binary = parameters.and_then(|parameters| parameters.binary_data_size);
+    if parameters.is_some_and(|parameters| parameters.shared_memory_region.is_some()) {
+        return invalid(format!("input '{name}' names a shared memory region, which is not supported"));
+    }
+    let only_one = |but: &str| {
+        invalid(format!(
+            "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', \
+             'shared_memory_region' in 'parameters'. But {but} for input '{name}'"
+        ))
+    };
+    match (input.data, binary) {
+        (Some(_), Some(_)) => only_one("both 'data' and 'binary_data_size' are set"),
+        (None, None) => only_one("none is set"),
+        (Some(json), None) => json_data::read(json.get(), announced).map(|bytes| vec![bytes]),
+        (None, Some(size)) => {
+            let size = usize::try_from(size).unwrap_or(usize::MAX);
+            announced.expect_bytes(size)?;
+            let data = rest.take(size)?;
+            check::binary(announced, &data)?;
+            Ok(data)
+        }
+    }
+}
+
+fn wanted(
+    signature: &Signature,
+    outputs: Option<&[Output<'_>]>,
+    binary_by_default: bool,
+) -> Result<Vec<WantedOutput>, Failure> {
+    let Some(outputs) = outputs else {
+        return every_output(signature, binary_by_default);
+    };
+    if outputs.len() > TENSORS_MAX {
+        return invalid(format!("the request has {} outputs, at most {TENSORS_MAX} are allowed", outputs.len()));
+    }
+    let mut all: Vec<WantedOutput> = Vec::with_capacity(outputs.len());
+    for Output { name, parameters } in outputs {
+        let index = check::output(signature, name)?;
+        if all.iter().any(|other| other.index == index) {
+            return invalid(format!("output '{name}' is asked for twice"));
+        }
+        let parameters = parameters.as_ref();
+        if parameters.is_some_and(|p| p.classification.is_some() || p.shared_memory_region.is_some()) {
+            return invalid(format!("output '{name}' asks for classification or shared memory, which are not supported"));
+        }
+        let binary = parameters.and_then(|p| p.binary_data).unwrap_or(binary_by_default);
+        all.push(carried(signature, index, binary)?);
+    }
+    if all.is_empty() { every_output(signature, binary_by_default) } else { Ok(all) }
+}
+
+fn every_output(signature: &Signature, binary: bool) -> Result<Vec<WantedOutput>, Failure> {
+    let count = u16::try_from(signature.outputs.len()).unwrap_or(u16::MAX);
+    (0..count).map(|index| carried(signature, index, binary)).collect()
+}
+
+/// Refuses, before anything runs, an output that the reply could not carry.
+fn carried(signature: &Signature, index: u16, binary: bool) -> Result<WantedOutput, Failure> {
+    match signature.outputs.get(usize::from(index)) {
+        Some(spec) if !binary && matches!(spec.dtype, DType::F16 | DType::Bf16) => {
+            Err(json_data::no_json(&spec.name, spec.dtype))
+        }
+        Some(_) | None => Ok(WantedOutput { index, binary }),
+    }
+}
+
+/// Says what is wrong with text that is no request; NaN and infinities are the mistake that people make most.
+fn explain(json: &[u8], error: &serde_json::Error) -> Failure {
+    let line = json.split(|&b| b == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+    let at = error.column().saturating_sub(1).min(line.len());
+    let around = line.get(at.saturating_sub(9)..(at + 9).min(line.len())).unwrap_or_default();
+    let has = |word: &[u8]| around.windows(word.len()).any(|window| window == word);
+    if error.is_syntax() && (has(b"NaN") || has(b"Inf")) {
+        return Failure::Invalid(format!(
+            "JSON has no NaN or Infinity (line {} column {}): send the tensor with the binary tensor extension",
+            error.line(),
+            error.column()
+        ));
+    }
+    Failure::Invalid(format!("failed to parse the request JSON: {error}"))
+}
