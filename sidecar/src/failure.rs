@@ -107,9 +107,7 @@ fn of_infer_error(error: &InferError) -> Verdict {
         InferError::BrokerLost { .. } => passing("broker_lost"),
         InferError::WaitingFull => passing("waiting_full"),
         InferError::NoRoom { .. } => passing("slab_full"),
-        InferError::TooLarge { .. } => {
-            verdict(StatusCode::PAYLOAD_TOO_LARGE, Code::ResourceExhausted, "too_large")
-        }
+        InferError::TooLarge { .. } => verdict(StatusCode::PAYLOAD_TOO_LARGE, Code::ResourceExhausted, "too_large"),
         InferError::TimedOut(_) => verdict(StatusCode::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "timed_out"),
     }
 }
@@ -171,7 +169,9 @@ impl From<Failure> for tonic::Status {
     fn from(failure: Failure) -> Self {
         let verdict = failure.verdict();
         let mut status = Self::new(verdict.grpc, failure.to_string());
-        status.metadata_mut().insert(crate::http::REFUSAL_HEADER, tonic::metadata::MetadataValue::from_static(verdict.code));
+        status
+            .metadata_mut()
+            .insert(crate::http::REFUSAL_HEADER, tonic::metadata::MetadataValue::from_static(verdict.code));
         status
     }
 }

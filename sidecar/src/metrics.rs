@@ -166,8 +166,15 @@ mod tests {
         metrics.passed_upstream("ok");
         let text = metrics.text(None, 3).unwrap();
         let names = [
-            REQUESTS, REQUEST_SECONDS, QUEUE_SECONDS, RUN_SECONDS, SWAP_SECONDS, ANSWERS, REQUESTS_WAITING,
-            FUNCTION_STATE, UPSTREAM_REQUESTS,
+            REQUESTS,
+            REQUEST_SECONDS,
+            QUEUE_SECONDS,
+            RUN_SECONDS,
+            SWAP_SECONDS,
+            ANSWERS,
+            REQUESTS_WAITING,
+            FUNCTION_STATE,
+            UPSTREAM_REQUESTS,
         ];
         for name in names {
             assert!(text.contains(&format!("# TYPE {name} ")), "{name} is missing in\n{text}");

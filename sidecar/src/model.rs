@@ -161,8 +161,7 @@ mod tests {
         fs::write(folder.path().join("m.onnx"), b"graph").unwrap();
         fs::write(folder.path().join("w.bin"), b"weights").unwrap();
         let whole = ModelSource::load(&ModelRef::Folder(folder.path().to_owned())).unwrap();
-        let named =
-            ModelRef::File { graph: folder.path().join("m.onnx"), data: vec!["w.bin".into()] };
+        let named = ModelRef::File { graph: folder.path().join("m.onnx"), data: vec!["w.bin".into()] };
         assert_eq!(whole.digest, ModelSource::load(&named).unwrap().digest);
         assert_eq!(whole.files.len(), 2);
     }

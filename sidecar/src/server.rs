@@ -55,8 +55,7 @@ impl Served {
     fn stack(&self) -> crate::http::limit::Limit<Dispatch> {
         let oip = Arc::new(Oip::new(Arc::clone(&self.function), self.body_bytes_max));
         let grpc = Grpc::new(Arc::clone(&self.function), self.body_bytes_max);
-        let upstream =
-            self.upstream.clone().map(|authority| Upstream::new(authority, Arc::clone(&self.function)));
+        let upstream = self.upstream.clone().map(|authority| Upstream::new(authority, Arc::clone(&self.function)));
         LimitLayer::new(REQUESTS_MAX).layer(Dispatch::new(oip, grpc, upstream))
     }
 }

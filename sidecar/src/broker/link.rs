@@ -67,8 +67,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(function: FunctionId, socket: Arc<Socket>, slab: Option<Slab>) -> Arc<Self> {
-        let slots =
-            slab.as_ref().map(|slab| faaswap_slab::SlotAllocator::new(0, slab.layout().request.get()));
+        let slots = slab.as_ref().map(|slab| faaswap_slab::SlotAllocator::new(0, slab.layout().request.get()));
         Arc::new(Self {
             function,
             slab,
@@ -124,13 +123,17 @@ impl Link {
         };
         let place = PlaceGuard { link: self, place: Some(place) };
         let (inputs, payload) = self.lay_out(request, &place, &sizes)?;
-        let (id, reply) = self.post(place, ToBroker::Infer {
-            request: RequestId(self.request_next.fetch_add(1, Ordering::Relaxed)),
-            function: self.function,
-            inputs,
-            outputs: request.outputs.clone(),
-            time_left: deadline.map(|at| at.saturating_duration_since(Instant::now())),
-        }, &payload)?;
+        let (id, reply) = self.post(
+            place,
+            ToBroker::Infer {
+                request: RequestId(self.request_next.fetch_add(1, Ordering::Relaxed)),
+                function: self.function,
+                inputs,
+                outputs: request.outputs.clone(),
+                time_left: deadline.map(|at| at.saturating_duration_since(Instant::now())),
+            },
+            &payload,
+        )?;
         let mut call = Call { link: self, id, answered: false };
         let reply = reply.await;
         call.answered = true;
@@ -297,10 +300,8 @@ impl Link {
         let reply = self.take_pending(request)?;
         // From here on the answer's part of the slab is given back, whoever drops it.
         let release = self.slab.as_ref().map(|_| Arc::new(Release { link: Arc::clone(self), request }));
-        let outputs = outputs
-            .into_iter()
-            .map(|slice| self.output(slice, payload, release.as_ref()))
-            .collect::<Result<_, _>>()?;
+        let outputs =
+            outputs.into_iter().map(|slice| self.output(slice, payload, release.as_ref())).collect::<Result<_, _>>()?;
         if let Some(reply) = reply {
             let _gone = reply.send(Ok(InferAnswer { outputs, timing }));
         }
@@ -323,7 +324,9 @@ impl Link {
                 Bytes::from_owner(Owned { region: region.into_bytes_owner(), _release: Arc::clone(release) })
             }
             (None, _) | (_, None) => {
-                let range = usize::try_from(slice.span.offset).ok().zip(slice.span.end().and_then(|end| usize::try_from(end).ok()));
+                let range = usize::try_from(slice.span.offset)
+                    .ok()
+                    .zip(slice.span.end().and_then(|end| usize::try_from(end).ok()));
                 let (start, end) = range.filter(|&(_, end)| end <= payload.len()).ok_or(WRONG)?;
                 payload.slice(start..end)
             }

@@ -2,12 +2,7 @@
 //!
 //! Nobody else uses the connection meanwhile. Whether and when to try again is left to `mod`.
 
-use std::{
-    fs::File,
-    io::Read,
-    os::fd::AsFd,
-    time::Duration,
-};
+use std::{fs::File, io::Read, os::fd::AsFd, time::Duration};
 
 use faaswap_protocol::{
     Bytes, CallId, FromBroker, FunctionId, FunctionSpec, Refusal, Signature, ToBroker, limits::UPLOAD_PART_BYTES_MAX,
@@ -122,8 +117,11 @@ async fn upload(opened: &mut Opened, this: CallId, model: &ModelSource) -> Resul
     }
     let open = |path: &std::path::Path| File::open(path).map_err(|e| failed(format!("{}: {e}", path.display())));
     let files = model.files.iter().map(|file| open(&file.path)).collect::<Result<Vec<_>, _>>()?;
-    let announce =
-        ToBroker::Upload { call: this, model: model.digest, files: model.files.iter().map(|f| f.file.clone()).collect() };
+    let announce = ToBroker::Upload {
+        call: this,
+        model: model.digest,
+        files: model.files.iter().map(|f| f.file.clone()).collect(),
+    };
     let sent = match &*opened.socket {
         Socket::Unix(_) => {
             let mut frame = Vec::new();

@@ -61,16 +61,19 @@ pub fn request(signature: &Signature, message: ModelInferRequest) -> Result<Infe
             return invalid(format!("output '{}' is asked for twice", output.name));
         }
         if output.parameters.contains_key("classification") || output.parameters.contains_key("shared_memory_region") {
-            return invalid(format!("output '{}' asks for classification or shared memory, which are not supported", output.name));
+            return invalid(format!(
+                "output '{}' asks for classification or shared memory, which are not supported",
+                output.name
+            ));
         }
         indices.push(index);
     }
     let timeout = match parameters.get("timeout").and_then(|parameter| parameter.parameter_choice.as_ref()) {
         Some(ParameterChoice::Int64Param(us)) => u64::try_from(*us).ok(),
         Some(ParameterChoice::Uint64Param(us)) => Some(*us),
-        Some(
-            ParameterChoice::BoolParam(_) | ParameterChoice::StringParam(_) | ParameterChoice::DoubleParam(_),
-        ) => return invalid("parameter 'timeout' is a whole number of microseconds"),
+        Some(ParameterChoice::BoolParam(_) | ParameterChoice::StringParam(_) | ParameterChoice::DoubleParam(_)) => {
+            return invalid("parameter 'timeout' is a whole number of microseconds");
+        }
         None => None,
     };
     Ok(InferRequest { inputs, outputs: indices, timeout: timeout.filter(|&us| us > 0).map(Duration::from_micros) })
@@ -88,7 +91,8 @@ fn typed_data(announced: &Announced, contents: Option<&InferTensorContents>) -> 
     let none = InferTensorContents::default();
     let contents = contents.unwrap_or(&none);
     let Announced { name, dtype, .. } = announced;
-    let mut out = BytesMut::with_capacity(usize::try_from(announced.bytes).unwrap_or(0).min(size_of_contents(contents)));
+    let mut out =
+        BytesMut::with_capacity(usize::try_from(announced.bytes).unwrap_or(0).min(size_of_contents(contents)));
     let narrow = |number: &dyn std::fmt::Display| {
         Failure::Invalid(format!("the contents of input '{name}' hold {number}, which is no {dtype}"))
     };
@@ -182,7 +186,10 @@ pub fn response(
     let mut raw = Vec::with_capacity(answer.outputs.len());
     for tensor in answer.outputs {
         let Some(spec) = signature.outputs.get(usize::from(tensor.index)) else {
-            return Err(Failure::Internal(format!("the broker gave an output {} that the model has not", tensor.index)));
+            return Err(Failure::Internal(format!(
+                "the broker gave an output {} that the model has not",
+                tensor.index
+            )));
         };
         outputs.push(InferOutputTensor {
             name: spec.name.clone(),
@@ -224,11 +231,8 @@ pub fn metadata(name: String, signature: &Signature) -> ModelMetadataResponse {
 /// The model's configuration, as far as clients read it.
 pub fn config(name: String, signature: &Signature) -> ModelConfig {
     let data_type = |spec: &TensorSpec| views::config_type(spec.dtype).into();
-    let input = |spec: &TensorSpec| ModelInput {
-        name: spec.name.clone(),
-        data_type: data_type(spec),
-        dims: views::dims(spec),
-    };
+    let input =
+        |spec: &TensorSpec| ModelInput { name: spec.name.clone(), data_type: data_type(spec), dims: views::dims(spec) };
     let output = |spec: &TensorSpec| ModelOutput {
         name: spec.name.clone(),
         data_type: data_type(spec),

@@ -15,7 +15,10 @@ use bytes::Bytes;
 use http::Request;
 use tonic::{
     Response, Status,
-    codegen::{Service, tokio_stream::{self, StreamExt}},
+    codegen::{
+        BoxStream, Service,
+        tokio_stream::{self, StreamExt},
+    },
 };
 
 use self::{
@@ -42,13 +45,29 @@ use crate::{
 };
 
 /// The messages of the protocol, generated.
-#[allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all, clippy::pedantic, clippy::wildcard_enum_match_arm, unused_qualifications)]
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::wildcard_enum_match_arm,
+    unused_qualifications
+)]
 pub mod inference {
     tonic::include_proto!("inference");
 }
 
 /// The messages of the health service, generated.
-#[allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all, clippy::pedantic, clippy::wildcard_enum_match_arm, unused_qualifications)]
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::wildcard_enum_match_arm,
+    unused_qualifications
+)]
 pub mod health {
     tonic::include_proto!("grpc.health.v1");
 }
@@ -104,7 +123,11 @@ impl Grpc {
 }
 
 impl Calls {
-    async fn infer(&self, message: ModelInferRequest, limit: Option<Duration>) -> Result<(ModelInferResponse, faaswap_protocol::Timing), Status> {
+    async fn infer(
+        &self,
+        message: ModelInferRequest,
+        limit: Option<Duration>,
+    ) -> Result<(ModelInferResponse, faaswap_protocol::Timing), Status> {
         let began = Instant::now();
         let outcome = self.try_infer(message, limit).await;
         match outcome {
@@ -159,11 +182,17 @@ impl GrpcInferenceService for Calls {
         Ok(Response::new(ServerLiveResponse { live: true }))
     }
 
-    async fn server_ready(&self, _: tonic::Request<ServerReadyRequest>) -> Result<Response<ServerReadyResponse>, Status> {
+    async fn server_ready(
+        &self,
+        _: tonic::Request<ServerReadyRequest>,
+    ) -> Result<Response<ServerReadyResponse>, Status> {
         Ok(Response::new(ServerReadyResponse { ready: self.function.is_ready() }))
     }
 
-    async fn model_ready(&self, request: tonic::Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
+    async fn model_ready(
+        &self,
+        request: tonic::Request<ModelReadyRequest>,
+    ) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
         self.function.expect_model(&name, &version)?;
         Ok(Response::new(ModelReadyResponse { ready: self.function.is_ready() }))
@@ -223,13 +252,11 @@ impl GrpcInferenceService for Calls {
         Ok(response)
     }
 
-    type ModelStreamInferStream = tokio_stream::wrappers::ReceiverStream<Result<ModelStreamInferResponse, Status>>;
-
     /// Answers each message of the stream, in order; a failed one fails alone.
     async fn model_stream_infer(
         &self,
         request: tonic::Request<tonic::Streaming<ModelInferRequest>>,
-    ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
+    ) -> Result<Response<BoxStream<ModelStreamInferResponse>>, Status> {
         let mut messages = request.into_inner();
         let (answers, stream) = tokio::sync::mpsc::channel(STREAM_ANSWERS_MAX);
         let calls = self.clone();
@@ -241,7 +268,9 @@ impl GrpcInferenceService for Calls {
                     () = answers.closed() => return,
                 };
                 let answer = match answer {
-                    Ok((response, _)) => ModelStreamInferResponse { infer_response: Some(response), ..Default::default() },
+                    Ok((response, _)) => {
+                        ModelStreamInferResponse { infer_response: Some(response), ..Default::default() }
+                    }
                     Err(status) => ModelStreamInferResponse {
                         error_message: status.message().to_owned(),
                         infer_response: Some(ModelInferResponse { id, ..Default::default() }),
@@ -252,7 +281,7 @@ impl GrpcInferenceService for Calls {
                 }
             }
         });
-        Ok(Response::new(tokio_stream::wrappers::ReceiverStream::new(stream)))
+        Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(stream))))
     }
 
     async fn repository_index(
@@ -284,7 +313,10 @@ impl GrpcInferenceService for Calls {
 #[tonic::async_trait]
 impl Health for Calls {
     /// Without a service: whether this process serves. With the inference service: whether the function is ready.
-    async fn check(&self, request: tonic::Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+    async fn check(
+        &self,
+        request: tonic::Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
         let status = match request.into_inner().service.as_str() {
             "" => ServingStatus::Serving,
             "inference.GRPCInferenceService" if self.function.is_ready() => ServingStatus::Serving,

@@ -54,7 +54,8 @@ impl Coding {
         let accepts = |name: &str| {
             wanted.split(',').any(|part| {
                 let mut part = part.split(';').map(str::trim);
-                part.next() == Some(name) && !part.any(|q| q.strip_prefix("q=").is_some_and(|q| q.parse() == Ok(0.0_f32)))
+                part.next() == Some(name)
+                    && !part.any(|q| q.strip_prefix("q=").is_some_and(|q| q.parse() == Ok(0.0_f32)))
             })
         };
         [Self::Gzip, Self::Deflate].into_iter().find(|coding| accepts(coding.name()))

@@ -175,8 +175,12 @@ impl Oip {
         }
         let known = Arc::clone(known);
         let bytes_max = self.body_bytes_max;
-        let headers: HeaderMap =
-            headers.get(HEADER_LENGTH).map(|len| (HEADER_LENGTH.parse(), len.clone())).into_iter().filter_map(|(name, len)| Some((name.ok()?, len))).collect();
+        let headers: HeaderMap = headers
+            .get(HEADER_LENGTH)
+            .map(|len| (HEADER_LENGTH.parse(), len.clone()))
+            .into_iter()
+            .filter_map(|(name, len)| Some((name.ok()?, len)))
+            .collect();
         let work = move || {
             let (pieces, unpacked) = match coding {
                 Some(coding) => {

@@ -87,7 +87,8 @@ impl Upstream {
         }
         let mut target = Uri::builder().scheme(uri::Scheme::HTTP).authority(self.authority.clone());
         target = target.path_and_query(parts.uri.path_and_query().map_or("/", uri::PathAndQuery::as_str));
-        parts.uri = target.build().map_err(|error| Failure::Invalid(format!("the path cannot be passed on: {error}")))?;
+        parts.uri =
+            target.build().map_err(|error| Failure::Invalid(format!("the path cannot be passed on: {error}")))?;
         parts.version = http::Version::HTTP_11;
         let body = UnsyncBoxBody::new(http_body_util::BodyExt::map_err(body, Into::into));
         let reply = self.client.request(Request::from_parts(parts, body)).await;
@@ -122,9 +123,13 @@ mod tests {
     #[test]
     fn what_concerns_one_hop_is_taken_out_and_the_rest_stays() {
         let mut headers = HeaderMap::new();
-        for (name, value) in
-            [("connection", "close, X-Hop"), ("x-hop", "1"), ("te", "trailers"), ("x-call-id", "7"), ("keep-alive", "5")]
-        {
+        for (name, value) in [
+            ("connection", "close, X-Hop"),
+            ("x-hop", "1"),
+            ("te", "trailers"),
+            ("x-call-id", "7"),
+            ("keep-alive", "5"),
+        ] {
             headers.insert(HeaderName::from_static(name), value.parse().unwrap());
         }
         strip(&mut headers);

@@ -16,15 +16,12 @@ use hyper::body::Incoming;
 use serde::Serialize;
 
 use super::{
-    REFUSAL_HEADER, encoding::Coding,
+    REFUSAL_HEADER,
+    encoding::Coding,
     json_data,
     request::{HEADER_LENGTH, WantedOutput},
 };
-use crate::{
-    broker::InferAnswer,
-    failure::Failure,
-    infer::MODEL_VERSION,
-};
+use crate::{broker::InferAnswer, failure::Failure, infer::MODEL_VERSION};
 
 /// Any error of a body.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;

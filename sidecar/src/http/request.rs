@@ -147,9 +147,7 @@ fn header_length(headers: &HeaderMap, body_len: usize) -> Result<Option<usize>, 
     let text = value.to_str().unwrap_or("unreadable").trim();
     match text.parse::<usize>() {
         Ok(len) if len <= body_len => Ok(Some(len)),
-        Ok(_) | Err(_) => {
-            invalid(format!("inference header size should be in range (0, {body_len}), got: {text}"))
-        }
+        Ok(_) | Err(_) => invalid(format!("inference header size should be in range (0, {body_len}), got: {text}")),
     }
 }
 
@@ -200,11 +198,7 @@ fn raw(signature: &Signature, pieces: Vec<Bytes>, len: usize) -> Result<Parsed, 
     let outputs = every_output(signature, true)?;
     let Announced { index, dtype, shape, .. } = announced;
     let input = TensorInput { index, dtype, shape, data: pieces };
-    Ok(Parsed {
-        request: InferRequest { inputs: vec![input], outputs: Vec::new(), timeout: None },
-        id: None,
-        outputs,
-    })
+    Ok(Parsed { request: InferRequest { inputs: vec![input], outputs: Vec::new(), timeout: None }, id: None, outputs })
 }
 
 fn from_json(signature: &Signature, json: &[u8], mut rest: Rest) -> Result<Parsed, Failure> {
@@ -224,7 +218,10 @@ fn from_json(signature: &Signature, json: &[u8], mut rest: Rest) -> Result<Parse
         tensors.push(TensorInput { index, dtype, shape, data });
     }
     if rest.len > 0 {
-        return invalid(format!("unexpected additional input data: {} bytes are left over after the last input", rest.len));
+        return invalid(format!(
+            "unexpected additional input data: {} bytes are left over after the last input",
+            rest.len
+        ));
     }
     let parameters = head.parameters.unwrap_or_default();
     let outputs = wanted(signature, head.outputs.as_deref(), parameters.binary_data_output.unwrap_or(false))?;
@@ -291,7 +288,9 @@ fn wanted(
         }
         let parameters = parameters.as_ref();
         if parameters.is_some_and(|p| p.classification.is_some() || p.shared_memory_region.is_some()) {
-            return invalid(format!("output '{name}' asks for classification or shared memory, which are not supported"));
+            return invalid(format!(
+                "output '{name}' asks for classification or shared memory, which are not supported"
+            ));
         }
         let binary = parameters.and_then(|p| p.binary_data).unwrap_or(binary_by_default);
         all.push(carried(signature, index, binary)?);

@@ -68,9 +68,9 @@ pub fn route<'a>(method: &Method, path: &'a str) -> Result<Call<'a>, Failure> {
         | Call::Ready
         | Call::Models
         | Call::AllStats
-        | Call::Model {
-            call: ModelCall::Metadata | ModelCall::Ready | ModelCall::Config | ModelCall::Stats, ..
-        } => "GET",
+        | Call::Model { call: ModelCall::Metadata | ModelCall::Ready | ModelCall::Config | ModelCall::Stats, .. } => {
+            "GET"
+        }
     };
     let allowed = *method == allow || (allow == "GET" && *method == Method::HEAD);
     if allowed { Ok(call) } else { Err(Failure::WrongVerb { allow }) }
@@ -149,16 +149,29 @@ mod tests {
     #[test]
     fn every_path_of_the_protocol_is_found() {
         for path in [
-            "/v2", "/v2/", "/v2/health/live", "/v2/health/ready", "/v2/models", "/v2/models/stats", "/v2/models/m",
-            "/v2/models/m/versions/1", "/v2/models/m/ready", "/v2/models/m/versions/1/ready", "/v2/models/m/config",
+            "/v2",
+            "/v2/",
+            "/v2/health/live",
+            "/v2/health/ready",
+            "/v2/models",
+            "/v2/models/stats",
+            "/v2/models/m",
+            "/v2/models/m/versions/1",
+            "/v2/models/m/ready",
+            "/v2/models/m/versions/1/ready",
+            "/v2/models/m/config",
             "/v2/models/m/stats",
         ] {
             assert_eq!(status(&Method::GET, path), 200, "{path}");
             assert_eq!(status(&Method::POST, path), 405, "{path}");
         }
         for path in [
-            "/v2/models/m/infer", "/v2/models/m/versions/1/infer", "/v2/repository/index", "/v2/repository/r/index",
-            "/v2/repository/models/m/load", "/v2/repository/r/models/m/unload",
+            "/v2/models/m/infer",
+            "/v2/models/m/versions/1/infer",
+            "/v2/repository/index",
+            "/v2/repository/r/index",
+            "/v2/repository/models/m/load",
+            "/v2/repository/r/models/m/unload",
         ] {
             assert_eq!(status(&Method::POST, path), 200, "{path}");
             assert_eq!(status(&Method::GET, path), 405, "{path}");
@@ -167,7 +180,9 @@ mod tests {
 
     #[test]
     fn what_is_not_offered_is_told_from_what_nobody_knows() {
-        for path in ["/v2/models/m/generate", "/v2/systemsharedmemory/status", "/v2/logging", "/v2/models/m/trace/setting"] {
+        for path in
+            ["/v2/models/m/generate", "/v2/systemsharedmemory/status", "/v2/logging", "/v2/models/m/trace/setting"]
+        {
             assert_eq!(status(&Method::GET, path), 501, "{path}");
         }
         for path in ["/v2/nothing", "/v2/models/m/versions/x/infer", "/v2/models/m/infer/more", "/v2/models//infer"] {

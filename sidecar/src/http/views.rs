@@ -49,8 +49,7 @@ pub fn dims(spec: &TensorSpec) -> Vec<i64> {
 }
 
 fn tensors(specs: &[TensorSpec]) -> Vec<TensorView<'_>> {
-    let view = |spec| TensorView { name: &spec.name, datatype: spec.dtype.oip(), shape: dims(spec) };
-    specs.iter().map(view).collect::<Vec<_>>()
+    specs.iter().map(|spec| TensorView { name: &spec.name, datatype: spec.dtype.oip(), shape: dims(spec) }).collect()
 }
 
 /// The model's metadata.

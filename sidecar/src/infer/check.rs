@@ -38,10 +38,7 @@ impl Announced {
 pub fn input(signature: &Signature, name: &str, datatype: &str, dims: &[i64]) -> Result<Announced, Failure> {
     let found = signature.inputs.iter().enumerate().find(|(_, spec)| spec.name == name);
     let Some((index, spec)) = found else {
-        return invalid(format!(
-            "unexpected inference input '{name}': the model takes {}",
-            named(&signature.inputs)
-        ));
+        return invalid(format!("unexpected inference input '{name}': the model takes {}", named(&signature.inputs)));
     };
     let Some(dtype) = DType::from_oip(datatype).filter(|&dtype| dtype == spec.dtype) else {
         return invalid(format!(
@@ -147,10 +144,7 @@ pub fn complete(signature: &Signature, inputs: &[Announced]) -> Result<(), Failu
 pub fn output(signature: &Signature, name: &str) -> Result<u16, Failure> {
     match signature.outputs.iter().position(|spec| spec.name == name) {
         Some(index) => index_of(index),
-        None => invalid(format!(
-            "unexpected inference output '{name}': the model gives {}",
-            named(&signature.outputs)
-        )),
+        None => invalid(format!("unexpected inference output '{name}': the model gives {}", named(&signature.outputs))),
     }
 }
 
@@ -199,12 +193,18 @@ mod tests {
     #[test]
     fn an_error_says_what_was_expected_and_what_came() {
         let sig = signature();
-        assert_eq!(text(input(&sig, "z", "FP32", &[1, 4])), "unexpected inference input 'z': the model takes x FP32[-1,4]");
+        assert_eq!(
+            text(input(&sig, "z", "FP32", &[1, 4])),
+            "unexpected inference input 'z': the model takes x FP32[-1,4]"
+        );
         assert_eq!(
             text(input(&sig, "x", "INT8", &[1, 4])),
             "inference input 'x' data-type is 'INT8', but the model expects 'FP32'"
         );
-        assert_eq!(text(input(&sig, "x", "FP32", &[1, 5])), "unexpected shape for input 'x': expected [-1,4], got [1,5]");
+        assert_eq!(
+            text(input(&sig, "x", "FP32", &[1, 5])),
+            "unexpected shape for input 'x': expected [-1,4], got [1,5]"
+        );
         assert!(text(input(&sig, "x", "FP32", &[-1, 4])).contains("a dimension is 0 or more"));
         assert!(text(input(&sig, "x", "FP32", &[i64::MAX, 4])).contains("overflows"));
         let x = input(&sig, "x", "FP32", &[2, 4]).unwrap();

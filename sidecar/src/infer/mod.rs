@@ -92,9 +92,7 @@ impl Function {
     pub fn expect_ready(&self) -> Result<(), Failure> {
         match self.broker().map(Broker::state) {
             _ if self.is_ready() => Ok(()),
-            Some(crate::broker::FunctionState::Rejected(refusal)) => {
-                Err(Failure::Infer(InferError::Refused(refusal)))
-            }
+            Some(crate::broker::FunctionState::Rejected(refusal)) => Err(Failure::Infer(InferError::Refused(refusal))),
             Some(_) | None => {
                 Err(Failure::NotReady(format!("model '{}' is not ready: {}", self.model_name, self.state_text())))
             }
