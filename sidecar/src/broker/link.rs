@@ -125,7 +125,7 @@ impl Link {
         let (inputs, payload) = self.lay_out(request, &place, &sizes)?;
         let (id, reply) = self.post(
             place,
-            ToBroker::Infer {
+            &ToBroker::Infer {
                 request: RequestId(self.request_next.fetch_add(1, Ordering::Relaxed)),
                 function: self.function,
                 inputs,
@@ -187,10 +187,10 @@ impl Link {
     fn post(
         &self,
         mut place: PlaceGuard<'_>,
-        message: ToBroker,
+        message: &ToBroker,
         payload: &[Bytes],
     ) -> Result<(RequestId, oneshot::Receiver<Reply>), Attempt> {
-        let ToBroker::Infer { request: id, .. } = message else {
+        let ToBroker::Infer { request: id, .. } = *message else {
             return Err(Attempt::Lost);
         };
         let (reply, answer) = oneshot::channel();
@@ -203,7 +203,7 @@ impl Link {
                 pending.insert(id, Pending { place, reply: Some(reply) });
             }
         }
-        if self.writer.send(&message, payload).is_err() {
+        if self.writer.send(message, payload).is_err() {
             // Names are not in the message, so only hundreds of tensors could make it too long.
             drop(self.take_pending(id));
             let max = u64::from(MESSAGE_BYTES_MAX);

@@ -200,6 +200,19 @@ pub enum InferError {
     TimedOut(Duration),
 }
 
+impl From<FunctionState> for InferError {
+    /// What a request is told that cannot be sent in this state.
+    fn from(state: FunctionState) -> Self {
+        match state {
+            FunctionState::Rejected(refusal) => Self::Refused(refusal),
+            FunctionState::Connecting
+            | FunctionState::Uploading
+            | FunctionState::Preparing(_)
+            | FunctionState::Ready(_) => Self::NotReady(state),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     config: BrokerConfig,
@@ -283,10 +296,7 @@ impl Broker {
     /// Asks for one inference. Dropping the future takes the request back.
     pub async fn infer(&self, request: &InferRequest) -> Result<InferAnswer, InferError> {
         if self.shared.known.get().is_none() {
-            return Err(match self.state() {
-                FunctionState::Rejected(refusal) => InferError::Refused(refusal),
-                state => InferError::NotReady(state),
-            });
+            return Err(self.state().into());
         }
         match request.timeout {
             None => self.infer_across_brokers(request).await,

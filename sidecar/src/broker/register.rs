@@ -75,6 +75,7 @@ pub(super) async fn register(
 }
 
 /// Waits for the end of a registration; `None`: the model is needed.
+#[expect(clippy::wildcard_enum_match_arm, reason = "`unexpected` names every message")]
 async fn outcome(
     opened: &mut Opened,
     this: CallId,
@@ -109,6 +110,7 @@ fn unexpected(message: FromBroker) -> RegisterError {
     })
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "`unexpected` names every message")]
 async fn upload(opened: &mut Opened, this: CallId, model: &ModelSource) -> Result<(), RegisterError> {
     let failed = |reason: String| RegisterError::Refused(Refusal::UploadFailed { reason: reason.into() });
     if model.files.is_empty() {

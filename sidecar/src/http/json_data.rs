@@ -209,8 +209,8 @@ pub fn no_json(name: &str, dtype: DType) -> Failure {
     ))
 }
 
-fn integer(mut out: &mut Vec<u8>, number: impl serde::Serialize) -> bool {
-    serde_json::to_writer(&mut out, &number).is_ok()
+fn integer(out: &mut Vec<u8>, number: impl serde::Serialize) -> bool {
+    serde_json::to_writer(out, &number).is_ok()
 }
 
 fn list<const N: usize>(

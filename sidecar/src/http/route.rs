@@ -192,9 +192,10 @@ mod tests {
 
     #[test]
     fn a_name_is_decoded() {
-        let name = |path| match route(&Method::GET, path).unwrap() {
-            Call::Model { name, .. } => name.into_owned(),
-            other => panic!("{other:?}"),
+        let name = |path| {
+            let call = route(&Method::GET, path).unwrap();
+            let Call::Model { name, .. } = call else { panic!("{call:?}") };
+            name.into_owned()
         };
         assert_eq!(name("/v2/models/team%2Fresnet"), "team/resnet");
         assert_eq!(name("/v2/models/100%"), "100%");

@@ -116,12 +116,7 @@ impl Function {
     /// What the model takes and gives; before the function was ever ready, a failure that says why not.
     pub fn known(&self) -> Result<Arc<Known>, Failure> {
         let broker = self.broker().ok_or_else(not_attached)?;
-        broker.known().ok_or_else(|| {
-            Failure::Infer(match broker.state() {
-                crate::broker::FunctionState::Rejected(refusal) => InferError::Refused(refusal),
-                state => InferError::NotReady(state),
-            })
-        })
+        broker.known().ok_or_else(|| Failure::Infer(broker.state().into()))
     }
 
     /// Checks that a request means this model.
