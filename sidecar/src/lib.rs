@@ -5,7 +5,9 @@
 
 #![warn(missing_docs)]
 
+pub mod app;
 pub mod broker;
+pub mod config;
 pub mod failure;
 pub mod grpc;
 pub mod http;

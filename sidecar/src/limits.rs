@@ -80,6 +80,10 @@ pub const HTTP1_HEADERS_MAX: usize = 100;
 pub const HEAVY_BYTES: usize = 256 << 10;
 /// Heavy bodies worked on at one time.
 pub const HEAVY_THREADS_MAX: usize = 2;
+/// Threads for what may block: files, name look-ups, heavy bodies.
+pub const BLOCKING_THREADS_MAX: usize = 6;
+/// Request bodies of the largest size that may be in memory together.
+pub const BODIES_OF_MAX_SIZE: usize = 4;
 /// What a client that is told to come back should wait, in seconds.
 pub const RETRY_AFTER_S: u64 = 1;
 /// Idle connections kept to the handler behind the sidecar.

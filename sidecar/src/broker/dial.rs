@@ -31,7 +31,7 @@ impl std::fmt::Display for Target {
 }
 
 /// Wanted sizes of the two halves of the slab.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlabSizes {
     /// For inputs.
     pub request: Bytes,

@@ -1,0 +1,159 @@
+//! What can be configured: a TOML file, and `FAASWAP_` variables over it. Every mistake is reported at once.
+//!
+//! The files that are named are not opened here; that they exist is checked, because a wrong path is the mistake that
+//! people make most.
+
+mod read;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ::config::{Config, Environment, File, FileFormat};
+use faaswap_protocol::{Bytes, FunctionName, Late, Priority, Slo};
+use http::uri::Authority;
+
+use self::read::Reader;
+use crate::{
+    broker::{SlabSizes, Target},
+    model::ModelRef,
+};
+
+/// All mistakes of a configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration has {} mistake(s):\n  {}", .0.len(), .0.join("\n  "))]
+pub struct ConfigError(pub Vec<String>);
+
+/// The sidecar's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Where the broker listens: `broker_addr` if set, else `broker_socket`.
+    pub broker: Target,
+    /// The function's name on the node.
+    pub function: FunctionName,
+    /// What clients call the model; the function's name where absent.
+    pub model_name: String,
+    /// Its model.
+    pub model: ModelRef,
+    /// The objective for its latency.
+    pub slo: Slo,
+    /// Whether somebody waits.
+    pub priority: Priority,
+    /// What to do with late requests.
+    pub late: Late,
+    /// Port for clients.
+    pub listen: SocketAddr,
+    /// Port for operators; absent: none.
+    pub metrics_listen: Option<SocketAddr>,
+    /// The handler behind the sidecar.
+    pub upstream: Option<Authority>,
+    /// Wanted sizes of the slab.
+    pub slab: SlabSizes,
+    /// Longest request body.
+    pub body_max: Bytes,
+    /// How long new connections are taken after SIGTERM.
+    pub drain_grace: Duration,
+    /// Which log lines are written.
+    pub log: String,
+    /// How they are written.
+    pub log_format: LogFormat,
+    /// `FAASWAP_` variables that mean nothing to the sidecar: worth a warning, no mistake, since pods inherit them.
+    pub ignored: Vec<String>,
+}
+
+/// `FAASWAP_CONFIG` names the file: it is read before everything else, in `main`.
+const FILE_KEY: &str = "config";
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For collectors.
+    Json,
+}
+
+impl Settings {
+    /// Reads the file, where one is named, and the environment.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut text = String::new();
+        if let Some(path) = file {
+            text = std::fs::read_to_string(path)
+                .map_err(|e| ConfigError(vec![format!("{} cannot be read: {e}", path.display())]))?;
+        }
+        Self::from_parts(&text, Environment::with_prefix("FAASWAP"))
+    }
+
+    fn from_parts(text: &str, environment: Environment) -> Result<Self, ConfigError> {
+        let build = |builder: ::config::ConfigBuilder<::config::builder::DefaultState>| {
+            builder.build().map_err(|error| ConfigError(vec![error.to_string()]))
+        };
+        let file = build(Config::builder().add_source(File::from_str(text, FileFormat::Toml)))?;
+        let environment = build(Config::builder().add_source(environment.prefix_separator("_")))?;
+        let merged = build(Config::builder().add_source(file.clone()).add_source(environment.clone()))?;
+        let mut reader = Reader::new(&merged);
+        let settings = Self::read(&mut reader);
+        reader.refuse_unknown(&file);
+        let ignored = reader.unknown(&environment).into_iter().filter(|key| key != FILE_KEY).collect();
+        reader.finish(settings.map(|settings| Self { ignored, ..settings }))
+    }
+
+    /// `None` only where the reader has noted why.
+    fn read(from: &mut Reader) -> Option<Self> {
+        let socket = from.text("broker_socket").unwrap_or_else(|| "/run/faaswap/broker.sock".to_owned());
+        let broker = match from.parse("broker_addr", read::host_and_port) {
+            Some(authority) => Target::Address(authority.to_string()),
+            None => Target::Socket(PathBuf::from(socket)),
+        };
+        let function = from.required("function", |text| text.parse::<FunctionName>().map_err(|e| e.to_string()));
+        let model_name = from.text("model_name");
+        let data = from.list("model_data");
+        let model = from.required("model", |text| read::model(text, data));
+        let deadline = from.number("slo_ms", 1..=3_600_000).unwrap_or(1000);
+        let percentile = from.parse("slo_percentile", read::percentile).unwrap_or(9800);
+        let priority = from.one_of("priority", &[("latency", Priority::Latency), ("batch", Priority::Batch)]);
+        let late = from.one_of("late", &[("serve", Late::Serve), ("refuse", Late::Refuse)]);
+        let listen = from.parse("listen", read::address).unwrap_or(SocketAddr::from(([0, 0, 0, 0], 9463)));
+        let metrics_listen = from.parse("metrics_listen", read::address_or_off);
+        let upstream = from.parse("upstream", read::upstream);
+        let slab = SlabSizes {
+            request: Bytes::mib(from.number("slab_request_mib", 1..=1023).unwrap_or(64)),
+            response: Bytes::mib(from.number("slab_response_mib", 1..=1023).unwrap_or(64)),
+        };
+        if slab.request.get() + slab.response.get() > faaswap_protocol::limits::SLAB_BYTES_MAX.get() {
+            from.mistake(format!(
+                "slab_request_mib + slab_response_mib: {} + {} is more than the {} that a slab may have",
+                slab.request,
+                slab.response,
+                faaswap_protocol::limits::SLAB_BYTES_MAX
+            ));
+        }
+        let body_max = Bytes::mib(from.number("body_mib_max", 1..=1024).unwrap_or(64));
+        let drain_grace = Duration::from_millis(from.number("drain_grace_ms", 0..=600_000).unwrap_or(1000));
+        let log = from.parse("log", read::log_filter).unwrap_or_else(|| "info".to_owned());
+        let log_format = from.one_of("log_format", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
+        let function = function?;
+        Some(Self {
+            broker,
+            model_name: model_name.unwrap_or_else(|| function.to_string()),
+            function,
+            model: model?,
+            slo: Slo { deadline: Duration::from_millis(deadline), percentile },
+            priority: priority.unwrap_or_default(),
+            late: late.unwrap_or_default(),
+            listen,
+            metrics_listen: metrics_listen.unwrap_or(Some(SocketAddr::from(([0, 0, 0, 0], 9465)))),
+            upstream,
+            slab,
+            body_max,
+            drain_grace,
+            log,
+            log_format: log_format.unwrap_or(LogFormat::Text),
+            ignored: Vec::new(),
+        })
+    }
+}

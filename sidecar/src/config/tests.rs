@@ -1,0 +1,118 @@
+//! What configurations are taken for, and what is said of wrong ones.
+
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
+    let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    Settings::from_parts(text, Environment::with_prefix("FAASWAP").source(Some(variables)))
+}
+
+fn digest() -> String {
+    format!("sha256:{}", "ab".repeat(32))
+}
+
+fn with(text: &str) -> Settings {
+    load(&format!("function = \"team/f\"\nmodel = \"{}\"\n{text}", digest()), &[]).unwrap()
+}
+
+#[test]
+fn a_function_and_a_model_are_all_that_must_be_said() {
+    let settings = with("");
+    assert_eq!(settings.broker, Target::Socket("/run/faaswap/broker.sock".into()));
+    assert_eq!(settings.model_name, "team/f");
+    assert_eq!(settings.slo, Slo { deadline: Duration::from_secs(1), percentile: 9800 });
+    assert_eq!((settings.priority, settings.late), (Priority::Latency, Late::Serve));
+    assert_eq!(settings.listen, "0.0.0.0:9463".parse().unwrap());
+    assert_eq!(settings.metrics_listen, Some("0.0.0.0:9465".parse().unwrap()));
+    assert_eq!(settings.upstream, None);
+    assert_eq!(settings.ignored, Vec::<String>::new());
+}
+
+#[test]
+fn the_environment_wins_over_the_file_and_says_everything_that_the_file_can() {
+    let digest = digest();
+    let variables = [
+        ("FAASWAP_BROKER_ADDR", "10.0.0.1:9470"),
+        ("FAASWAP_FUNCTION", "g"),
+        ("FAASWAP_MODEL", &digest),
+        ("FAASWAP_MODEL_NAME", "resnet"),
+        ("FAASWAP_SLO_MS", "50"),
+        ("FAASWAP_SLO_PERCENTILE", "99.5"),
+        ("FAASWAP_PRIORITY", "batch"),
+        ("FAASWAP_LATE", "refuse"),
+        ("FAASWAP_LISTEN", "127.0.0.1:0"),
+        ("FAASWAP_METRICS_LISTEN", "off"),
+        ("FAASWAP_UPSTREAM", "http://127.0.0.1:8082"),
+        ("FAASWAP_SLAB_REQUEST_MIB", "8"),
+        ("FAASWAP_SLAB_RESPONSE_MIB", "4"),
+        ("FAASWAP_BODY_MIB_MAX", "3"),
+        ("FAASWAP_SERVICE_HOST", "10.0.0.9"),
+    ];
+    let settings = load("function = \"f\"\nslo_ms = 7", &variables).unwrap();
+    assert_eq!(settings.broker, Target::Address("10.0.0.1:9470".into()));
+    assert_eq!(settings.function.as_str(), "g");
+    assert_eq!(settings.model_name, "resnet");
+    assert_eq!(settings.slo, Slo { deadline: Duration::from_millis(50), percentile: 9950 });
+    assert_eq!((settings.priority, settings.late), (Priority::Batch, Late::Refuse));
+    assert_eq!(settings.metrics_listen, None);
+    assert_eq!(settings.upstream.unwrap(), "127.0.0.1:8082");
+    assert_eq!((settings.slab.request, settings.slab.response), (Bytes::mib(8), Bytes::mib(4)));
+    assert_eq!(settings.body_max, Bytes::mib(3));
+    assert_eq!(settings.ignored, ["service_host"], "kubernetes sets such variables; they are no mistake");
+}
+
+#[test]
+fn all_mistakes_are_reported_at_once() {
+    let text = "model = \"/nowhere/m.onnx\"\nslo_ms = 0\nslo_percentile = \"100\"\npriority = \"high\"\nlate = 3\n\
+                listen = \"9463\"\nmetrics_listen = \"x\"\nupstream = \"https://h:1\"\nbroker_addr = \"nohost\"\n\
+                slab_request_mib = 1000\nslab_response_mib = 1000\nbody_mib_max = -1\nlog = \"=x=\"\ncolour = \"red\"";
+    let mistakes = load(text, &[]).unwrap_err().0;
+    let all = mistakes.join("\n");
+    for expected in [
+        "function is not set; set it in the file or as FAASWAP_FUNCTION",
+        "model: '/nowhere/m.onnx' is neither",
+        "slo_ms: '0' is no whole number from 1",
+        "slo_percentile: '100' is no percentile",
+        "priority: 'high' is none of latency, batch",
+        "late: '3' is none of serve, refuse",
+        "listen: '9463' is no address",
+        "metrics_listen: 'x' is no address",
+        "upstream: 'https://h:1' is no host:port",
+        "broker_addr: 'nohost' is no host:port",
+        "slab_request_mib + slab_response_mib",
+        "body_mib_max: '-1'",
+        "log: '=x='",
+        "colour is no setting; there are: body_mib_max,",
+    ] {
+        assert!(all.contains(expected), "{expected} is missing in:\n{all}");
+    }
+    assert_eq!(mistakes.len(), 14, "{all}");
+}
+
+#[test]
+fn a_model_is_a_digest_a_file_with_its_data_or_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let graph = folder.path().join("m.onnx");
+    std::fs::write(&graph, b"graph").unwrap();
+    let model = |path: &Path, more: &str| load(&format!("function='f'\nmodel='{}'\n{more}", path.display()), &[]);
+    assert_eq!(model(folder.path(), "").unwrap().model, ModelRef::Folder(folder.path().to_owned()));
+    let data = vec!["a.bin".to_owned(), "b.bin".to_owned()];
+    for list in ["model_data = [\"a.bin\", \"b.bin\"]", "model_data = \"a.bin, b.bin\""] {
+        assert_eq!(model(&graph, list).unwrap().model, ModelRef::File { graph: graph.clone(), data: data.clone() });
+    }
+    let short = load("function='f'\nmodel='sha256:12'", &[]).unwrap_err().to_string();
+    assert!(short.contains("64 hexadecimal digits"), "{short}");
+}
+
+#[test]
+fn a_percentile_has_two_decimals_at_most() {
+    assert_eq!(read::percentile("98"), Ok(9800));
+    assert_eq!(read::percentile("99.9"), Ok(9990));
+    assert_eq!(read::percentile("99.99"), Ok(9999));
+    assert_eq!(read::percentile("0.01"), Ok(1));
+    for bad in ["0", "100", "99.999", "-1", "+1", "x", "", "9.x", "700.00"] {
+        assert!(read::percentile(bad).is_err(), "{bad}");
+    }
+}
