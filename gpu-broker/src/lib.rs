@@ -1,1 +1,17 @@
-//! Placeholder.
+//! The broker of one node: functions register, requests come, and this is where it is seen to that they are run.
+//!
+//! [`serve`] is the process; its loop is the one place where deciding (`scheduler`) and touching (`device`, `engine`)
+//! meet. Settings are in [`config`], models on disk and in host memory in [`store`].
+
+mod admin;
+pub mod config;
+mod core;
+mod frames;
+mod lane;
+pub mod limits;
+mod load;
+mod mailbox;
+pub mod serve;
+mod socket;
+pub mod store;
+pub mod telemetry;

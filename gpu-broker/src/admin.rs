@@ -1,0 +1,77 @@
+//! The operators' port: health, metrics, and lists of what is there.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot, watch},
+};
+
+use crate::{core::Report, telemetry::Telemetry};
+
+/// Most questions to the loop that wait.
+pub(crate) const QUESTIONS_MAX: usize = 16;
+
+#[derive(Clone)]
+struct Shared {
+    telemetry: Arc<Telemetry>,
+    ready: watch::Receiver<bool>,
+    asks: mpsc::Sender<oneshot::Sender<Report>>,
+}
+
+/// Serves until the process ends.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    telemetry: Arc<Telemetry>,
+    ready: watch::Receiver<bool>,
+    asks: mpsc::Sender<oneshot::Sender<Report>>,
+) {
+    let app = Router::new()
+        .route("/livez", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/v1/functions", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.functions)).await))
+        .route("/v1/models", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.models)).await))
+        .route("/v1/devices", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.devices)).await))
+        .with_state(Shared { telemetry, ready, asks });
+    if let Err(error) = axum::serve(listener, app).await {
+        tracing::error!(%error, "the admin port is closed");
+    }
+}
+
+async fn readyz(State(shared): State<Shared>) -> Response {
+    if *shared.ready.borrow() {
+        "ready\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "starting or draining\n").into_response()
+    }
+}
+
+async fn metrics(State(shared): State<Shared>) -> Response {
+    // Asking for a report brings the gauges up to date.
+    if ask(&shared).await.is_none() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "ending\n").into_response();
+    }
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], shared.telemetry.text()).into_response()
+}
+
+async fn list<T: IntoResponse>(shared: Shared, part: impl FnOnce(Report) -> T) -> Response {
+    match ask(&shared).await {
+        Some(report) => part(report).into_response(),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "ending\n").into_response(),
+    }
+}
+
+async fn ask(shared: &Shared) -> Option<Report> {
+    let (answer, asked) = oneshot::channel();
+    shared.asks.send(answer).await.ok()?;
+    asked.await.ok()
+}

@@ -1,0 +1,217 @@
+//! What can be configured: a TOML file, and `FAASWAP_` variables over it. Every mistake is reported at once.
+
+mod read;
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use config::{Config, Environment, File, FileFormat};
+use faaswap_protocol::Bytes;
+
+use self::read::Reader;
+
+/// All mistakes of a configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration has {} mistake(s):\n  {}", .0.len(), .0.join("\n  "))]
+pub struct ConfigError(pub Vec<String>);
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSettings {
+    /// For logs and metrics.
+    pub name: String,
+    /// Memory for weights.
+    pub memory: Bytes,
+    /// Unit in which it is given out.
+    pub chunk: Bytes,
+    /// Speed of the link; as fast as the machine can where absent.
+    pub link_mib_per_s: Option<u64>,
+    /// Models that run at a time.
+    pub lanes: u16,
+}
+
+/// The broker's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Unix socket for sidecars.
+    pub socket: PathBuf,
+    /// Its mode: who may connect.
+    pub socket_mode: u32,
+    /// Port for peers that cannot pass file descriptors; absent: none.
+    pub tcp_listen: Option<SocketAddr>,
+    /// Port for operators: health, metrics, lists.
+    pub admin_listen: Option<SocketAddr>,
+    /// Folder for models on disk.
+    pub store_dir: PathBuf,
+    /// Most bytes of models in that folder.
+    pub store_max: Bytes,
+    /// Folder in memory (a tmpfs) for weights.
+    pub memory_dir: PathBuf,
+    /// Most bytes of weights there.
+    pub host_memory: Bytes,
+    /// ONNX Runtime's shared library.
+    pub onnxruntime: PathBuf,
+    /// Threads that work on one run.
+    pub threads_per_run: usize,
+    /// Most scratch memory of all runs together.
+    pub scratch_max: Bytes,
+    /// Largest model that may be uploaded.
+    pub model_max: Bytes,
+    /// Largest slab that a connection gets, both halves together.
+    pub slab_max: Bytes,
+    /// Most functions on this node.
+    pub functions_max: usize,
+    /// Most waiting requests of one function.
+    pub function_queue_max: usize,
+    /// Most waiting requests.
+    pub node_queue_max: usize,
+    /// How long a model stays loaded after its last function has gone.
+    pub keep_warm: Duration,
+    /// How long preparing one model may take.
+    pub prepare_within: Duration,
+    /// Models that are prepared at a time.
+    pub prepare_parallel: usize,
+    /// How long requests may take to end after SIGTERM.
+    pub drain_within: Duration,
+    /// The devices.
+    pub devices: Vec<DeviceSettings>,
+}
+
+const DEVICE_KEYS: &[&str] = &["name", "memory", "chunk", "link_mib_per_s", "lanes"];
+
+impl Settings {
+    /// Reads the file, where one is named, and the environment.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let mut text = String::new();
+        if let Some(path) = file {
+            text = std::fs::read_to_string(path)
+                .map_err(|e| ConfigError(vec![format!("{} cannot be read: {e}", path.display())]))?;
+        }
+        Self::from_parts(&text, Environment::with_prefix("FAASWAP"))
+    }
+
+    fn from_parts(text: &str, environment: Environment) -> Result<Self, ConfigError> {
+        let build = |config: Result<Config, config::ConfigError>| config.map_err(|e| ConfigError(vec![e.to_string()]));
+        let file = build(Config::builder().add_source(File::from_str(text, FileFormat::Toml)).build())?;
+        let merged = Config::builder().add_source(file.clone()).add_source(environment.prefix_separator("_"));
+        let merged = build(merged.build())?;
+        let mut reader = Reader::new(&merged);
+        let settings = Self::read(&mut reader);
+        let devices = file.get_array("device").unwrap_or_default();
+        let devices: Vec<_> = devices.into_iter().enumerate().map(|(i, value)| device(&mut reader, i, value)).collect();
+        reader.refuse_unknown(&file, &["device"]);
+        let mut settings = Self { devices, ..settings };
+        if settings.devices.is_empty() {
+            settings.devices.push(DeviceSettings::host0());
+        }
+        settings.check(&mut reader);
+        reader.finish(settings)
+    }
+
+    fn read(from: &mut Reader) -> Self {
+        let uid = rustix::process::getuid().as_raw();
+        Self {
+            socket: from.path("socket", "/run/faaswap/broker.sock"),
+            socket_mode: from.mode("socket_mode", 0o660),
+            tcp_listen: from.address("tcp_listen", None),
+            admin_listen: from.address("admin_listen", Some("127.0.0.1:9471")),
+            store_dir: from.path("store_dir", "/var/lib/faaswap"),
+            store_max: from.bytes("store_max", Bytes::mib(64 << 10)),
+            memory_dir: from.path("memory_dir", &format!("/dev/shm/faaswap-{uid}")),
+            host_memory: from.bytes("host_memory", half_of_memory()),
+            onnxruntime: from.path("onnxruntime", &library_default()),
+            threads_per_run: from.count("threads_per_run", 1, 1..=256),
+            scratch_max: from.bytes("scratch_max", Bytes::mib(4096)),
+            model_max: from.bytes("model_max", Bytes::mib(64 << 10)),
+            slab_max: from.bytes("slab_max", Bytes::mib(256)),
+            functions_max: from.count("functions_max", 4096, 1..=1 << 20),
+            function_queue_max: from.count("function_queue_max", 256, 1..=1 << 20),
+            node_queue_max: from.count("node_queue_max", 16_384, 1..=1 << 24),
+            keep_warm: from.duration("keep_warm", Duration::from_secs(60)),
+            prepare_within: from.duration("prepare_within", Duration::from_secs(600)),
+            prepare_parallel: from.count("prepare_parallel", processors().div_ceil(2), 1..=256),
+            drain_within: from.duration("drain_within", Duration::from_secs(25)),
+            devices: Vec::new(),
+        }
+    }
+
+    fn check(&self, reader: &mut Reader) {
+        let page = Bytes::of_len(rustix::param::page_size());
+        for (i, device) in self.devices.iter().enumerate() {
+            if self.devices[..i].iter().any(|other| other.name == device.name) {
+                reader.mistake(format!("two devices are named {}", device.name));
+            }
+            if device.chunk == Bytes::ZERO || !device.chunk.get().is_multiple_of(page.get()) {
+                reader.mistake(format!("device {}: chunk must be a multiple of {page}", device.name));
+            } else if device.memory < device.chunk {
+                reader.mistake(format!(
+                    "device {}: memory ({}) must hold at least one chunk ({})",
+                    device.name, device.memory, device.chunk
+                ));
+            }
+        }
+        if self.slab_max > faaswap_protocol::limits::SLAB_BYTES_MAX {
+            reader.mistake(format!("slab_max: at most {}", faaswap_protocol::limits::SLAB_BYTES_MAX));
+        }
+        if !self.onnxruntime.is_file() {
+            reader.mistake(format!(
+                "onnxruntime: {} is no file; set it (or FAASWAP_ONNXRUNTIME) to libonnxruntime.so of version {}",
+                self.onnxruntime.display(),
+                faaswap_engine::ORT_VERSION
+            ));
+        }
+    }
+}
+
+impl DeviceSettings {
+    /// What there is where nothing was configured: the processor as a device of 1 GiB.
+    fn host0() -> Self {
+        Self {
+            name: "host0".to_owned(),
+            memory: Bytes::mib(1024),
+            chunk: Bytes::mib(2),
+            link_mib_per_s: None,
+            lanes: 1,
+        }
+    }
+}
+
+fn device(reader: &mut Reader, index: usize, value: config::Value) -> DeviceSettings {
+    let default = DeviceSettings::host0();
+    let Ok(table) = value.into_table() else {
+        reader.mistake(format!("device {index} is no table"));
+        return default;
+    };
+    let mut from = Reader::of_table(table, format!("device {index}: "));
+    let device = DeviceSettings {
+        name: from.text("name", &format!("host{index}")),
+        memory: from.bytes("memory", default.memory),
+        chunk: from.bytes("chunk", default.chunk),
+        link_mib_per_s: from.optional_count("link_mib_per_s", 1..=1 << 30).map(|n| n as u64),
+        lanes: u16::try_from(from.count("lanes", 1, 1..=64)).unwrap_or(1),
+    };
+    from.refuse_unknown_in(DEVICE_KEYS);
+    reader.take_mistakes(from);
+    device
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn half_of_memory() -> Bytes {
+    let info = rustix::system::sysinfo();
+    #[expect(clippy::useless_conversion, reason = "the width differs between targets")]
+    let total = u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit));
+    Bytes::new(total / 2)
+}
+
+fn library_default() -> String {
+    std::env::var("ORT_DYLIB_PATH").unwrap_or_else(|_| "/usr/lib/faaswap/libonnxruntime.so".to_owned())
+}
+
+#[cfg(test)]
+mod tests;

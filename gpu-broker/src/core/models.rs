@@ -1,0 +1,173 @@
+//! Models: loaded when the first function asks, kept warm for a while after the last one has gone.
+
+use std::{sync::Arc, time::Instant};
+
+use faaswap_protocol::{Bytes, CallId, FromBroker, FunctionSpec, ModelDigest, Refusal, Signature};
+use faaswap_scheduler::{DeviceId, Event, ModelId};
+
+use super::{Core, Held, Model, PeerId, charge};
+use crate::{
+    lane::BoundModel,
+    limits::{REJECTED_FOR, REJECTED_MAX},
+    load::{self, Stage},
+};
+
+/// A registration that waits for its model.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    pub(super) from: PeerId,
+    pub(super) call: CallId,
+    pub(super) spec: FunctionSpec,
+}
+
+/// A model on its way.
+#[derive(Debug)]
+pub(super) struct Loading {
+    stage: Arc<Stage>,
+    waiters: Vec<Waiter>,
+}
+
+impl Loading {
+    /// A connection waits no more.
+    pub(super) fn forget(&mut self, peer: PeerId) {
+        self.waiters.retain(|waiter| waiter.from != peer);
+    }
+}
+
+/// What loading gives: everything that runs need.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    // The sessions go before the weights that they are filled from.
+    pub(crate) bound: Vec<(DeviceId, Arc<BoundModel>)>,
+    pub(crate) held: Held,
+    pub(crate) signature: Arc<Signature>,
+    pub(crate) weights: Bytes,
+}
+
+impl Core {
+    pub(super) fn load(&mut self, digest: ModelDigest, waiter: Waiter) {
+        if let Some(loading) = self.loading.get_mut(&digest) {
+            loading.waiters.push(waiter);
+            return;
+        }
+        let stage = Arc::new(Stage::default());
+        self.loading.insert(digest, Loading { stage: Arc::clone(&stage), waiters: vec![waiter] });
+        let (loader, me) = (Arc::clone(&self.loader), self.me.clone());
+        tokio::task::spawn_local(async move {
+            let result = load::load(&loader, digest, &stage).await;
+            if let Some(core) = me.upgrade() {
+                core.borrow_mut().load_ended(digest, result);
+            }
+        });
+    }
+
+    fn load_ended(&mut self, digest: ModelDigest, result: Result<Loaded, Refusal>) {
+        self.take_ended();
+        let waiters = self.loading.remove(&digest).map(|loading| loading.waiters).unwrap_or_default();
+        for waiter in &waiters {
+            if let Some(entry) = self.peers.get_mut(&waiter.from) {
+                entry.calls -= 1;
+            }
+        }
+        match result {
+            Ok(loaded) => {
+                let model = self.add_model(digest, loaded);
+                for Waiter { from, call, spec } in waiters {
+                    // What was true when the registration came may not be so any more.
+                    match self.may_register(from, &spec) {
+                        Ok(()) => self.registered(from, call, spec, model),
+                        Err(refusal) => self.refuse_call(from, call, refusal),
+                    }
+                }
+            }
+            Err(refusal) => {
+                if matches!(refusal, Refusal::HostMemoryFull { .. }) {
+                    self.unload_all_idle();
+                }
+                if !refusal.is_passing() {
+                    self.reject(digest, refusal.clone());
+                }
+                for Waiter { from, call, .. } in waiters {
+                    self.refuse_call(from, call, refusal.clone());
+                }
+            }
+        }
+    }
+
+    fn add_model(&mut self, digest: ModelDigest, loaded: Loaded) -> ModelId {
+        self.id_next += 1;
+        let id = ModelId(u32::try_from(self.id_next & u64::from(u32::MAX)).unwrap_or(0));
+        let devices: Vec<_> = loaded.bound.iter().map(|(device, _)| *device).collect();
+        let weights = loaded.weights;
+        let model =
+            Model { digest, loaded, functions: 0, idle_since: Some(Instant::now()), on: Vec::new(), leaving: false };
+        self.models.insert(id, model);
+        self.by_digest.insert(digest, id);
+        for device in devices {
+            let charge = charge(weights, self.devices[usize::from(device.0)].device.as_ref());
+            self.happen(Event::ModelBound { model: id, device, charge });
+        }
+        id
+    }
+
+    /// The reason for which a model was rejected not long ago.
+    pub(super) fn rejection(&mut self, digest: &ModelDigest) -> Option<Refusal> {
+        let (refusal, since) = self.rejected.get(digest)?;
+        if since.elapsed() < REJECTED_FOR {
+            return Some(refusal.clone());
+        }
+        self.rejected.remove(digest);
+        None
+    }
+
+    fn reject(&mut self, digest: ModelDigest, refusal: Refusal) {
+        if self.rejected.len() >= REJECTED_MAX {
+            let oldest = self.rejected.iter().min_by_key(|(_, (_, since))| *since).map(|(digest, _)| *digest);
+            oldest.map(|digest| self.rejected.remove(&digest));
+        }
+        self.rejected.insert(digest, (refusal, Instant::now()));
+    }
+
+    pub(super) fn tell_progress(&self) {
+        for loading in self.loading.values() {
+            for waiter in &loading.waiters {
+                let stage = loading.stage.text().to_owned();
+                self.say(waiter.from, &FromBroker::Preparing { call: waiter.call, stage });
+            }
+        }
+    }
+
+    /// Unloads what nobody has used for the configured time.
+    pub(super) fn unload_idle(&mut self) {
+        let keep = self.settings.keep_warm;
+        self.unload_where(|since| since.elapsed() >= keep);
+    }
+
+    fn unload_all_idle(&mut self) {
+        self.unload_where(|_| true);
+    }
+
+    fn unload_where(&mut self, over: impl Fn(Instant) -> bool) {
+        let idle = |model: &Model| !model.leaving && model.idle_since.is_some_and(&over);
+        let gone: Vec<_> = self.models.iter().filter(|(_, model)| idle(model)).map(|(id, _)| *id).collect();
+        for id in gone {
+            if let Some(model) = self.models.get_mut(&id) {
+                model.leaving = true;
+                tracing::info!(model = ?model.digest, "unloaded: no function uses it");
+                self.by_digest.remove(&model.digest);
+            }
+            self.happen(Event::ModelRemoved { model: id });
+            self.drop_model_that_left(id);
+        }
+    }
+
+    /// Ends a model that was asked to leave once it is on no device any more.
+    pub(super) fn drop_model_that_left(&mut self, id: ModelId) {
+        if self.models.get(&id).is_some_and(|model| model.leaving && model.on.is_empty())
+            && let Some(model) = self.models.remove(&id)
+        {
+            // Taking a session down takes milliseconds that the loop does not have.
+            drop(tokio::task::spawn_blocking(move || drop(model)));
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! What operators are shown: functions, models and devices as they are now.
+
+use serde::Serialize;
+
+use super::{Core, device_id};
+
+/// One function.
+#[derive(Debug, Serialize)]
+pub(crate) struct FunctionReport {
+    name: String,
+    model: String,
+    slo_ms: f64,
+    slo_percentile: f64,
+    connections: usize,
+    answered: u64,
+    refused: u64,
+    slo_met: u64,
+}
+
+/// One model.
+#[derive(Debug, Serialize)]
+pub(crate) struct ModelReport {
+    model: String,
+    weights_bytes: u64,
+    functions: usize,
+    /// Devices that it is on, or on the way to or from.
+    on: Vec<String>,
+}
+
+/// One device.
+#[derive(Debug, Serialize)]
+pub(crate) struct DeviceReport {
+    name: String,
+    capacity_bytes: u64,
+    charged_bytes: u64,
+    mapped_bytes: u64,
+    lanes: usize,
+    lost: bool,
+}
+
+/// Everything.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) functions: Vec<FunctionReport>,
+    pub(crate) models: Vec<ModelReport>,
+    pub(crate) devices: Vec<DeviceReport>,
+}
+
+impl Core {
+    pub(crate) fn report(&mut self) -> Report {
+        self.take_ended();
+        let functions = self.functions.values().map(|function| FunctionReport {
+            name: function.spec.name.to_string(),
+            model: function.spec.model.to_string(),
+            slo_ms: function.spec.slo.deadline.as_secs_f64() * 1e3,
+            slo_percentile: f64::from(function.spec.slo.percentile) / 100.0,
+            connections: function.users,
+            answered: function.answered,
+            refused: function.refused.values().sum(),
+            slo_met: function.slo_met,
+        });
+        let name = |index: usize| self.devices[index].device.info().name.clone();
+        let models = self.models.values().map(|model| ModelReport {
+            model: model.digest.to_string(),
+            weights_bytes: model.loaded.weights.get(),
+            functions: model.functions,
+            on: model.on.iter().map(|device| name(usize::from(device.0))).collect(),
+        });
+        let devices = self.devices.iter().enumerate().map(|(index, entry)| DeviceReport {
+            name: entry.device.info().name.clone(),
+            capacity_bytes: entry.device.info().capacity.get(),
+            charged_bytes: self.scheduler.charged(device_id(index)).unwrap_or_default().0.get(),
+            mapped_bytes: entry.device.memory().mapped.get(),
+            lanes: entry.lanes.len(),
+            lost: entry.lost,
+        });
+        let (mut functions, mut models): (Vec<_>, Vec<_>) = (functions.collect(), models.collect());
+        functions.sort_by(|a, b| a.name.cmp(&b.name));
+        models.sort_by(|a, b| a.model.cmp(&b.model));
+        Report { functions, models, devices: devices.collect() }
+    }
+}

@@ -1,0 +1,48 @@
+//! The limits that no one configures: each bounds a queue, a buffer or a wait of the broker itself.
+
+use std::time::Duration;
+
+/// Most connections at a time; the next one is closed at once.
+pub const CONNECTIONS_MAX: usize = 8192;
+/// Most connections that have not said hello; the oldest of them makes room.
+pub const HALF_OPEN_MAX: usize = 256;
+/// How long a connection may take to say hello.
+pub const HELLO_WITHIN: Duration = Duration::from_secs(5);
+/// Longest message before the hello.
+pub const HELLO_BYTES_MAX: u32 = 1024;
+/// Most bytes taken from a socket in one call.
+pub const READ_BYTES: usize = 256 << 10;
+/// Most bytes that wait for a peer to read them, beyond one largest frame.
+pub const OUTBOX_BYTES_MAX: usize = 8 << 20;
+/// How long a peer may read nothing while bytes wait for it.
+pub const STALLED_AFTER: Duration = Duration::from_secs(10);
+/// How often stalled and idle things are looked for.
+pub const HOUSEKEEPING_EVERY: Duration = Duration::from_secs(1);
+/// Most functions that one connection may register.
+pub const FUNCTIONS_PER_CONNECTION_MAX: usize = 4096;
+/// Most registrations under way on one connection.
+pub const CALLS_MAX: usize = 4096;
+/// Most answers of one connection whose outputs were not released.
+pub const UNRELEASED_MAX: usize = 4096;
+/// Most bytes of inputs in flight on one connection without a slab.
+pub const INLINE_BYTES_MAX: u64 = 512 << 20;
+/// How often a registration that takes its time is told where it is.
+pub const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// Most rejected models that are remembered.
+pub const REJECTED_MAX: usize = 1024;
+/// How long a rejected model is remembered: what was at fault may have been this machine.
+pub const REJECTED_FOR: Duration = Duration::from_secs(600);
+/// Most uploads at a time on this node.
+pub const UPLOADS_MAX: usize = 4;
+/// Parts of an upload that wait to be written.
+pub const UPLOAD_PARTS_QUEUED_MAX: usize = 2;
+/// Most models that are opened (read, copied to host memory, bound) at a time.
+pub const LOADS_MAX: usize = 2;
+/// Threads for work that blocks: uploads, loads, and what the runtime does itself.
+pub const BLOCKING_THREADS_MAX: usize = UPLOADS_MAX + LOADS_MAX + 4;
+/// Longest line that the preparing process may answer.
+pub const PREPARE_ANSWER_BYTES_MAX: u64 = 64 << 10;
+/// Wanted size of the later groups of weights.
+pub const GROUP_BYTES: u64 = 8 << 20;
+/// Smallest response or request half that is given: less could not hold a tensor.
+pub const SLAB_HALF_MIN: u64 = 4096;

@@ -1,0 +1,182 @@
+//! Work on models that takes time: storing what is uploaded, preparing, copying to host memory, binding to devices.
+//!
+//! Runs beside the loop, a few at a time; the loop hears of the end.
+
+use std::{
+    os::fd::OwnedFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes as Buffer;
+use faaswap_device::Device;
+use faaswap_engine::{Bound, EngineError, Prepared, Runtime};
+use faaswap_protocol::{Bytes, Detail, ModelDigest, ModelFile, Refusal};
+use faaswap_scheduler::DeviceId;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    task::spawn_blocking,
+    time::timeout,
+};
+
+use crate::{
+    core::{Loaded, charge, device_id},
+    lane::BoundModel,
+    store::{Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files},
+};
+
+/// How long the next part of an upload may take to come.
+const PART_WITHIN: Duration = Duration::from_secs(30);
+
+/// Where a model is on its way.
+#[derive(Debug, Default)]
+pub(crate) struct Stage(AtomicU8);
+
+const STAGES: [&str; 4] = [
+    "waiting for other models to be prepared",
+    "preparing the model",
+    "waiting for other models to be loaded",
+    "loading the weights into host memory and making sessions",
+];
+
+impl Stage {
+    fn set(&self, stage: u8) {
+        self.0.store(stage, Ordering::Relaxed);
+    }
+
+    pub(crate) fn text(&self) -> &'static str {
+        STAGES.get(usize::from(self.0.load(Ordering::Relaxed))).copied().unwrap_or("under way")
+    }
+}
+
+/// What loading works with.
+#[derive(Debug)]
+pub(crate) struct Loader {
+    pub(crate) store: Store,
+    pub(crate) preparer: Preparer,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) runtime: Runtime,
+    pub(crate) devices: Vec<Arc<dyn Device>>,
+    pub(crate) uploads: Semaphore,
+    pub(crate) loads: Semaphore,
+    /// Making room in the store, and filling it, is for one at a time.
+    pub(crate) room: Mutex<()>,
+}
+
+impl Loader {
+    /// Whether the model was uploaded or prepared before.
+    pub(crate) fn has(&self, model: &ModelDigest) -> bool {
+        self.store.prepared_dir(model).exists() || self.store.contents(model).is_some()
+    }
+
+    fn open(&self, model: &ModelDigest) -> Result<Loaded, Refusal> {
+        let rejected = |e: EngineError| Refusal::ModelRejected { reason: Detail::from(e.to_string()) };
+        let prepared = Prepared::open(self.store.prepared_dir(model)).map_err(rejected)?;
+        let manifest = Arc::clone(prepared.manifest());
+        let weights = manifest.weights_bytes;
+        let fitting = self.fitting(weights)?;
+        let key = format!("{}-{}", model.hex(), weights.get());
+        let held = self.memory.hold(&key, &prepared.weights_path(), weights).map_err(|error| match error {
+            MemoryError::Full { needed, left } => Refusal::HostMemoryFull { needed, left },
+            MemoryError::Io { .. } | MemoryError::Map(_) => {
+                tracing::error!(%error, "weights could not be brought to host memory");
+                Refusal::HostMemoryFull { needed: weights, left: Bytes::ZERO }
+            }
+        })?;
+        let mut bound = Vec::new();
+        for (id, device) in fitting {
+            let made = Bound::new(&self.runtime, &prepared, Arc::clone(&device)).map_err(rejected)?;
+            bound.push((id, Arc::new(BoundModel { bound: made, device, copied_at: Mutex::default() })));
+        }
+        Ok(Loaded { bound, held, signature: Arc::new(manifest.signature.clone()), weights })
+    }
+
+    /// The devices that can hold so many weights.
+    fn fitting(&self, weights: Bytes) -> Result<Vec<(DeviceId, Arc<dyn Device>)>, Refusal> {
+        let all = self.devices.iter().enumerate();
+        let fits = |device: &Arc<dyn Device>| charge(weights, device.as_ref()) <= device.info().capacity;
+        let fitting: Vec<_> =
+            all.filter(|(_, d)| fits(d)).map(|(index, d)| (device_id(index), Arc::clone(d))).collect();
+        if fitting.is_empty() {
+            let capacity = self.devices.iter().map(|device| device.info().capacity).max().unwrap_or_default();
+            return Err(Refusal::ModelTooLarge { needed: weights, capacity });
+        }
+        Ok(fitting)
+    }
+}
+
+/// Loads a model whose files are in the store.
+pub(crate) async fn load(loader: &Arc<Loader>, model: ModelDigest, stage: &Arc<Stage>) -> Result<Loaded, Refusal> {
+    if !loader.store.prepared_dir(&model).exists() {
+        let begun = Arc::clone(stage);
+        loader.preparer.prepare(&loader.store, &model, move || begun.set(1)).await?;
+    }
+    stage.set(2);
+    let _turn = loader.loads.acquire().await.map_err(|_| Refusal::Draining)?;
+    stage.set(3);
+    let loader = Arc::clone(loader);
+    spawn_blocking(move || loader.open(&model)).await.unwrap_or(Err(Refusal::Draining))
+}
+
+/// Where an upload's bytes come from.
+#[derive(Debug)]
+pub(crate) enum Source {
+    /// Descriptors of the files.
+    Files(Vec<OwnedFd>),
+    /// Frames, as they come.
+    Parts(mpsc::Receiver<Buffer>),
+}
+
+/// Stores a model.
+pub(crate) async fn upload(
+    loader: &Arc<Loader>,
+    model: ModelDigest,
+    files: Vec<ModelFile>,
+    source: Source,
+    in_use: Vec<String>,
+) -> Result<(), Refusal> {
+    let _turn = loader.uploads.acquire().await.map_err(|_| Refusal::Draining)?;
+    let begun = {
+        let loader = Arc::clone(loader);
+        spawn_blocking(move || {
+            let _alone = loader.room.lock().unwrap_or_else(PoisonError::into_inner);
+            let size = files.iter().map(|file| file.len).sum();
+            loader.store.make_room(size, |hex| in_use.iter().any(|used| used == hex))?;
+            Upload::begin(&loader.store, model, files).map_err(Refusal::from)
+        })
+    };
+    let upload = begun.await.unwrap_or(Err(Refusal::Draining))?;
+    match source {
+        Source::Files(fds) => spawn_blocking(move || copy_files(upload, &fds))
+            .await
+            .unwrap_or_else(|_| Err(UploadError::Refused("it was interrupted".to_owned())))
+            .map_err(Refusal::from),
+        Source::Parts(parts) => take_parts(upload, parts).await,
+    }
+}
+
+async fn take_parts(mut upload: Upload, mut parts: mpsc::Receiver<Buffer>) -> Result<(), Refusal> {
+    let refuse = |reason: &str| Refusal::from(UploadError::Refused(reason.to_owned()));
+    let mut next = Buffer::new();
+    loop {
+        let (back, all_there) = spawn_blocking(move || {
+            let all_there = upload.take(&next);
+            (upload, all_there)
+        })
+        .await
+        .map_err(|_| refuse("it was interrupted"))?;
+        upload = back;
+        if all_there.map_err(Refusal::from)? {
+            break;
+        }
+        next = timeout(PART_WITHIN, parts.recv())
+            .await
+            .map_err(|_| refuse("no part of it came for 30 s"))?
+            .ok_or_else(|| refuse("the peer has gone"))?;
+    }
+    let finished = spawn_blocking(move || upload.finish()).await;
+    finished.map_err(|_| refuse("it was interrupted"))?.map_err(Refusal::from)
+}

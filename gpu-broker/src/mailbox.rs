@@ -1,0 +1,54 @@
+//! What other threads tell the loop: runs and swaps that ended.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use faaswap_device::{DeviceError, SwapReport};
+use faaswap_protocol::Span;
+use faaswap_scheduler::{DeviceId, ModelId, RequestKey};
+use tokio::sync::Notify;
+
+/// One thing that ended elsewhere.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    Run { request: RequestKey, took: Duration, outcome: Outcome },
+    SwapIn { model: ModelId, device: DeviceId, result: Result<SwapReport, DeviceError> },
+    SwapOut { model: ModelId, device: DeviceId, result: Result<(), DeviceError> },
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Answered; the spans are taken until the peer releases them.
+    Answered { outputs: Vec<Span> },
+    /// Refused, for the reason with this code.
+    Refused(&'static str),
+    /// It had been refused before it ended.
+    GivenUp,
+}
+
+/// Holds at most one entry per lane and per queued swap, which is what limits it.
+#[derive(Debug, Default)]
+pub(crate) struct Mailbox {
+    ended: Mutex<VecDeque<Ended>>,
+    wake: Notify,
+}
+
+impl Mailbox {
+    pub(crate) fn post(&self, ended: Ended) {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).push_back(ended);
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn take(&self) -> Option<Ended> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    /// Waits until something was posted. For one waiter.
+    pub(crate) async fn posted(&self) {
+        self.wake.notified().await;
+    }
+}

@@ -1,0 +1,106 @@
+//! `faaswap-broker serve`: runs the broker of this node.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use faaswap_broker::{config::Settings, limits::BLOCKING_THREADS_MAX, serve, store};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::{EnvFilter, fmt};
+
+/// The configuration is wrong: EX_USAGE of sysexits.h.
+const EXIT_CONFIG: u8 = 64;
+
+#[derive(Parser)]
+#[command(version, about = "Lets many inference functions share a node's GPUs")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serves sidecars until SIGTERM or SIGINT.
+    Serve {
+        /// Settings in TOML; FAASWAP_ variables win over it.
+        #[arg(long, env = "FAASWAP_BROKER_CONFIG")]
+        config: Option<PathBuf>,
+        /// Checks the settings and ends.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Prepares one model; started by the broker itself.
+    #[command(hide = true)]
+    Prepare,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve { config, check } => return serve_command(config, check),
+        Command::Prepare => {
+            log_to_stderr("warn");
+            store::child()
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve_command(config: Option<PathBuf>, check: bool) -> ExitCode {
+    log_to_stderr("info");
+    let settings = match Settings::load(config.as_deref()) {
+        Ok(settings) => settings,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(EXIT_CONFIG);
+        }
+    };
+    if check {
+        println!("the configuration is valid");
+        return ExitCode::SUCCESS;
+    }
+    die_with_the_first_panic();
+    match run(settings) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the broker cannot serve: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .build()?;
+    let program = std::env::current_exe()?;
+    runtime.block_on(async {
+        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stop = async move {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+        };
+        Ok(serve::serve(settings, program, stop).await?)
+    })
+}
+
+/// A panic is a bug, and what it leaves behind is not to be trusted: a restart is quick, wrong answers are not.
+fn die_with_the_first_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        std::process::abort();
+    }));
+}
+
+fn log_to_stderr(default: &str) {
+    let filter = EnvFilter::try_from_env("FAASWAP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

@@ -1,0 +1,186 @@
+//! Prepares models in a child process: the parent's side, and what the child does.
+//!
+//! The child is this same program with the argument `prepare`: a job as JSON on its standard input, the outcome as one
+//! line of JSON on its standard output. It may die of its limits; that is the model's refusal.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{self, Read},
+    path::PathBuf,
+    process::Stdio,
+    time::Duration,
+};
+
+use faaswap_engine::{
+    Runtime, RuntimeOptions,
+    prepare::{PrepareJob, PrepareLimits, limit_this_process, run},
+};
+use faaswap_protocol::{Bytes, Detail, ModelDigest, Refusal};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    process::Command,
+    sync::Semaphore,
+    time::timeout,
+};
+
+use super::Store;
+use crate::limits::{GROUP_BYTES, PREPARE_ANSWER_BYTES_MAX};
+
+/// Memory that preparing takes whatever the model: the runtime's library, its threads, folded constants.
+const MEMORY_BASE: u64 = 4 << 30;
+/// Memory per byte of the model: as it came, as it was optimized, flat, bound for the trial.
+const MEMORY_PER_BYTE: u64 = 6;
+/// Longest end of the child's complaints that is passed on.
+const COMPLAINT_BYTES_MAX: usize = 300;
+
+/// What the child is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ChildJob {
+    job: PrepareJob,
+    library: PathBuf,
+    limits: ChildLimits,
+}
+
+/// The limits that the child sets on itself.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct ChildLimits {
+    memory: Bytes,
+    cpu_time: Duration,
+    file_bytes: Bytes,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Outcome {
+    Prepared,
+    Refused(Refusal),
+}
+
+/// Starts the children, a few at a time.
+#[derive(Debug)]
+pub struct Preparer {
+    program: PathBuf,
+    library: PathBuf,
+    within: Duration,
+    free: Semaphore,
+}
+
+impl Preparer {
+    /// `program` is this broker's own.
+    pub fn new(program: PathBuf, library: PathBuf, within: Duration, parallel: usize) -> Self {
+        Self { program, library, within, free: Semaphore::new(parallel) }
+    }
+
+    /// Prepares an uploaded model, unless that was done before. `started` is called once it is this model's turn.
+    pub async fn prepare(&self, store: &Store, model: &ModelDigest, started: impl FnOnce()) -> Result<(), Refusal> {
+        let home = store.prepared_dir(model);
+        let _turn = self.free.acquire().await.map_err(|_| Refusal::Draining)?;
+        if home.exists() {
+            return Ok(());
+        }
+        started();
+        let contents = store.contents(model).ok_or_else(|| failed("its files are gone"))?;
+        let draft = store.draft().map_err(|e| failed(&e.to_string()))?;
+        let graph_file = contents.files.first().map(|file| file.path.clone()).unwrap_or_default();
+        let size = contents.size().get();
+        let job = ChildJob {
+            job: PrepareJob {
+                model_dir: store.model_dir(model),
+                graph_file,
+                out_dir: draft.clone(),
+                group_bytes: Bytes::new(GROUP_BYTES),
+            },
+            library: self.library.clone(),
+            limits: ChildLimits {
+                memory: Bytes::new(size.saturating_mul(MEMORY_PER_BYTE).saturating_add(MEMORY_BASE)),
+                cpu_time: self.within,
+                file_bytes: Bytes::new(size.saturating_mul(2).saturating_add(1 << 30)),
+            },
+        };
+        let outcome = self.run_child(&job).await;
+        let kept = match outcome {
+            Ok(Outcome::Prepared) => fs::rename(&draft, &home).map_err(|e| failed(&e.to_string())),
+            Ok(Outcome::Refused(refusal)) | Err(refusal) => Err(refusal),
+        };
+        if kept.is_err() {
+            // What is left goes at the next start at the latest.
+            let _ = fs::remove_dir_all(&draft);
+        }
+        kept
+    }
+
+    async fn run_child(&self, job: &ChildJob) -> Result<Outcome, Refusal> {
+        let text = serde_json::to_vec(job).map_err(|e| failed(&e.to_string()))?;
+        let loader: Option<(OsString, OsString)> =
+            std::env::var_os("LD_LIBRARY_PATH").map(|path| ("LD_LIBRARY_PATH".into(), path));
+        let mut child = Command::new(&self.program)
+            .arg("prepare")
+            .env_clear()
+            .envs(loader)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|e| failed(&format!("its process cannot be started: {e}")))?;
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let talk = async {
+            if let Some(mut stdin) = stdin {
+                stdin.write_all(&text).await?;
+            }
+            let mut answer = Vec::new();
+            let mut complaints = Vec::new();
+            let (out, err) = tokio::join!(
+                async {
+                    match stdout {
+                        Some(pipe) => pipe.take(PREPARE_ANSWER_BYTES_MAX).read_to_end(&mut answer).await,
+                        None => Ok(0),
+                    }
+                },
+                async {
+                    match stderr {
+                        Some(pipe) => pipe.take(PREPARE_ANSWER_BYTES_MAX).read_to_end(&mut complaints).await,
+                        None => Ok(0),
+                    }
+                }
+            );
+            out.and(err)?;
+            let status = child.wait().await?;
+            Ok::<_, io::Error>((status, answer, complaints))
+        };
+        let (status, answer, complaints) = timeout(self.within, talk)
+            .await
+            .map_err(|_| failed(&format!("it took longer than {:?}", self.within)))?
+            .map_err(|e| failed(&e.to_string()))?;
+        if let Ok(outcome) = serde_json::from_slice(&answer) {
+            return Ok(outcome);
+        }
+        let complaints = String::from_utf8_lossy(&complaints);
+        let end = complaints.len().saturating_sub(COMPLAINT_BYTES_MAX);
+        let end = complaints.ceil_char_boundary(end);
+        Err(failed(&format!("its process ended with {status}: {}", complaints[end..].trim())))
+    }
+}
+
+fn failed(reason: &str) -> Refusal {
+    Refusal::ModelRejected { reason: Detail::from(format!("preparing it failed: {reason}")) }
+}
+
+/// What the child does: sets its limits, prepares one model, says how it went.
+pub fn child() -> Result<(), String> {
+    // Without its broker nobody waits for the outcome.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(|e| e.to_string())?;
+    let mut text = String::new();
+    io::stdin().read_to_string(&mut text).map_err(|e| e.to_string())?;
+    let job: ChildJob = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+    let ChildLimits { memory, cpu_time, file_bytes } = job.limits;
+    limit_this_process(&PrepareLimits { memory, cpu_time, file_bytes }).map_err(|e| e.to_string())?;
+    let runtime = Runtime::load(&job.library, RuntimeOptions::default()).map_err(|e| e.to_string())?;
+    let outcome = match run(&runtime, &job.job) {
+        Ok(_) => Outcome::Prepared,
+        Err(error) => Outcome::Refused(error.refusal()),
+    };
+    println!("{}", serde_json::to_string(&outcome).map_err(|e| e.to_string())?);
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! What the broker counts. Every metric's name, labels and buckets stand here and nowhere else.
+
+use std::{
+    sync::atomic::{AtomicI64, AtomicU64},
+    time::Duration,
+};
+
+use faaswap_device::SwapReport;
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByFunction {
+    function: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByOutcome {
+    function: String,
+    /// `answered`, or the refusal's code.
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByResidency {
+    /// Whether the weights were there when the request was given to a lane.
+    resident: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByDevice {
+    device: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByRefusal {
+    outcome: &'static str,
+}
+
+type Level = Gauge<i64, AtomicI64>;
+
+/// All metrics of one broker.
+#[derive(Debug)]
+pub struct Telemetry {
+    registry: Registry,
+    requests: Family<ByOutcome, Counter>,
+    slo_met: Family<ByFunction, Counter>,
+    latency: Family<ByResidency, Histogram, fn() -> Histogram>,
+    registrations: Family<ByRefusal, Counter>,
+    swaps_in: Family<ByDevice, Counter>,
+    swaps_out: Family<ByDevice, Counter>,
+    swap_failures: Family<ByDevice, Counter>,
+    swapped_in: Family<ByDevice, Counter<u64, AtomicU64>>,
+    swap_in: Family<ByDevice, Histogram, fn() -> Histogram>,
+    device_used: Family<ByDevice, Level>,
+    device_capacity: Family<ByDevice, Level>,
+    /// Connections.
+    pub(crate) connections: Level,
+    /// Peers that were cut off for what they sent, or did not read.
+    pub(crate) peers_cut_off: Counter,
+    /// Functions that can be called.
+    pub(crate) functions: Level,
+    /// Models that are loaded.
+    pub(crate) models: Level,
+    /// Requests that wait for a lane.
+    pub(crate) waiting: Level,
+    /// Requests that wait or run.
+    pub(crate) in_flight: Level,
+    /// Weights in host memory.
+    pub(crate) host_weights: Level,
+}
+
+const SECONDS: [f64; 14] =
+    [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+fn seconds() -> Histogram {
+    Histogram::new(SECONDS)
+}
+
+impl Telemetry {
+    /// Nothing counted yet.
+    pub fn new() -> Self {
+        let mut t = Self {
+            registry: Registry::with_prefix("faaswap"),
+            requests: Family::default(),
+            slo_met: Family::default(),
+            latency: Family::new_with_constructor(seconds),
+            registrations: Family::default(),
+            swaps_in: Family::default(),
+            swaps_out: Family::default(),
+            swap_failures: Family::default(),
+            swapped_in: Family::default(),
+            swap_in: Family::new_with_constructor(seconds),
+            device_used: Family::default(),
+            device_capacity: Family::default(),
+            connections: Level::default(),
+            peers_cut_off: Counter::default(),
+            functions: Level::default(),
+            models: Level::default(),
+            waiting: Level::default(),
+            in_flight: Level::default(),
+            host_weights: Level::default(),
+        };
+        t.register();
+        t
+    }
+
+    fn register(&mut self) {
+        let r = &mut self.registry;
+        r.register("requests", "Requests by function and how they ended", self.requests.clone());
+        r.register("requests_slo_met", "Requests answered within the function's deadline", self.slo_met.clone());
+        let help = "From a request's arrival to its answer";
+        r.register_with_unit("request_latency", help, Unit::Seconds, self.latency.clone());
+        r.register("registrations", "Registrations by how they ended", self.registrations.clone());
+        r.register("swaps_in", "Models brought to a device", self.swaps_in.clone());
+        r.register("swaps_out", "Models taken off a device", self.swaps_out.clone());
+        r.register("swap_failures", "Swaps that failed", self.swap_failures.clone());
+        r.register_with_unit("swapped_in", "Weights copied to a device", Unit::Bytes, self.swapped_in.clone());
+        r.register_with_unit("swap_in", "Time to bring a model to a device", Unit::Seconds, self.swap_in.clone());
+        r.register_with_unit("device_used", "Device memory charged to models", Unit::Bytes, self.device_used.clone());
+        r.register_with_unit("device_capacity", "Device memory in all", Unit::Bytes, self.device_capacity.clone());
+        r.register("connections", "Open connections", self.connections.clone());
+        r.register("peers_cut_off", "Peers cut off by limits or violations", self.peers_cut_off.clone());
+        r.register("functions", "Functions that can be called", self.functions.clone());
+        r.register("models", "Models that are loaded", self.models.clone());
+        r.register("requests_waiting", "Requests that wait for a lane", self.waiting.clone());
+        r.register("requests_in_flight", "Requests that wait or run", self.in_flight.clone());
+        r.register_with_unit("host_weights", "Weights in host memory", Unit::Bytes, self.host_weights.clone());
+    }
+
+    pub(crate) fn request(&self, function: &str, outcome: &'static str) {
+        self.requests.get_or_create(&ByOutcome { function: function.to_owned(), outcome }).inc();
+    }
+
+    pub(crate) fn answered(&self, function: &str, took: Duration, resident: bool, slo_met: bool) {
+        self.request(function, "answered");
+        let resident = if resident { "true" } else { "false" };
+        self.latency.get_or_create(&ByResidency { resident }).observe(took.as_secs_f64());
+        let met = self.slo_met.get_or_create(&ByFunction { function: function.to_owned() });
+        if slo_met {
+            met.inc();
+        }
+    }
+
+    /// A function is gone: its labels go too, so that names that come and go do not fill memory.
+    pub(crate) fn forget(&self, function: &str, outcomes: impl IntoIterator<Item = &'static str>) {
+        for outcome in outcomes {
+            self.requests.remove(&ByOutcome { function: function.to_owned(), outcome });
+        }
+        self.slo_met.remove(&ByFunction { function: function.to_owned() });
+    }
+
+    pub(crate) fn registration(&self, outcome: &'static str) {
+        self.registrations.get_or_create(&ByRefusal { outcome }).inc();
+    }
+
+    pub(crate) fn swapped_in(&self, device: &str, report: &SwapReport) {
+        let device = ByDevice { device: device.to_owned() };
+        self.swaps_in.get_or_create(&device).inc();
+        self.swapped_in.get_or_create(&device).inc_by(report.copied.get());
+        self.swap_in.get_or_create(&device).observe(report.took.as_secs_f64());
+    }
+
+    pub(crate) fn swapped_out(&self, device: &str) {
+        self.swaps_out.get_or_create(&ByDevice { device: device.to_owned() }).inc();
+    }
+
+    pub(crate) fn swap_failed(&self, device: &str) {
+        self.swap_failures.get_or_create(&ByDevice { device: device.to_owned() }).inc();
+    }
+
+    pub(crate) fn device(&self, device: &str, used: u64, capacity: u64) {
+        let device = ByDevice { device: device.to_owned() };
+        self.device_used.get_or_create(&device).set(i64::try_from(used).unwrap_or(i64::MAX));
+        self.device_capacity.get_or_create(&device).set(i64::try_from(capacity).unwrap_or(i64::MAX));
+    }
+
+    /// All metrics in the OpenMetrics text format.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A number of things as a gauge's value.
+pub(crate) fn level(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
