@@ -24,14 +24,13 @@ use faaswap_scheduler::{
 };
 use tokio::sync::Notify;
 
-pub(crate) use self::{models::Loaded, peers::Next};
+pub(crate) use self::{models::Loaded, peers::Next, report::Report};
 use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
     lane::{Ask, BoundModel, Lane, Peer, Run},
     load::Loader,
     mailbox::{Ended, Mailbox, Outcome},
-    socket::Outbox,
     store::Held,
     telemetry::{Telemetry, level},
 };

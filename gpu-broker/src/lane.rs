@@ -29,6 +29,10 @@ use crate::{
     socket::Outbox,
 };
 
+/// Alignment of a tensor in a payload.
+#[expect(clippy::cast_possible_truncation, reason = "a small constant")]
+const PAYLOAD_ALIGN: usize = TENSOR_ALIGN as usize;
+
 /// A peer's slab and the books of its response half.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -251,7 +255,7 @@ fn describe(outputs: Vec<RunOutput>, taken: &[(u16, Span)]) -> (Vec<TensorSlice>
         let span = match &output.place {
             Place::Region(_) => place_of(output.index).unwrap_or(Span { offset: 0, len: 0 }),
             Place::Memory(bytes) => {
-                payload.resize(payload.len().next_multiple_of(TENSOR_ALIGN as usize), 0);
+                payload.resize(payload.len().next_multiple_of(PAYLOAD_ALIGN), 0);
                 let span = Span { offset: payload.len() as u64, len: bytes.len() as u64 };
                 payload.extend_from_slice(bytes);
                 span

@@ -66,6 +66,9 @@ pub(crate) struct Loader {
     pub(crate) room: Mutex<()>,
 }
 
+/// A device and its name in the scheduler.
+type OnDevice = (DeviceId, Arc<dyn Device>);
+
 impl Loader {
     /// Whether the model was uploaded or prepared before.
     pub(crate) fn has(&self, model: &ModelDigest) -> bool {
@@ -95,7 +98,7 @@ impl Loader {
     }
 
     /// The devices that can hold so many weights.
-    fn fitting(&self, weights: Bytes) -> Result<Vec<(DeviceId, Arc<dyn Device>)>, Refusal> {
+    fn fitting(&self, weights: Bytes) -> Result<Vec<OnDevice>, Refusal> {
         let all = self.devices.iter().enumerate();
         let fits = |device: &Arc<dyn Device>| charge(weights, device.as_ref()) <= device.info().capacity;
         let fitting: Vec<_> =

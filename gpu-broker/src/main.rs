@@ -1,6 +1,9 @@
 //! `faaswap-broker serve`: runs the broker of this node.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 use faaswap_broker::{config::Settings, limits::BLOCKING_THREADS_MAX, serve, store};
@@ -35,7 +38,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Serve { config, check } => return serve_command(config, check),
+        Command::Serve { config, check } => return serve_command(config.as_deref(), check),
         Command::Prepare => {
             log_to_stderr("warn");
             store::child()
@@ -50,9 +53,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve_command(config: Option<PathBuf>, check: bool) -> ExitCode {
+fn serve_command(config: Option<&Path>, check: bool) -> ExitCode {
     log_to_stderr("info");
-    let settings = match Settings::load(config.as_deref()) {
+    let settings = match Settings::load(config) {
         Ok(settings) => settings,
         Err(error) => {
             eprintln!("{error}");

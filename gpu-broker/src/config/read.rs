@@ -25,7 +25,7 @@ impl Reader {
         Self { table, prefix, known: BTreeSet::new(), mistakes: Vec::new() }
     }
 
-    pub(super) fn mistake(&mut self, what: String) {
+    pub(super) fn mistake(&mut self, what: impl std::fmt::Display) {
         self.mistakes.push(format!("{}{what}", self.prefix));
     }
 

@@ -31,7 +31,7 @@ impl Core {
         self.load(digest, Waiter { from, call, spec });
     }
 
-    fn may_register(&self, from: PeerId, spec: &FunctionSpec) -> Result<(), Refusal> {
+    pub(super) fn may_register(&self, from: PeerId, spec: &FunctionSpec) -> Result<(), Refusal> {
         let Some(entry) = self.peers.get(&from) else { return Err(Refusal::Cancelled) };
         if self.draining {
             return Err(Refusal::Draining);

@@ -11,7 +11,7 @@ use faaswap_scheduler::Event;
 use faaswap_slab::Slab;
 use tokio::sync::mpsc;
 
-use super::{Core, Outbox, Owner, PeerEntry, PeerId, requests::Infer};
+use super::{Core, Owner, PeerEntry, PeerId, requests::Infer};
 use crate::{
     frames::Phase,
     lane::{Peer, Shared},
