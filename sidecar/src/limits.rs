@@ -56,6 +56,10 @@ pub const HEAD_WITHIN: Duration = Duration::from_secs(95);
 pub const STREAM_ANSWERS_MAX: usize = 4;
 /// How long a client's request body may stand still.
 pub const BODY_SILENCE_MAX: Duration = Duration::from_secs(15);
+/// How long the rest of a body is read that nobody wants, so that its client sees the reply.
+pub const LINGER_WITHIN: Duration = Duration::from_secs(5);
+/// How many bytes of such a body are read.
+pub const LINGER_BYTES_MAX: usize = 256 << 20;
 /// How long a whole request body may take.
 pub const BODY_WITHIN: Duration = Duration::from_secs(120);
 /// How long an HTTP/2 client may leave a ping unanswered.

@@ -14,16 +14,18 @@ use std::{
 use bytes::Bytes;
 use faaswap_protocol::{
     FromBroker, FunctionId, Refusal, RequestId, Span, TensorSlice, Timing, ToBroker,
-    limits::{MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, TENSOR_ALIGN},
+    limits::{MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX},
 };
-use faaswap_slab::Slab;
+use faaswap_slab::{Region, Slab, SlabError};
 use tokio::{
     sync::{Notify, oneshot},
     time::{Duration, Instant, timeout_at},
 };
 
 use super::{
-    InferAnswer, InferRequest, OutputTensor,
+    InferAnswer, InferRequest,
+    answer::{self, Release},
+    draft::{Draft, Layout, pad},
     room::{NoPlace, Place, Room, Waiting},
     socket::{Frames, LinkError, Socket, Writer},
 };
@@ -67,12 +69,12 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(function: FunctionId, socket: Arc<Socket>, slab: Option<Slab>) -> Arc<Self> {
-        let slots = slab.as_ref().map(|slab| faaswap_slab::SlotAllocator::new(0, slab.layout().request.get()));
+        let half = slab.as_ref().map(|slab| slab.layout().request.get());
         Arc::new(Self {
             function,
             slab,
             writer: Writer::new(socket),
-            room: Room::new(slots),
+            room: Room::new(half),
             pending: Mutex::new(Some(HashMap::new())),
             request_next: AtomicU64::new(1),
             retired: Notify::new(),
@@ -97,6 +99,27 @@ impl Link {
         }
     }
 
+    /// Takes room for inputs of these sizes whose bytes are still to come, if there is some at once.
+    pub(super) fn draft(self: &Arc<Self>, layout: Layout) -> Option<Draft> {
+        let slab = self.slab.as_ref()?;
+        let place = self.room.take_for_draft(layout.total)?;
+        let place = PlaceGuard { link: Arc::clone(self), place: Some(place) };
+        let region = slab.request_region(place.slot()?).ok()?;
+        Some(Draft { link: Arc::clone(self), place, layout, region })
+    }
+
+    /// Sends a request whose inputs were drafted here, and waits for its answer.
+    pub(super) async fn infer_drafted(
+        self: &Arc<Self>,
+        request: &InferRequest,
+        draft: Draft,
+        deadline: Option<Instant>,
+    ) -> Result<InferAnswer, Attempt> {
+        let start = draft.place.slot().map_or(0, |slot| slot.offset);
+        let inputs = slices(request, &draft.layout, start);
+        self.exchange(draft.place, request, inputs, &[], deadline).await
+    }
+
     /// Sends one request and waits for its answer.
     pub(super) async fn infer(
         self: &Arc<Self>,
@@ -105,14 +128,14 @@ impl Link {
         room_until: Instant,
         waiting: &Waiting,
     ) -> Result<InferAnswer, Attempt> {
-        let sizes = Sizes::of(request);
         let size = self.slab.as_ref().map_or(u64::from(PAYLOAD_BYTES_MAX), |slab| slab.layout().request.get());
-        if sizes.total > size {
-            return Err(Attempt::TooLarge { needed: sizes.total, size });
+        let layout = Layout::of_request(request).ok_or(Attempt::TooLarge { needed: u64::MAX, size })?;
+        if layout.total > size {
+            return Err(Attempt::TooLarge { needed: layout.total, size });
         }
-        let place = match self.room.take_at_once(sizes.total) {
+        let place = match self.room.take_at_once(layout.total) {
             Some(place) => place,
-            None => timeout_at(room_until, self.room.take(sizes.total, waiting))
+            None => timeout_at(room_until, self.room.take(layout.total, waiting))
                 .await
                 .unwrap_or(Err(NoPlace::TimedOut))
                 .map_err(|no| match no {
@@ -121,19 +144,37 @@ impl Link {
                     NoPlace::TimedOut => Attempt::NoRoom,
                 })?,
         };
-        let place = PlaceGuard { link: self, place: Some(place) };
-        let (inputs, payload) = self.lay_out(request, &place, &sizes)?;
-        let (id, reply) = self.post(
-            place,
-            &ToBroker::Infer {
-                request: RequestId(self.request_next.fetch_add(1, Ordering::Relaxed)),
-                function: self.function,
-                inputs,
-                outputs: request.outputs.clone(),
-                time_left: deadline.map(|at| at.saturating_duration_since(Instant::now())),
-            },
-            &payload,
-        )?;
+        let place = PlaceGuard { link: Arc::clone(self), place: Some(place) };
+        let slot = place.slot();
+        let payload = match (&self.slab, slot) {
+            (Some(slab), Some(slot)) => {
+                let region = slab.request_region(slot).map_err(|_| Attempt::Lost)?;
+                fill(&region, request, &layout).map_err(|_| Attempt::Lost)?;
+                Vec::new()
+            }
+            (_, None) | (None, _) => pieces(request, &layout),
+        };
+        let inputs = slices(request, &layout, slot.map_or(0, |slot| slot.offset));
+        self.exchange(place, request, inputs, &payload, deadline).await
+    }
+
+    async fn exchange(
+        self: &Arc<Self>,
+        place: PlaceGuard,
+        request: &InferRequest,
+        inputs: Vec<TensorSlice>,
+        payload: &[Bytes],
+        deadline: Option<Instant>,
+    ) -> Result<InferAnswer, Attempt> {
+        let id = RequestId(self.request_next.fetch_add(1, Ordering::Relaxed));
+        let message = ToBroker::Infer {
+            request: id,
+            function: self.function,
+            inputs,
+            outputs: request.outputs.clone(),
+            time_left: deadline.map(|at| at.saturating_duration_since(Instant::now())),
+        };
+        let reply = self.post(place, id, &message, payload)?;
         let mut call = Call { link: self, id, answered: false };
         let reply = reply.await;
         call.answered = true;
@@ -144,62 +185,22 @@ impl Link {
         }
     }
 
-    /// Writes the inputs into their slot: the one copy of a request. Inline, the pieces become the payload as they are.
-    fn lay_out(
-        &self,
-        request: &InferRequest,
-        place: &PlaceGuard<'_>,
-        sizes: &Sizes,
-    ) -> Result<(Vec<TensorSlice>, Vec<Bytes>), Attempt> {
-        let slot = place.place.as_ref().and_then(|place| place.slot);
-        let start = slot.map_or(0, |slot| slot.offset);
-        let region = match (&self.slab, slot) {
-            (Some(slab), Some(slot)) => Some(slab.request_region(slot).map_err(|_| Attempt::Lost)?),
-            (_, None) | (None, _) => None,
-        };
-        let mut payload = Vec::new();
-        let mut slices = Vec::with_capacity(request.inputs.len());
-        let mut written = 0;
-        for (input, &(at, len)) in request.inputs.iter().zip(&sizes.spans) {
-            let offset = start + at;
-            slices.push(TensorSlice {
-                index: input.index,
-                dtype: input.dtype,
-                shape: input.shape.clone(),
-                span: Span { offset, len },
-            });
-            let Some(region) = &region else {
-                pad(&mut payload, at - written);
-                payload.extend(input.data.iter().cloned());
-                written = at + len;
-                continue;
-            };
-            let mut at = usize::try_from(at).unwrap_or(usize::MAX);
-            for piece in &input.data {
-                region.write(at, piece).map_err(|_| Attempt::Lost)?;
-                at = at.saturating_add(piece.len());
-            }
-        }
-        Ok((slices, payload))
-    }
-
     /// Notes the request as in flight and sends it.
     fn post(
         &self,
-        mut place: PlaceGuard<'_>,
+        mut place: PlaceGuard,
+        id: RequestId,
         message: &ToBroker,
         payload: &[Bytes],
-    ) -> Result<(RequestId, oneshot::Receiver<Reply>), Attempt> {
-        let ToBroker::Infer { request: id, .. } = *message else {
-            return Err(Attempt::Lost);
-        };
+    ) -> Result<oneshot::Receiver<Reply>, Attempt> {
         let (reply, answer) = oneshot::channel();
         {
             let mut pending = self.lock_pending();
             let Some(pending) = pending.as_mut() else {
                 return Err(Attempt::Lost);
             };
-            if let Some(place) = place.place.take() {
+            if let Some(mut place) = place.place.take() {
+                self.room.settle(&mut place);
                 pending.insert(id, Pending { place, reply: Some(reply) });
             }
         }
@@ -209,7 +210,12 @@ impl Link {
             let max = u64::from(MESSAGE_BYTES_MAX);
             return Err(Attempt::TooLarge { needed: max + 1, size: max });
         }
-        Ok((id, answer))
+        Ok(answer)
+    }
+
+    /// Sends a message that nobody waits for; on a connection that is over it goes nowhere.
+    pub(super) fn tell(&self, message: &ToBroker) {
+        let _sent = self.writer.send(message, &[]);
     }
 
     fn lock_pending(&self) -> std::sync::MutexGuard<'_, Option<HashMap<RequestId, Pending>>> {
@@ -254,7 +260,7 @@ impl Link {
                     }
                     if probed.is_none() && self.wants_probe(heard.elapsed()) {
                         probed = Some(Instant::now());
-                        let _sent = self.writer.send(&ToBroker::Ping { nonce: 1 }, &[]);
+                        self.tell(&ToBroker::Ping { nonce: 1 });
                     }
                 }
             }
@@ -269,6 +275,10 @@ impl Link {
         match message {
             FromBroker::Answer { request, outputs, timing } => self.answer(request, outputs, timing, payload),
             FromBroker::Refused { request, refusal } => {
+                if refusal == Refusal::Draining {
+                    // Before the slot is free: its inputs are still to be read back for the next broker.
+                    self.retire();
+                }
                 let pending = self.take_pending(request)?;
                 if let Some(reply) = pending {
                     let _gone = reply.send(Err(refusal));
@@ -298,40 +308,18 @@ impl Link {
         payload: &Bytes,
     ) -> Result<(), LinkError> {
         let reply = self.take_pending(request)?;
-        // From here on the answer's part of the slab is given back, whoever drops it.
-        let release = self.slab.as_ref().map(|_| Arc::new(Release { link: Arc::clone(self), request }));
-        let outputs =
-            outputs.into_iter().map(|slice| self.output(slice, payload, release.as_ref())).collect::<Result<_, _>>()?;
+        let outputs: Vec<_> = match &self.slab {
+            Some(slab) => {
+                // From here on the answer's part of the slab is given back, whoever drops it.
+                let release = Release::new(Arc::clone(self), request);
+                outputs.into_iter().map(|slice| answer::in_slab(slice, slab, &release)).collect::<Result<_, _>>()?
+            }
+            None => outputs.into_iter().map(|slice| answer::inline(slice, payload)).collect::<Result<_, _>>()?,
+        };
         if let Some(reply) = reply {
             let _gone = reply.send(Ok(InferAnswer { outputs, timing }));
         }
         Ok(())
-    }
-
-    fn output(
-        &self,
-        slice: TensorSlice,
-        payload: &Bytes,
-        release: Option<&Arc<Release>>,
-    ) -> Result<OutputTensor, LinkError> {
-        const WRONG: LinkError = LinkError::Unexpected("an output whose bytes are not where it says");
-        if slice.shape.size(slice.dtype).ok().map(faaswap_protocol::Bytes::get) != Some(slice.span.len) {
-            return Err(WRONG);
-        }
-        let data = match (&self.slab, release) {
-            (Some(slab), Some(release)) => {
-                let region = slab.response_region(slice.span)?;
-                Bytes::from_owner(Owned { region: region.into_bytes_owner(), _release: Arc::clone(release) })
-            }
-            (None, _) | (_, None) => {
-                let range = usize::try_from(slice.span.offset)
-                    .ok()
-                    .zip(slice.span.end().and_then(|end| usize::try_from(end).ok()));
-                let (start, end) = range.filter(|&(_, end)| end <= payload.len()).ok_or(WRONG)?;
-                payload.slice(start..end)
-            }
-        };
-        Ok(OutputTensor { index: slice.index, dtype: slice.dtype, shape: slice.shape, data })
     }
 
     /// Ends a request in flight: its place is free, and the caller is returned, if it still waits.
@@ -343,41 +331,20 @@ impl Link {
     }
 }
 
-/// Where each input goes, counted from the start of its slot or payload.
-struct Sizes {
-    spans: Vec<(u64, u64)>,
-    total: u64,
-}
-
-impl Sizes {
-    fn of(request: &InferRequest) -> Self {
-        let mut spans = Vec::with_capacity(request.inputs.len());
-        let mut total = 0_u64;
-        for input in &request.inputs {
-            let at = total.next_multiple_of(TENSOR_ALIGN);
-            let len = input.data.iter().map(|piece| faaswap_protocol::Bytes::of_len(piece.len()).get()).sum();
-            spans.push((at, len));
-            total = at + len;
-        }
-        Self { spans, total }
-    }
-}
-
-/// Fills the gap before an aligned tensor.
-fn pad(payload: &mut Vec<Bytes>, len: u64) {
-    static ZEROS: [u8; 64] = [0; 64];
-    if let Some(zeros) = usize::try_from(len).ok().and_then(|len| ZEROS.get(..len)) {
-        payload.push(Bytes::from_static(zeros));
-    }
-}
-
 /// Gives a place back when nothing came of it.
-struct PlaceGuard<'a> {
-    link: &'a Link,
+#[derive(Debug)]
+pub(super) struct PlaceGuard {
+    link: Arc<Link>,
     place: Option<Place>,
 }
 
-impl Drop for PlaceGuard<'_> {
+impl PlaceGuard {
+    fn slot(&self) -> Option<Span> {
+        self.place.as_ref().and_then(|place| place.slot)
+    }
+}
+
+impl Drop for PlaceGuard {
     fn drop(&mut self) {
         if let Some(place) = self.place.take() {
             self.link.room.free(place);
@@ -400,32 +367,42 @@ impl Drop for Call<'_> {
         // The broker may still read the slot: it is freed when the cancelled request is answered.
         let in_flight = self.link.lock_pending().as_mut().and_then(|all| all.get_mut(&self.id)).map(|p| p.reply = None);
         if in_flight.is_some() {
-            let _sent = self.link.writer.send(&ToBroker::Cancel { request: self.id }, &[]);
+            self.link.tell(&ToBroker::Cancel { request: self.id });
         }
     }
 }
 
-/// Tells the broker, when the last output of an answer was dropped, that its memory is free.
-#[derive(Debug)]
-struct Release {
-    link: Arc<Link>,
-    request: RequestId,
+/// What the broker is told of the inputs, which lie behind `start`.
+fn slices(request: &InferRequest, layout: &Layout, start: u64) -> Vec<TensorSlice> {
+    let slice = |(input, &(at, len)): (&super::TensorInput, &(u64, u64))| TensorSlice {
+        index: input.index,
+        dtype: input.dtype,
+        shape: input.shape.clone(),
+        span: Span { offset: start + at, len },
+    };
+    request.inputs.iter().zip(&layout.spans).map(slice).collect()
 }
 
-impl Drop for Release {
-    fn drop(&mut self) {
-        let _sent = self.link.writer.send(&ToBroker::Release { request: self.request }, &[]);
+/// Writes the inputs into their slot: the one copy of a request.
+fn fill(region: &Region, request: &InferRequest, layout: &Layout) -> Result<(), SlabError> {
+    for (input, &(at, _)) in request.inputs.iter().zip(&layout.spans) {
+        let mut at = usize::try_from(at).unwrap_or(usize::MAX);
+        for piece in &input.data {
+            region.write(at, piece)?;
+            at = at.saturating_add(piece.len());
+        }
     }
+    Ok(())
 }
 
-/// Output bytes in the slab.
-struct Owned<B> {
-    region: B,
-    _release: Arc<Release>,
-}
-
-impl<B: AsRef<[u8]>> AsRef<[u8]> for Owned<B> {
-    fn as_ref(&self) -> &[u8] {
-        self.region.as_ref()
+/// The inputs as a payload, in the pieces in which they came.
+fn pieces(request: &InferRequest, layout: &Layout) -> Vec<Bytes> {
+    let mut payload = Vec::new();
+    let mut written = 0;
+    for (input, &(at, len)) in request.inputs.iter().zip(&layout.spans) {
+        pad(&mut payload, at - written);
+        payload.extend(input.data.iter().cloned());
+        written = at + len;
     }
+    payload
 }

@@ -4,14 +4,19 @@
 //! without an answer it waits for the next one and is sent again, until its deadline. Its inputs stay with it, so a
 //! broker's death loses nothing. Whether inputs fit the model is checked before, by `infer`; here they are bytes.
 
+mod answer;
 mod dial;
+mod draft;
 mod link;
 mod register;
 mod room;
 mod socket;
 mod supervise;
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    borrow::Cow,
+    sync::{Arc, OnceLock},
+};
 
 use bytes::Bytes;
 use faaswap_protocol::{DType, FunctionSpec, Refusal, Shape, Signature, Timing};
@@ -22,9 +27,11 @@ use tokio::{
 
 pub use self::{
     dial::{SlabSizes, Target},
+    draft::Draft,
     socket::LinkError,
 };
 use self::{
+    draft::Layout,
     link::{Attempt, Link},
     room::Waiting,
 };
@@ -293,46 +300,94 @@ impl Broker {
         self.shared.waiting.count()
     }
 
+    /// Takes room in the slab for inputs of these sizes, so that they can be written there while they arrive. `None`
+    /// where that cannot be had at once: then the inputs have to be collected first.
+    pub fn draft(&self, lens: impl Iterator<Item = u64>) -> Option<Draft> {
+        let layout = Layout::of(lens)?;
+        match &*self.shared.states.borrow() {
+            FunctionState::Ready(ready) => ready.link.draft(layout),
+            FunctionState::Connecting
+            | FunctionState::Uploading
+            | FunctionState::Preparing(_)
+            | FunctionState::Rejected(_) => None,
+        }
+    }
+
     /// Asks for one inference. Dropping the future takes the request back.
     pub async fn infer(&self, request: &InferRequest) -> Result<InferAnswer, InferError> {
+        self.infer_from(request, None).await
+    }
+
+    /// Asks for one inference whose inputs were written into `draft`, in the request's order; the request holds no data.
+    pub async fn infer_drafted(&self, request: &InferRequest, draft: Draft) -> Result<InferAnswer, InferError> {
+        self.infer_from(request, Some(draft)).await
+    }
+
+    async fn infer_from(&self, request: &InferRequest, draft: Option<Draft>) -> Result<InferAnswer, InferError> {
         if self.shared.known.get().is_none() {
             return Err(self.state().into());
         }
         match request.timeout {
-            None => self.infer_across_brokers(request).await,
-            Some(limit) => tokio::time::timeout(limit, self.infer_across_brokers(request))
+            None => self.infer_across_brokers(request, draft).await,
+            Some(limit) => tokio::time::timeout(limit, self.infer_across_brokers(request, draft))
                 .await
                 .unwrap_or(Err(InferError::TimedOut(limit))),
         }
     }
 
-    async fn infer_across_brokers(&self, request: &InferRequest) -> Result<InferAnswer, InferError> {
+    async fn infer_across_brokers(
+        &self,
+        request: &InferRequest,
+        draft: Option<Draft>,
+    ) -> Result<InferAnswer, InferError> {
         let arrived = Instant::now();
         let config = &self.shared.config;
         let deadline = arrived + request.timeout.unwrap_or(config.function.slo.deadline);
         let patience = arrived + request.timeout.or(config.away_wait).unwrap_or(config.function.slo.deadline);
+        // The first time, and without a limit of its own, the function's deadline counts from the broker's clock.
+        let mut told = request.timeout.map(|_| deadline);
+        let mut request = Cow::Borrowed(request);
         let mut sends = 0;
+        if let Some(draft) = draft {
+            let (link, written) = (Arc::clone(&draft.link), draft.written());
+            match link.infer_drafted(&request, draft, told).await {
+                Ok(answer) => return Ok(answer),
+                Err(attempt) => self.may_go_on(attempt, &link, &mut sends, arrived)?,
+            }
+            let lost = |_| InferError::BrokerLost { sends };
+            request = Cow::Owned(written.read_back(&request).map_err(lost)?);
+            told = Some(deadline);
+        }
         loop {
             let link = self.link(arrived, patience).await?;
-            // The first time, and without a limit of its own, the function's deadline counts from the broker's clock.
-            let told = (sends > 0 || request.timeout.is_some()).then_some(deadline);
-            sends += 1;
             let room_until = deadline.max(patience);
-            match link.infer(request, told, room_until, &self.shared.waiting).await {
+            match link.infer(&request, told, room_until, &self.shared.waiting).await {
                 Ok(answer) => return Ok(answer),
-                Err(Attempt::Lost) if sends < SENDS_MAX => {
-                    tracing::info!(sends, "request will be sent again to the next broker");
-                }
-                Err(Attempt::Lost) => return Err(InferError::BrokerLost { sends }),
-                Err(Attempt::Refused(Refusal::Draining)) => {
-                    link.retire();
-                    sends -= 1;
-                }
-                Err(Attempt::Refused(refusal)) => return Err(InferError::Refused(refusal)),
-                Err(Attempt::WaitingFull) => return Err(InferError::WaitingFull),
-                Err(Attempt::NoRoom) => return Err(InferError::NoRoom { waited: arrived.elapsed() }),
-                Err(Attempt::TooLarge { needed, size }) => return Err(InferError::TooLarge { needed, size }),
+                Err(attempt) => self.may_go_on(attempt, &link, &mut sends, arrived)?,
             }
+            told = Some(deadline);
+        }
+    }
+
+    /// Whether a request without an answer may be sent again.
+    fn may_go_on(&self, attempt: Attempt, link: &Link, sends: &mut u32, arrived: Instant) -> Result<(), InferError> {
+        match attempt {
+            Attempt::Lost => {
+                *sends += 1;
+                if *sends >= SENDS_MAX {
+                    return Err(InferError::BrokerLost { sends: *sends });
+                }
+                tracing::info!(sends, function = %self.shared.config.function.name, "request goes to the next broker");
+                Ok(())
+            }
+            Attempt::Refused(Refusal::Draining) => {
+                link.retire();
+                Ok(())
+            }
+            Attempt::Refused(refusal) => Err(InferError::Refused(refusal)),
+            Attempt::WaitingFull => Err(InferError::WaitingFull),
+            Attempt::NoRoom => Err(InferError::NoRoom { waited: arrived.elapsed() }),
+            Attempt::TooLarge { needed, size } => Err(InferError::TooLarge { needed, size }),
         }
     }
 

@@ -48,10 +48,9 @@ pub fn request(signature: &Signature, message: ModelInferRequest) -> Result<Infe
     };
     let tensors = announced.into_iter().zip(data).map(|(announced, data)| {
         announced.expect_bytes(data.len())?;
-        let data = vec![data];
         check::binary(&announced, &data)?;
         let Announced { index, dtype, shape, .. } = announced;
-        Ok(TensorInput { index, dtype, shape, data })
+        Ok(TensorInput { index, dtype, shape, data: vec![data] })
     });
     let inputs = tensors.collect::<Result<_, Failure>>()?;
     let mut indices = Vec::with_capacity(outputs.len());

@@ -154,7 +154,7 @@ impl Calls {
         let id = message.id.clone();
         let mut request = convert::request(&known.signature, message)?;
         request.timeout = [request.timeout, limit].into_iter().flatten().min();
-        let answer = self.function.infer(&request).await?;
+        let answer = self.function.infer(&request, None).await?;
         let timing = answer.timing;
         Ok((convert::response(&self.function.model_name, id, &known.signature, answer)?, timing))
     }

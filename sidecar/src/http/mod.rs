@@ -5,6 +5,7 @@
 
 pub mod body;
 pub mod encoding;
+pub mod intake;
 pub mod json_data;
 pub mod limit;
 pub mod oip;

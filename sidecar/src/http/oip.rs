@@ -7,20 +7,19 @@ use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use faaswap_protocol::Timing;
-use http::{HeaderMap, Request, StatusCode, header};
+use http::{Request, StatusCode, header};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
 use super::{
-    body,
-    encoding::Coding,
+    body::BodyReader,
+    intake::{self, Head, TakenIn},
     reply::{self, InferReply, Reply},
-    request::{self, HEADER_LENGTH, Parsed},
+    request::Parsed,
     route::{self, Call, ModelCall},
     views,
 };
 use crate::{
-    broker::Known,
     failure::Failure,
     infer::Function,
     limits::{HEAVY_BYTES, HEAVY_THREADS_MAX},
@@ -32,7 +31,7 @@ use crate::{
 pub struct Oip {
     function: Arc<Function>,
     body_bytes_max: usize,
-    heavy: Semaphore,
+    heavy: Heavy,
 }
 
 #[derive(Serialize)]
@@ -56,7 +55,7 @@ struct ModelReady<'a> {
 impl Oip {
     /// Serves this function; no body may be longer.
     pub fn new(function: Arc<Function>, body_bytes_max: usize) -> Self {
-        Self { function, body_bytes_max, heavy: Semaphore::new(HEAVY_THREADS_MAX) }
+        Self { function, body_bytes_max, heavy: Heavy::new() }
     }
 
     /// Answers one request.
@@ -66,11 +65,15 @@ impl Oip {
         B::Error: std::fmt::Display,
     {
         let (parts, body) = request.into_parts();
+        let mut body = BodyReader::new(body, self.body_bytes_max, parts.headers.contains_key(header::EXPECT));
         let answered = match route::route(&parts.method, parts.uri.path()) {
             Ok(Call::Model { name, version, call: ModelCall::Infer }) => {
                 let began = Instant::now();
-                let outcome = match self.function.expect_model(&name, version) {
-                    Ok(()) => self.infer(&parts.headers, body).await,
+                let head = self.function.expect_model(&name, version).and_then(|()| Head::of(&parts.headers));
+                drop(name);
+                drop(parts);
+                let outcome = match head {
+                    Ok(head) => self.infer(head, &mut body).await,
                     Err(failure) => Err(failure),
                 };
                 match &outcome {
@@ -82,6 +85,7 @@ impl Oip {
             Ok(call) => self.view(call),
             Err(failure) => Err(failure),
         };
+        body.discard().await;
         answered.unwrap_or_else(|failure| reply::failure(&failure))
     }
 
@@ -134,74 +138,51 @@ impl Oip {
         reply
     }
 
-    async fn infer<B>(&self, headers: &HeaderMap, body: B) -> Result<(Reply, Timing), Failure>
+    async fn infer<B>(&self, head: Head, body: &mut BodyReader<B>) -> Result<(Reply, Timing), Failure>
     where
         B: http_body::Body<Data = Bytes> + Unpin,
         B::Error: std::fmt::Display,
     {
         let known = self.function.known()?;
         let mut lent = self.function.bodies().open();
-        let pieces = body::collect(body, self.body_bytes_max, &mut lent).await?;
-        let Parsed { request, id, outputs } = self.parse(&known, headers, pieces, &mut lent).await?;
-        let answer = self.function.infer(&request).await?;
+        let accepts = head.accepts.clone();
+        let TakenIn { parsed, draft } =
+            intake::take_in((&self.function, &self.heavy), &known, head, body, &mut lent).await?;
+        let Parsed { request, id, outputs } = parsed;
+        let answer = self.function.infer(&request, draft).await?;
         drop(request);
         drop(lent);
         let timing = answer.timing;
         let is_heavy = outputs.iter().any(|output| !output.binary)
             && answer.outputs.iter().map(|output| output.data.len()).sum::<usize>() > HEAVY_BYTES;
-        let accepts = headers.get(header::ACCEPT_ENCODING).cloned();
         let function = Arc::clone(&self.function);
         let build = move || {
             let signature = &known.signature;
             let reply: InferReply = reply::of_answer(&function.model_name, id.as_deref(), signature, &outputs, answer)?;
-            let accepts = accepts.map(|value| (header::ACCEPT_ENCODING, value)).into_iter().collect();
-            reply.finish(&accepts)
+            reply.finish(accepts.as_ref())
         };
-        let reply = if is_heavy { self.on_a_thread(build).await? } else { build()? };
+        let reply = if is_heavy { self.heavy.run(build).await? } else { build()? };
         Ok((reply, timing))
     }
+}
 
-    async fn parse(
-        &self,
-        known: &Arc<Known>,
-        headers: &HeaderMap,
-        pieces: Vec<Bytes>,
-        lent: &mut crate::infer::Lent<'_>,
-    ) -> Result<Parsed, Failure> {
-        let len = pieces.iter().map(Bytes::len).sum::<usize>();
-        let coding = Coding::of_request(headers)?;
-        if len <= HEAVY_BYTES && coding.is_none() || coding.is_none() && headers.contains_key(HEADER_LENGTH) {
-            return request::parse(&known.signature, headers, pieces);
-        }
-        let known = Arc::clone(known);
-        let bytes_max = self.body_bytes_max;
-        let headers: HeaderMap = headers
-            .get(HEADER_LENGTH)
-            .map(|len| (HEADER_LENGTH.parse(), len.clone()))
-            .into_iter()
-            .filter_map(|(name, len)| Some((name.ok()?, len)))
-            .collect();
-        let work = move || {
-            let (pieces, unpacked) = match coding {
-                Some(coding) => {
-                    let bytes = coding.unpack(pieces, bytes_max)?;
-                    let len = bytes.len();
-                    (vec![bytes], len)
-                }
-                None => (pieces, 0),
-            };
-            Ok((request::parse(&known.signature, &headers, pieces)?, unpacked))
-        };
-        let (parsed, unpacked) = self.on_a_thread(work).await?;
-        lent.take(unpacked)?;
-        Ok(parsed)
+/// Does heavy work on threads of its own, a few pieces at a time.
+#[derive(Debug)]
+pub struct Heavy {
+    turns: Semaphore,
+}
+
+impl Heavy {
+    fn new() -> Self {
+        Self { turns: Semaphore::new(HEAVY_THREADS_MAX) }
     }
 
-    async fn on_a_thread<T: Send + 'static>(
+    /// Waits for a turn, then for the work.
+    pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
-        let _turn = self.heavy.acquire().await.map_err(|error| Failure::Internal(error.to_string()))?;
+        let _turn = self.turns.acquire().await.map_err(|error| Failure::Internal(error.to_string()))?;
         tokio::task::spawn_blocking(work)
             .await
             .unwrap_or_else(|error| Err(Failure::Internal(format!("the request could not be worked on: {error}"))))

@@ -210,9 +210,10 @@ pub fn of_answer(
 
 impl InferReply {
     /// The reply as it goes out; packed where the client accepts that and it pays.
-    pub fn finish(self, accepts: &HeaderMap) -> Result<Reply, Failure> {
+    pub fn finish(self, accepts: Option<&HeaderValue>) -> Result<Reply, Failure> {
         let json_len = self.json.len();
-        let coding = if self.binary.is_none() { Coding::of_reply(accepts, json_len) } else { None };
+        let coding =
+            if self.binary.is_none() { accepts.and_then(|wanted| Coding::of_reply(wanted, json_len)) } else { None };
         let json = match coding {
             Some(coding) => coding.pack(&self.json)?,
             None => self.json.into(),

@@ -123,42 +123,178 @@ impl<'de> Deserialize<'de> for DimText {
     }
 }
 
-/// Reads a body. `pieces` are already unpacked.
-pub fn parse(signature: &Signature, headers: &HeaderMap, pieces: Vec<Bytes>) -> Result<Parsed, Failure> {
-    let len = pieces.iter().map(Bytes::len).sum::<usize>();
-    match header_length(headers, len)? {
-        None => {
-            let json = join(pieces);
-            from_json(signature, &json, Rest::default())
-        }
-        Some(0) => raw(signature, pieces, len),
-        Some(json_len) => {
-            let mut rest = Rest { len, pieces: pieces.into() };
-            let json = join(rest.take(json_len)?);
-            from_json(signature, &json, rest)
+/// The length of the JSON in front of binary tensors, as the client says it; absent: the whole body is JSON.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeaderLength(Option<Result<usize, String>>);
+
+impl HeaderLength {
+    /// As the headers say it.
+    pub fn of(headers: &HeaderMap) -> Self {
+        Self(headers.get(HEADER_LENGTH).map(|value| {
+            let text = value.to_str().unwrap_or("unreadable").trim();
+            let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            text.parse().ok().filter(|_| is_number).ok_or_else(|| text.to_owned())
+        }))
+    }
+
+    /// The number, where there is a sensible one.
+    pub fn announced(&self) -> Option<usize> {
+        self.0.as_ref()?.as_ref().ok().copied()
+    }
+
+    /// The number, if the body reaches that far.
+    pub fn within(&self, body_len: usize) -> Result<Option<usize>, Failure> {
+        let wrong = |got: &dyn std::fmt::Display| {
+            invalid(format!("inference header size should be in range (0, {body_len}), got: {got}"))
+        };
+        match &self.0 {
+            None => Ok(None),
+            Some(Ok(len)) if *len <= body_len => Ok(Some(*len)),
+            Some(Ok(len)) => wrong(len),
+            Some(Err(text)) => wrong(text),
         }
     }
 }
 
-fn header_length(headers: &HeaderMap, body_len: usize) -> Result<Option<usize>, Failure> {
-    let Some(value) = headers.get(HEADER_LENGTH) else {
-        return Ok(None);
-    };
-    let text = value.to_str().unwrap_or("unreadable").trim();
-    match text.parse::<usize>() {
-        Ok(len) if len <= body_len => Ok(Some(len)),
-        Ok(_) | Err(_) => invalid(format!("inference header size should be in range (0, {body_len}), got: {text}")),
+/// Reads a whole body. `pieces` are already unpacked.
+pub fn parse(signature: &Signature, header: &HeaderLength, pieces: Vec<Bytes>) -> Result<Parsed, Failure> {
+    let len = pieces.iter().map(Bytes::len).sum::<usize>();
+    match header.within(len)? {
+        None => plan(signature, &join(pieces))?.fill(Rest::default()),
+        Some(0) => plan_raw(signature, len)?.fill(Rest::new(pieces)),
+        Some(json_len) => {
+            let mut rest = Rest::new(pieces);
+            let json = rest.take_joined(json_len)?;
+            plan(signature, &json)?.fill(rest)
+        }
+    }
+}
+
+/// A request whose binary tensors have not been looked at.
+#[derive(Debug)]
+pub struct Plan {
+    inputs: Vec<(Announced, Source)>,
+    id: Option<String>,
+    outputs: Vec<WantedOutput>,
+    /// For the broker; empty: all.
+    indices: Vec<u16>,
+    timeout: Option<Duration>,
+}
+
+/// Where the bytes of an input come from.
+#[derive(Debug)]
+pub enum Source {
+    /// They were in the JSON.
+    Json(Bytes),
+    /// They follow behind it.
+    Body,
+}
+
+impl Plan {
+    /// The inputs in the order in which their bytes follow.
+    pub fn inputs(&self) -> &[(Announced, Source)] {
+        &self.inputs
+    }
+
+    /// Sizes of all inputs.
+    pub fn lens(&self) -> impl Iterator<Item = u64> {
+        self.inputs.iter().map(|(announced, _)| announced.bytes)
+    }
+
+    /// Checks that just the right number of bytes came behind the JSON.
+    pub fn expect_rest(&self, came: usize) -> Result<(), Failure> {
+        let follow = |(announced, source): &(Announced, Source)| match source {
+            Source::Body => announced.bytes,
+            Source::Json(_) => 0,
+        };
+        let wanted: u64 = self.inputs.iter().map(follow).sum();
+        let came = faaswap_protocol::Bytes::of_len(came).get();
+        if came < wanted {
+            return invalid(format!("{wanted} bytes of binary data were announced and {came} came"));
+        }
+        if came > wanted {
+            return invalid(format!(
+                "unexpected additional input data: {} bytes are left over after the last input",
+                came - wanted
+            ));
+        }
+        Ok(())
+    }
+
+    /// Takes the tensors out of the rest of the body.
+    pub fn fill(self, mut rest: Rest) -> Result<Parsed, Failure> {
+        self.expect_rest(rest.len)?;
+        let mut data = Vec::with_capacity(self.inputs.len());
+        for (announced, source) in &self.inputs {
+            data.push(match source {
+                Source::Json(bytes) => vec![bytes.clone()],
+                Source::Body => {
+                    let pieces = rest.take(usize::try_from(announced.bytes).unwrap_or(usize::MAX))?;
+                    pieces.iter().try_for_each(|piece| check::binary(announced, piece))?;
+                    pieces
+                }
+            });
+        }
+        Ok(self.with_data(data.into_iter()))
+    }
+
+    /// For inputs that lie in the slab already.
+    pub fn without_data(self) -> Parsed {
+        self.with_data(std::iter::repeat_with(Vec::new))
+    }
+
+    fn with_data(self, data: impl Iterator<Item = Vec<Bytes>>) -> Parsed {
+        let tensor = |((announced, _), data)| {
+            let Announced { index, dtype, shape, .. } = announced;
+            TensorInput { index, dtype, shape, data }
+        };
+        let inputs = self.inputs.into_iter().zip(data).map(tensor).collect();
+        let request = InferRequest { inputs, outputs: self.indices, timeout: self.timeout };
+        Parsed { request, id: self.id, outputs: self.outputs }
     }
 }
 
 /// The part of a body behind its JSON.
-#[derive(Default)]
-struct Rest {
+#[derive(Debug, Default)]
+pub struct Rest {
     pieces: VecDeque<Bytes>,
     len: usize,
 }
 
 impl Rest {
+    /// These pieces, one after the other.
+    pub fn new(pieces: Vec<Bytes>) -> Self {
+        Self { len: pieces.iter().map(Bytes::len).sum(), pieces: pieces.into() }
+    }
+
+    /// How many bytes there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Puts a piece behind the others.
+    pub fn push(&mut self, piece: Bytes) {
+        self.len += piece.len();
+        self.pieces.push_back(piece);
+    }
+
+    /// Takes the first piece as it is.
+    pub fn pop(&mut self) -> Option<Bytes> {
+        let piece = self.pieces.pop_front()?;
+        self.len -= piece.len();
+        Some(piece)
+    }
+
+    /// Cuts off the next `len` bytes, as one piece.
+    pub fn take_joined(&mut self, len: usize) -> Result<Bytes, Failure> {
+        Ok(join(self.take(len)?))
+    }
+
     /// Cuts off the next `len` bytes.
     fn take(&mut self, mut len: usize) -> Result<Vec<Bytes>, Failure> {
         let Some(left) = self.len.checked_sub(len) else {
@@ -192,16 +328,15 @@ fn join(mut pieces: Vec<Bytes>) -> Bytes {
     all.freeze()
 }
 
-fn raw(signature: &Signature, pieces: Vec<Bytes>, len: usize) -> Result<Parsed, Failure> {
-    let announced = check::only_input(signature, len)?;
-    check::binary(&announced, &pieces)?;
+/// A request that is nothing but the bytes of the model's only input.
+pub fn plan_raw(signature: &Signature, len: usize) -> Result<Plan, Failure> {
+    let inputs = vec![(check::only_input(signature, len)?, Source::Body)];
     let outputs = every_output(signature, true)?;
-    let Announced { index, dtype, shape, .. } = announced;
-    let input = TensorInput { index, dtype, shape, data: pieces };
-    Ok(Parsed { request: InferRequest { inputs: vec![input], outputs: Vec::new(), timeout: None }, id: None, outputs })
+    Ok(Plan { inputs, id: None, outputs, indices: Vec::new(), timeout: None })
 }
 
-fn from_json(signature: &Signature, json: &[u8], mut rest: Rest) -> Result<Parsed, Failure> {
+/// Reads the JSON of a request.
+pub fn plan(signature: &Signature, json: &[u8]) -> Result<Plan, Failure> {
     let head: Head<'_> = serde_json::from_slice(json).map_err(|error| explain(json, &error))?;
     let Some(inputs) = head.inputs else {
         return invalid("the request has no 'inputs'");
@@ -211,18 +346,11 @@ fn from_json(signature: &Signature, json: &[u8], mut rest: Rest) -> Result<Parse
     }
     let announced = inputs.iter().map(|input| announce(signature, input)).collect::<Result<Vec<_>, _>>()?;
     check::complete(signature, &announced)?;
-    let mut tensors = Vec::with_capacity(inputs.len());
-    for (input, announced) in inputs.iter().zip(announced) {
-        let data = data_of(input, &announced, &mut rest)?;
-        let Announced { index, dtype, shape, .. } = announced;
-        tensors.push(TensorInput { index, dtype, shape, data });
-    }
-    if rest.len > 0 {
-        return invalid(format!(
-            "unexpected additional input data: {} bytes are left over after the last input",
-            rest.len
-        ));
-    }
+    let inputs = inputs.iter().zip(announced).map(|(input, announced)| {
+        let source = source_of(input, &announced)?;
+        Ok((announced, source))
+    });
+    let inputs = inputs.collect::<Result<_, Failure>>()?;
     let parameters = head.parameters.unwrap_or_default();
     let outputs = wanted(signature, head.outputs.as_deref(), parameters.binary_data_output.unwrap_or(false))?;
     let indices = match head.outputs {
@@ -230,11 +358,7 @@ fn from_json(signature: &Signature, json: &[u8], mut rest: Rest) -> Result<Parse
         None => Vec::new(),
     };
     let timeout = parameters.timeout.filter(|&us| us > 0).map(Duration::from_micros);
-    Ok(Parsed {
-        request: InferRequest { inputs: tensors, outputs: indices, timeout },
-        id: head.id.filter(|id| !id.is_empty()).map(Cow::into_owned),
-        outputs,
-    })
+    Ok(Plan { inputs, id: head.id.filter(|id| !id.is_empty()).map(Cow::into_owned), outputs, indices, timeout })
 }
 
 fn announce(signature: &Signature, input: &Input<'_>) -> Result<Announced, Failure> {
@@ -242,7 +366,7 @@ fn announce(signature: &Signature, input: &Input<'_>) -> Result<Announced, Failu
     check::input(signature, &input.name, &input.datatype, &dims)
 }
 
-fn data_of(input: &Input<'_>, announced: &Announced, rest: &mut Rest) -> Result<Vec<Bytes>, Failure> {
+fn source_of(input: &Input<'_>, announced: &Announced) -> Result<Source, Failure> {
     let name = &input.name;
     let parameters = input.parameters.as_ref();
     let binary = parameters.and_then(|parameters| parameters.binary_data_size);
@@ -258,13 +382,10 @@ fn data_of(input: &Input<'_>, announced: &Announced, rest: &mut Rest) -> Result<
     match (input.data, binary) {
         (Some(_), Some(_)) => only_one("both 'data' and 'binary_data_size' are set"),
         (None, None) => only_one("none is set"),
-        (Some(json), None) => json_data::read(json.get(), announced).map(|bytes| vec![bytes]),
+        (Some(json), None) => json_data::read(json.get(), announced).map(Source::Json),
         (None, Some(size)) => {
-            let size = usize::try_from(size).unwrap_or(usize::MAX);
-            announced.expect_bytes(size)?;
-            let data = rest.take(size)?;
-            check::binary(announced, &data)?;
-            Ok(data)
+            announced.expect_bytes(usize::try_from(size).unwrap_or(usize::MAX))?;
+            Ok(Source::Body)
         }
     }
 }

@@ -55,9 +55,9 @@ pub fn input(signature: &Signature, name: &str, datatype: &str, dims: &[i64]) ->
 }
 
 /// Checks bytes that came as they are: a BOOL is 0 or 1, anything else would be undefined to the kernels.
-pub fn binary(announced: &Announced, data: &[bytes::Bytes]) -> Result<(), Failure> {
+pub fn binary(announced: &Announced, data: &[u8]) -> Result<(), Failure> {
     if announced.dtype == DType::Bool
-        && let Some(byte) = data.iter().flatten().find(|&&byte| byte > 1)
+        && let Some(byte) = data.iter().find(|&&byte| byte > 1)
     {
         return invalid(format!("input '{}' is BOOL and holds the byte {byte}, expected 0 or 1", announced.name));
     }

@@ -17,7 +17,7 @@ use std::{
 use faaswap_protocol::Timing;
 
 use crate::{
-    broker::{Broker, InferAnswer, InferError, InferRequest, Known},
+    broker::{Broker, Draft, InferAnswer, InferError, InferRequest, Known},
     failure::Failure,
     metrics::{Metrics, Protocol},
 };
@@ -135,10 +135,18 @@ impl Function {
         Ok(())
     }
 
-    /// Runs one checked request.
-    pub async fn infer(&self, request: &InferRequest) -> Result<InferAnswer, Failure> {
+    /// Takes room for inputs that are still to come; see [`Broker::draft`].
+    pub fn draft(&self, lens: impl Iterator<Item = u64>) -> Option<Draft> {
+        self.broker()?.draft(lens)
+    }
+
+    /// Runs one checked request; where there is a draft, its inputs lie there.
+    pub async fn infer(&self, request: &InferRequest, draft: Option<Draft>) -> Result<InferAnswer, Failure> {
         let broker = self.broker().ok_or_else(not_attached)?;
-        Ok(broker.infer(request).await?)
+        Ok(match draft {
+            Some(draft) => broker.infer_drafted(request, draft).await?,
+            None => broker.infer(request).await?,
+        })
     }
 
     /// Notes the end of one request, once, for statistics, metrics and the log.
