@@ -1,6 +1,7 @@
 //! `faaswap-broker serve`: runs the broker of this node.
 
 use std::{
+    io::IsTerminal,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -105,5 +106,6 @@ fn die_with_the_first_panic() {
 
 fn log_to_stderr(default: &str) {
     let filter = EnvFilter::try_from_env("FAASWAP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
 }

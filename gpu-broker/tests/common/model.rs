@@ -1,0 +1,87 @@
+//! Small models whose outputs are known without running them: matrices of small whole numbers, exact in f32.
+
+use std::path::{Path, PathBuf};
+
+use faaswap_engine::onnx::{
+    GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
+    element_of, tensor_shape_proto, type_proto,
+};
+use faaswap_protocol::DType;
+use prost::Message;
+
+/// `y = x W`, with `x` of shape `[-1, size]` and a `W` that depends on the seed.
+pub struct Linear {
+    pub size: usize,
+    pub seed: usize,
+}
+
+impl Linear {
+    fn weight(&self, row: usize, column: usize) -> f32 {
+        let mixed = (row * 31 + column * 17 + self.seed * 101 + row * column) % 7;
+        f32::from(u8::try_from(mixed).unwrap()) - 3.0
+    }
+
+    pub fn input(&self, salt: usize) -> Vec<f32> {
+        (0..self.size).map(|i| f32::from(u8::try_from((i * 13 + salt * 29) % 5).unwrap()) - 2.0).collect()
+    }
+
+    pub fn expected(&self, input: &[f32]) -> Vec<f32> {
+        let sum = |column| input.iter().enumerate().map(|(row, x)| x * self.weight(row, column)).sum();
+        (0..self.size).map(sum).collect()
+    }
+
+    pub fn proto(&self) -> ModelProto {
+        let size = i64::try_from(self.size).unwrap();
+        let values = (0..self.size).flat_map(|row| (0..self.size).map(move |column| (row, column)));
+        let raw: Vec<u8> = values.flat_map(|(row, column)| self.weight(row, column).to_le_bytes()).collect();
+        let weight = TensorProto {
+            name: Some("w".to_owned()),
+            dims: vec![size, size],
+            data_type: Some(element_of(DType::F32)),
+            raw_data: Some(raw.into()),
+            ..TensorProto::default()
+        };
+        let node = NodeProto {
+            op_type: Some("MatMul".to_owned()),
+            name: Some("product".to_owned()),
+            input: vec!["x".to_owned(), "w".to_owned()],
+            output: vec!["y".to_owned()],
+            ..NodeProto::default()
+        };
+        let graph = GraphProto {
+            name: Some("linear".to_owned()),
+            node: vec![node],
+            initializer: vec![weight],
+            input: vec![value("x", &[-1, size])],
+            output: vec![value("y", &[-1, size])],
+            ..GraphProto::default()
+        };
+        ModelProto {
+            ir_version: Some(8),
+            opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(17) }],
+            graph: Some(graph),
+            ..ModelProto::default()
+        }
+    }
+
+    pub fn write(&self, dir: &Path) -> PathBuf {
+        let path = dir.join(format!("linear-{}-{}.onnx", self.size, self.seed));
+        std::fs::write(&path, self.proto().encode_to_vec()).unwrap();
+        path
+    }
+}
+
+pub fn value(name: &str, dims: &[i64]) -> ValueInfoProto {
+    let dim = |&dim: &i64| tensor_shape_proto::Dimension {
+        value: Some(if dim < 0 {
+            tensor_shape_proto::dimension::Value::DimParam("n".to_owned())
+        } else {
+            tensor_shape_proto::dimension::Value::DimValue(dim)
+        }),
+        denotation: None,
+    };
+    let shape = Some(TensorShapeProto { dim: dims.iter().map(dim).collect() });
+    let tensor = type_proto::Tensor { elem_type: Some(element_of(DType::F32)), shape };
+    let kind = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), denotation: None };
+    ValueInfoProto { name: Some(name.to_owned()), r#type: Some(kind), ..ValueInfoProto::default() }
+}
