@@ -75,13 +75,7 @@ async fn attach(function: &Function, settings: &Settings) -> Result<(), AppError
         priority: settings.priority,
         late: settings.late,
     };
-    function.attach(Broker::start(BrokerConfig {
-        targets: vec![settings.broker.clone()],
-        function: spec,
-        model,
-        slab: settings.slab,
-        agent: concat!("faaswap-sidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
-        away_wait: None,
-    }));
+    let config = BrokerConfig { slab: settings.slab, ..BrokerConfig::new(settings.broker.clone(), spec, model) };
+    function.attach(Broker::start(config));
     Ok(())
 }

@@ -121,8 +121,8 @@ impl Settings {
         let metrics_listen = from.parse("metrics_listen", read::address_or_off);
         let upstream = from.parse("upstream", read::upstream);
         let slab = SlabSizes {
-            request: Bytes::mib(from.number("slab_request_mib", 1..=1023).unwrap_or(64)),
-            response: Bytes::mib(from.number("slab_response_mib", 1..=1023).unwrap_or(64)),
+            request: from.number("slab_request_mib", 1..=1023).map_or(SlabSizes::default().request, Bytes::mib),
+            response: from.number("slab_response_mib", 1..=1023).map_or(SlabSizes::default().response, Bytes::mib),
         };
         if slab.request.get() + slab.response.get() > faaswap_protocol::limits::SLAB_BYTES_MAX.get() {
             from.mistake(format!(

@@ -39,6 +39,13 @@ pub struct SlabSizes {
     pub response: Bytes,
 }
 
+impl Default for SlabSizes {
+    /// Memory is taken only where tensors have been, so much room costs little.
+    fn default() -> Self {
+        Self { request: Bytes::mib(64), response: Bytes::mib(64) }
+    }
+}
+
 /// An open connection that has not registered anything yet.
 #[derive(Debug)]
 pub(super) struct Opened {

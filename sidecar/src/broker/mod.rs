@@ -19,7 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use faaswap_protocol::{DType, FunctionSpec, Refusal, Shape, Signature, Timing};
+use faaswap_protocol::{DType, FunctionSpec, Refusal, Shape, ShapeError, Signature, TensorSpec, Timing};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, timeout_at},
@@ -56,6 +56,20 @@ pub struct BrokerConfig {
     /// How long a request without a timeout of its own waits for an absent broker; `None`: as long as the function's
     /// SLO deadline.
     pub away_wait: Option<Duration>,
+}
+
+impl BrokerConfig {
+    /// One broker, slab halves of 64 MiB, and patience as long as the function's deadline.
+    pub fn new(target: Target, function: FunctionSpec, model: ModelSource) -> Self {
+        Self {
+            targets: vec![target],
+            function,
+            model,
+            slab: SlabSizes::default(),
+            agent: concat!("faaswap-sidecar ", env!("CARGO_PKG_VERSION")).to_owned(),
+            away_wait: None,
+        }
+    }
 }
 
 /// How the function stands with the broker.
@@ -115,6 +129,22 @@ pub struct Known {
     pub weights: faaswap_protocol::Bytes,
 }
 
+impl Known {
+    /// Position of the input with this name.
+    pub fn input(&self, name: &str) -> Option<u16> {
+        position(&self.signature.inputs, name)
+    }
+
+    /// Position of the output with this name.
+    pub fn output(&self, name: &str) -> Option<u16> {
+        position(&self.signature.outputs, name)
+    }
+}
+
+fn position(specs: &[TensorSpec], name: &str) -> Option<u16> {
+    specs.iter().position(|spec| spec.name == name).and_then(|at| u16::try_from(at).ok())
+}
+
 /// One input of a request.
 #[derive(Clone, Debug)]
 pub struct TensorInput {
@@ -138,6 +168,28 @@ pub struct InferRequest {
     /// The caller's own time limit. With one, nobody waits longer, and the broker is told; without one the function's
     /// SLO counts, and an answer that is late is still an answer.
     pub timeout: Option<Duration>,
+}
+
+impl InferRequest {
+    /// Adds an input: little-endian, row-major bytes, which are not copied here.
+    pub fn input(mut self, index: u16, dtype: DType, dims: &[u64], data: Bytes) -> Result<Self, ShapeError> {
+        self.inputs.push(TensorInput { index, dtype, shape: Shape::new(dims)?, data: vec![data] });
+        Ok(self)
+    }
+
+    /// Asks for this output, after those asked for already; without any, all outputs come.
+    #[must_use]
+    pub fn output(mut self, index: u16) -> Self {
+        self.outputs.push(index);
+        self
+    }
+
+    /// Sets the caller's own time limit.
+    #[must_use]
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.timeout = Some(limit);
+        self
+    }
 }
 
 /// One output of an answer.

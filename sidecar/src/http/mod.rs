@@ -74,7 +74,10 @@ where
                 Box::pin(async move { Ok(upstream.pass(request).await) })
             }
             None => {
-                let failure = Failure::NotFound(format!("no such path: {}", request.uri().path()));
+                let failure = Failure::NotFound(format!(
+                    "no such path: {} (only /v2 is served here; for others no upstream is configured)",
+                    request.uri().path()
+                ));
                 Box::pin(std::future::ready(Ok(reply::failure(&failure))))
             }
         }

@@ -337,6 +337,10 @@ pub fn plan_raw(signature: &Signature, len: usize) -> Result<Plan, Failure> {
 
 /// Reads the JSON of a request.
 pub fn plan(signature: &Signature, json: &[u8]) -> Result<Plan, Failure> {
+    // An array would be taken for the fields in their order.
+    if json.trim_ascii_start().first() == Some(&b'[') {
+        return invalid("failed to parse the request JSON: expected an object, got an array");
+    }
     let head: Head<'_> = serde_json::from_slice(json).map_err(|error| explain(json, &error))?;
     let Some(inputs) = head.inputs else {
         return invalid("the request has no 'inputs'");
