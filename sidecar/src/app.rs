@@ -38,11 +38,11 @@ pub enum AppError {
 
 /// Runs the sidecar until `stop` is cancelled and what was in work has ended.
 pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), AppError> {
-    let listener = listen(settings.listen).await?;
+    let listener = listen("service", settings.listen).await?;
     let body_bytes_max = settings.body_max.as_len().unwrap_or(usize::MAX);
     let function = Function::new(settings.model_name.clone(), body_bytes_max.saturating_mul(BODIES_OF_MAX_SIZE));
     if let Some(address) = settings.metrics_listen {
-        let metrics = listen(address).await?;
+        let metrics = listen("metrics", address).await?;
         tokio::spawn(server::serve_metrics(metrics, Arc::clone(&function)));
     }
     let served = Served { function: Arc::clone(&function), body_bytes_max, upstream: settings.upstream.clone() };
@@ -56,10 +56,10 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), AppE
     Ok(())
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, AppError> {
+async fn listen(port: &str, address: SocketAddr) -> Result<TcpListener, AppError> {
     let listener = TcpListener::bind(address).await.map_err(|error| AppError::Listen { address, error })?;
     // Says the port where the configuration left it to the system.
-    tracing::info!(address = %listener.local_addr().unwrap_or(address), "listening");
+    tracing::info!(port, address = %listener.local_addr().unwrap_or(address), "listening");
     Ok(listener)
 }
 

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use faaswap_protocol::{DType, ModelDigest, Refusal, Shape};
 use faaswap_sidecar::{
-    broker::{Broker, BrokerConfig, FunctionState, InferError, InferRequest, Target, TensorInput},
+    broker::{Broker, BrokerConfig, FunctionState, InferError, InferRequest, SlabSizes, Target, TensorInput},
     model::{ModelRef, ModelSource},
 };
 use sha2::{Digest, Sha256};
@@ -76,7 +76,9 @@ async fn many_requests_are_in_flight_and_answered_apart() {
 #[tokio::test]
 async fn inputs_wait_for_room_in_the_slab() {
     let broker = FakeBroker::start(doubler());
-    let client = client(&broker).await;
+    let slab = SlabSizes { request: faaswap_protocol::Bytes::mib(2), response: faaswap_protocol::Bytes::mib(4) };
+    let client = Broker::start(BrokerConfig { slab, ..config(broker.target(), DEADLINE) });
+    client.until_ready().await.unwrap();
     broker.set_mood(Mood::Hold);
     // Three of them exceed the 2 MiB.
     let large = Arc::new(request(&vec![1.0; 200_000]));
@@ -190,13 +192,15 @@ async fn a_model_that_the_broker_lacks_is_uploaded_in_parts_over_tcp() {
 
 #[tokio::test]
 async fn a_digest_alone_cannot_be_uploaded_and_is_asked_for_again_later() {
-    let broker = FakeBroker::start(doubler());
-    broker.forget_models();
-    let client = Broker::start(config(broker.target(), DEADLINE));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.sock");
+    let first = FakeBroker::at(&path, doubler());
+    first.forget_models();
+    let client = Broker::start(config(first.target(), DEADLINE));
     let refusal = client.until_ready().await.unwrap_err();
     assert_eq!(refusal.code(), "upload_failed");
-    let again = FakeBroker::at(&broker.socket(), doubler());
-    drop(broker);
+    first.kill().await;
+    let again = FakeBroker::at(&path, doubler());
     again.until(|seen| seen.registered == 1).await;
 }
 
