@@ -1,1 +1,16 @@
-//! Placeholder.
+//! What acceptance tests, the demo and the benchmarks share: real processes, clients, made-up models, numbers.
+//!
+//! Nothing imports this crate.
+
+pub mod cache;
+pub mod demo;
+pub mod http;
+pub mod models;
+pub mod node;
+pub mod oip;
+pub mod process;
+pub mod random;
+pub mod stats;
+pub mod trouble;
+
+pub use trouble::{Result, Trouble};

@@ -17,10 +17,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("faaswap-device", &["faaswap-protocol"]),
     ("faaswap-engine", &["faaswap-protocol", "faaswap-slab", "faaswap-device"]),
     ("faaswap-sidecar", &["faaswap-protocol", "faaswap-slab"]),
-    (
-        "faaswap-broker",
-        &["faaswap-protocol", "faaswap-slab", "faaswap-scheduler", "faaswap-device", "faaswap-engine"],
-    ),
+    ("faaswap-broker", &["faaswap-protocol", "faaswap-slab", "faaswap-scheduler", "faaswap-device", "faaswap-engine"]),
     (
         "faaswap-tests",
         &[
