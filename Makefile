@@ -12,7 +12,7 @@ CARGO ?= cargo
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: fetch release ## Shows FaaSwap at work: 12 functions with real models share two host devices (about a minute after building).
+demo: fetch release ## Shows FaaSwap at work: 16 functions with real models share two small host devices (about 90 s after building).
 	@target/release/faaswap-demo
 
 test: test-rust test-python ## Runs every test that needs no GPU.

@@ -12,13 +12,19 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Result, Trouble, cache, http::Client, process::Process};
+use crate::{
+    Result, Trouble, cache,
+    http::Client,
+    process::{Process, temporary_folder},
+};
 
 /// How long a broker may take to listen.
 pub const BROKER_READY_WITHIN: Duration = Duration::from_secs(60);
 /// How long a function may take from its sidecar's start until it can be called; its model may have to be prepared, on
 /// a machine that prepares others too.
 pub const FUNCTION_READY_WITHIN: Duration = Duration::from_secs(180);
+/// Free memory below which weights are put on disk.
+const MEMORY_BYTES_MIN: u64 = 512 << 20;
 /// How long a page of ours may take.
 const PAGE_WITHIN: Duration = Duration::from_secs(10);
 /// Ports below those that the system gives to outgoing connections.
@@ -98,9 +104,8 @@ pub struct Broker {
 impl Broker {
     /// Starts one and waits until it listens.
     pub fn start(options: &BrokerOptions) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("faaswap-").tempdir()?;
-        let shm = Path::new("/dev/shm");
-        let memory = tempfile::Builder::new().prefix("faaswap-").tempdir_in(shm).or_else(|_| tempfile::tempdir())?;
+        let folder = temporary_folder(&std::env::temp_dir())?;
+        let memory = memory_folder()?;
         let admin = free_port()?;
         let tcp = options.tcp.then(free_port).transpose()?;
         let config = folder.path().join("faaswap.toml");
@@ -165,6 +170,13 @@ pub fn metric_sum(text: &str, name: &str) -> f64 {
         rest.strip_prefix(' ')?.split(' ').next()?.parse::<f64>().ok()
     });
     values.sum()
+}
+
+/// A folder in memory; on disk where a container was given too little of it.
+fn memory_folder() -> Result<TempDir> {
+    let shm = Path::new("/dev/shm");
+    let free = rustix::fs::statvfs(shm).map_or(0, |shm| shm.f_bavail.saturating_mul(shm.f_frsize));
+    if free >= MEMORY_BYTES_MIN { temporary_folder(shm) } else { temporary_folder(&std::env::temp_dir()) }
 }
 
 fn is_ready(address: SocketAddr, path: &str) -> Option<()> {

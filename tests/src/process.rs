@@ -10,6 +10,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Result, Trouble};
@@ -23,6 +24,8 @@ const EXIT_INTERRUPTED: i32 = 130;
 
 /// The processes that run now.
 static RUNNING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+/// The folders that exist as long as this program.
+static FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 fn running() -> MutexGuard<'static, Vec<Pid>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
@@ -124,6 +127,14 @@ impl Drop for Process {
     }
 }
 
+/// A folder that goes when it is dropped, or when a signal ends this program.
+pub fn temporary_folder(within: &Path) -> Result<TempDir> {
+    let made = tempfile::Builder::new().prefix("faaswap-").tempdir_in(within);
+    let folder = made.map_err(Trouble::while_doing(within.display()))?;
+    FOLDERS.lock().unwrap_or_else(PoisonError::into_inner).push(folder.path().to_owned());
+    Ok(folder)
+}
+
 /// Asks until there is an answer, within a limit.
 pub fn wait_for<T>(what: &str, within: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
@@ -156,6 +167,10 @@ pub fn end_together() -> Result<()> {
         let running = running();
         for pid in running.iter() {
             let _ended = kill_process(*pid, Signal::KILL);
+        }
+        for folder in FOLDERS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // Most are gone already, and nobody is left to be told of the others.
+            let _gone = fs::remove_dir_all(folder);
         }
         eprintln!("\ninterrupted; {} processes ended", running.len());
         std::process::exit(EXIT_INTERRUPTED);

@@ -56,7 +56,7 @@ pub fn run(options: Options) -> Result<()> {
     process::end_together()?;
     let folder = cache::root().join("target/demo");
     fs::create_dir_all(&folder)?;
-    let scratch = tempfile::Builder::new().prefix("faaswap-demo-").tempdir()?;
+    let scratch = process::temporary_folder(&std::env::temp_dir())?;
     say("writing the models of all functions");
     let plans = functions::plan(scratch.path())?;
     say("starting a broker with two host devices");
