@@ -111,7 +111,9 @@ impl Request {
         let len = ("inference-header-content-length", head.len().to_string());
         let kind = ("content-type", "application/octet-stream".to_owned());
         let data = inputs.iter().flat_map(|tensor| tensor.data.iter().copied()).collect();
-        Ok(Self { path: format!("/v2/models/{function}/infer"), headers: [len, kind], head, data })
+        // The only character of a function's name that means something in a path.
+        let path = format!("/v2/models/{}/infer", function.replace('/', "%2F"));
+        Ok(Self { path, headers: [len, kind], head, data })
     }
 
     /// Sends it and reads what comes.
