@@ -6,13 +6,15 @@ export FAASWAP_MODELS_DIR ?= $(CACHE)/models
 PYTHON ?= python3
 VENV := $(CACHE)/venv
 CARGO ?= cargo
+DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
 .PHONY: help demo test test-rust test-python lint bench fetch build release clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: fetch release ## Shows FaaSwap at work: 16 functions with real models share two small host devices (about 90 s after building).
+demo: fetch ## Shows FaaSwap at work: 16 functions with real models share two small host devices (about 90 s after building).
+	$(CARGO) build --release --locked $(DEMO_BINS:%=--bin %)
 	@target/release/faaswap-demo
 
 test: test-rust test-python ## Runs every test that needs no GPU.
