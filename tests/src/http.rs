@@ -28,6 +28,12 @@ pub struct Reply {
 }
 
 impl Reply {
+    /// A reply that did not come from anywhere; header names in lower case.
+    pub fn new(status: u16, head: &[(&str, String)], body: &[u8]) -> Self {
+        let head = head.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        Self { status, head, body: body.to_vec() }
+    }
+
     /// A header's value; names in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.head.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())

@@ -153,3 +153,32 @@ fn read(reply: &Reply) -> Result<Answer> {
         [queue_us.ok_or_else(untold)?, run_us.ok_or_else(untold)?, swap_us.ok_or_else(untold)?];
     Ok(Answer { outputs, resident, queue_us, run_us, swap_us })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn reply(head_len: usize, body: &[u8]) -> Reply {
+        let head = [
+            ("inference-header-content-length", head_len.to_string()),
+            ("faaswap-resident", "false".to_owned()),
+            ("faaswap-queue-us", "1".to_owned()),
+            ("faaswap-run-us", "2".to_owned()),
+            ("faaswap-swap-us", "3".to_owned()),
+        ];
+        Reply::new(200, &head, body)
+    }
+
+    #[test]
+    fn an_answer_is_read_and_one_that_is_too_long_or_short_is_not() {
+        let json = br#"{"outputs":[{"name":"y","datatype":"INT32","shape":[1],"parameters":{"binary_data_size":4}}]}"#;
+        let body = |data: &[u8]| [&json[..], data].concat();
+        let answer = read(&reply(json.len(), &body(&7_i32.to_le_bytes()))).unwrap();
+        assert_eq!(answer.outputs, [Tensor::i32("y", &[1], &[7])]);
+        assert_eq!((answer.resident, answer.queue_us, answer.run_us, answer.swap_us), (false, 1, 2, 3));
+        assert!(read(&reply(json.len(), &body(&[0; 3]))).is_err());
+        assert!(read(&reply(json.len(), &body(&[0; 5]))).is_err());
+        assert!(read(&reply(json.len() + 9, &body(&[0; 4]))).is_err());
+    }
+}

@@ -288,3 +288,25 @@ pub fn compare(expected: &[Tensor], outputs: &[Tensor]) -> Option<String> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_wrong_bit_is_a_wrong_answer() {
+        let expected = [Tensor::f32("a", &[2], &[1.0, 0.0]), Tensor::i32("b", &[1], &[7])];
+        let with = |change: fn(&mut Vec<Tensor>)| {
+            let mut outputs = expected.to_vec();
+            change(&mut outputs);
+            compare(&expected, &outputs)
+        };
+        assert_eq!(with(|_| {}), None);
+        assert_eq!(with(|outputs| outputs.reverse()), None, "outputs are found by name");
+        assert!(with(|outputs| outputs[0].data[7] = 0x80).is_some(), "minus zero is not zero");
+        assert!(with(|outputs| outputs[1].data[0] ^= 1).is_some());
+        assert!(with(|outputs| outputs[0].shape = vec![2, 1]).is_some());
+        assert!(with(|outputs| outputs[1].name = "c".to_owned()).is_some());
+        assert!(with(|outputs| drop(outputs.pop())).is_some());
+    }
+}

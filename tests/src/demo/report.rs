@@ -257,3 +257,47 @@ pub fn print_complaints(subjects: &[Subject]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Summary {
+        Summary {
+            functions: 2,
+            requests: 10,
+            answered: 10,
+            refused: 0,
+            unanswered: 0,
+            wrong_outputs: 0,
+            swaps_in: 3,
+            swaps_out: 1,
+            swapped_in_answers: 3,
+            weights_bytes: 100,
+            device_bytes: 49,
+            slo_met_share: 1.0,
+            resident_p50_ms: Some(1.0),
+            resident_p98_ms: Some(1.0),
+            swapped_in_p50_ms: None,
+            swapped_in_p98_ms: None,
+            seconds: 1.0,
+            seed: 1,
+            by_function: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_run_fails_for_each_thing_that_it_promises() {
+        assert!(good().failures().is_empty());
+        let bad = [
+            Summary { wrong_outputs: 1, ..good() },
+            Summary { answered: 9, refused: 1, ..good() },
+            Summary { answered: 9, unanswered: 1, ..good() },
+            Summary { device_bytes: 50, ..good() },
+            Summary { swaps_in: 0, ..good() },
+        ];
+        for summary in bad {
+            assert_eq!(summary.failures().len(), 1, "{summary:?}");
+        }
+    }
+}
