@@ -116,7 +116,7 @@ fn a_cancelled_request_gets_its_one_refusal_and_the_others_their_answers() {
 
 #[test]
 fn a_request_refused_for_its_shape_says_what_was_expected() {
-    let broker = Broker::start("[[device]]\nmemory = \"1MiB\"");
+    let broker = Broker::start("[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"");
     let model = Linear { size: 64, seed: 1 };
     let mut client = Client::greeted(&broker);
     let function = client.register_file("f", &model.write(broker.dir.path())).unwrap();
@@ -174,7 +174,7 @@ fn a_broker_that_is_asked_to_end_answers_what_it_has_and_takes_nothing_new() {
 
 #[test]
 fn after_a_restart_a_model_is_served_without_being_sent_again() {
-    let mut broker = Broker::start("[[device]]\nmemory = \"1MiB\"");
+    let mut broker = Broker::start("[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"");
     let model = Linear { size: 64, seed: 1 };
     let file = model.write(broker.dir.path());
     Client::greeted(&broker).register_file("f", &file).unwrap();
@@ -188,7 +188,7 @@ fn after_a_restart_a_model_is_served_without_being_sent_again() {
 
 #[test]
 fn a_model_that_nobody_uses_is_unloaded_and_can_come_back() {
-    let broker = Broker::start("keep_warm = \"1ms\"\n[[device]]\nmemory = \"1MiB\"");
+    let broker = Broker::start("keep_warm = \"1ms\"\n[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"");
     let model = Linear { size: 64, seed: 1 };
     let file = model.write(broker.dir.path());
     for _ in 0..2 {
@@ -221,7 +221,7 @@ fn a_late_request_is_refused_where_the_function_prefers_that() {
 
 #[test]
 fn a_slab_that_is_full_of_unread_outputs_refuses_and_recovers() {
-    let broker = Broker::start("[[device]]\nmemory = \"1MiB\"");
+    let broker = Broker::start("[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"");
     let model = Linear { size: 64, seed: 1 };
     let mut client = Client::greeted(&broker);
     let function = client.register_file("f", &model.write(broker.dir.path())).unwrap();
@@ -248,7 +248,7 @@ fn a_slab_that_is_full_of_unread_outputs_refuses_and_recovers() {
 
 #[test]
 fn a_second_broker_does_not_take_the_socket_of_a_living_one() {
-    let broker = Broker::start("[[device]]\nmemory = \"1MiB\"");
+    let broker = Broker::start("[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"");
     let config = broker.dir.path().join("second.toml");
     let text = fs::read_to_string(broker.dir.path().join("faaswap.toml")).unwrap();
     fs::write(&config, text.replace("/memory\"", "/memory2\"").replace("/store\"", "/store2\"")).unwrap();

@@ -50,7 +50,7 @@ impl Broker {
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let (admin, tcp) = (free(), free());
         let child = Self::spawn(dir.path(), settings, admin, tcp);
-        let broker = Self { child, dir, admin, tcp, devices: settings.to_owned() };
+        let mut broker = Self { child, dir, admin, tcp, devices: settings.to_owned() };
         broker.wait_until_ready();
         broker
     }
@@ -83,8 +83,11 @@ impl Broker {
         self.wait_until_ready();
     }
 
-    fn wait_until_ready(&self) {
-        wait_for("the broker to be ready", || self.try_get("/readyz").is_some_and(|body| body == "ready\n"));
+    fn wait_until_ready(&mut self) {
+        wait_for("the broker to be ready", || {
+            assert!(self.is_alive(), "the broker has ended");
+            self.try_get("/readyz").is_some_and(|body| body == "ready\n")
+        });
     }
 
     pub fn terminate(&self) {
