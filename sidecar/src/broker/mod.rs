@@ -7,6 +7,7 @@
 mod answer;
 mod dial;
 mod draft;
+mod exchange;
 mod link;
 mod register;
 mod room;
@@ -18,8 +19,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use bytes::Bytes;
-use faaswap_protocol::{DType, FunctionSpec, Refusal, Shape, ShapeError, Signature, TensorSpec, Timing};
+use faaswap_protocol::{FunctionSpec, Refusal, Signature, TensorSpec};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, timeout_at},
@@ -28,6 +28,7 @@ use tokio::{
 pub use self::{
     dial::{SlabSizes, Target},
     draft::Draft,
+    exchange::{InferAnswer, InferRequest, OutputTensor, TensorInput},
     socket::LinkError,
 };
 use self::{
@@ -143,75 +144,6 @@ impl Known {
 
 fn position(specs: &[TensorSpec], name: &str) -> Option<u16> {
     specs.iter().position(|spec| spec.name == name).and_then(|at| u16::try_from(at).ok())
-}
-
-/// One input of a request.
-#[derive(Clone, Debug)]
-pub struct TensorInput {
-    /// Position among the model's inputs.
-    pub index: u16,
-    /// Element type.
-    pub dtype: DType,
-    /// Dimensions.
-    pub shape: Shape,
-    /// The bytes, little-endian, row-major, in as many pieces as they came in.
-    pub data: Vec<Bytes>,
-}
-
-/// One inference to ask for.
-#[derive(Clone, Debug, Default)]
-pub struct InferRequest {
-    /// Every input of the signature, once each.
-    pub inputs: Vec<TensorInput>,
-    /// Positions of the wanted outputs; empty: all.
-    pub outputs: Vec<u16>,
-    /// The caller's own time limit. With one, nobody waits longer, and the broker is told; without one the function's
-    /// SLO counts, and an answer that is late is still an answer.
-    pub timeout: Option<Duration>,
-}
-
-impl InferRequest {
-    /// Adds an input: little-endian, row-major bytes, which are not copied here.
-    pub fn input(mut self, index: u16, dtype: DType, dims: &[u64], data: Bytes) -> Result<Self, ShapeError> {
-        self.inputs.push(TensorInput { index, dtype, shape: Shape::new(dims)?, data: vec![data] });
-        Ok(self)
-    }
-
-    /// Asks for this output, after those asked for already; without any, all outputs come.
-    #[must_use]
-    pub fn output(mut self, index: u16) -> Self {
-        self.outputs.push(index);
-        self
-    }
-
-    /// Sets the caller's own time limit.
-    #[must_use]
-    pub fn within(mut self, limit: Duration) -> Self {
-        self.timeout = Some(limit);
-        self
-    }
-}
-
-/// One output of an answer.
-#[derive(Clone, Debug)]
-pub struct OutputTensor {
-    /// Position among the model's outputs.
-    pub index: u16,
-    /// Element type.
-    pub dtype: DType,
-    /// Dimensions.
-    pub shape: Shape,
-    /// The bytes, where the broker wrote them: drop them soon, they occupy the slab.
-    pub data: Bytes,
-}
-
-/// What came of an inference.
-#[derive(Clone, Debug)]
-pub struct InferAnswer {
-    /// In the order asked for.
-    pub outputs: Vec<OutputTensor>,
-    /// Where the time went.
-    pub timing: Timing,
 }
 
 /// Why there is no answer.

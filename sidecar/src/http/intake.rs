@@ -13,7 +13,8 @@ use super::{
     body::BodyReader,
     encoding::Coding,
     oip::Heavy,
-    request::{self, HeaderLength, Parsed, Plan, Rest, Source},
+    request::{self, HeaderLength, Parsed, Plan, Source},
+    rest::Rest,
 };
 use crate::{
     broker::{Draft, Known},

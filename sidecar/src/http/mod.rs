@@ -12,6 +12,8 @@ pub mod oip;
 pub mod proxy;
 pub mod reply;
 pub mod request;
+mod request_json;
+pub mod rest;
 pub mod route;
 pub mod views;
 

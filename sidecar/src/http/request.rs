@@ -3,15 +3,17 @@
 //! Binary tensors are cut out of the body's pieces, never copied. Everything that the client gets wrong is said in
 //! terms of what was expected and what came.
 
-use std::{borrow::Cow, collections::VecDeque, time::Duration};
+use std::{borrow::Cow, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use faaswap_protocol::{DType, Signature, limits::TENSORS_MAX};
 use http::HeaderMap;
-use serde::{Deserialize, Deserializer, de};
-use serde_json::value::RawValue;
 
-use super::json_data;
+use super::{
+    json_data,
+    request_json::{Head, Input, Output},
+    rest::{self, Rest},
+};
 use crate::{
     broker::{InferRequest, TensorInput},
     failure::{Failure, invalid},
@@ -39,88 +41,6 @@ pub struct WantedOutput {
     pub index: u16,
     /// As binary data behind the JSON.
     pub binary: bool,
-}
-
-#[derive(Deserialize)]
-struct Head<'a> {
-    #[serde(borrow, default)]
-    id: Option<Cow<'a, str>>,
-    #[serde(default)]
-    parameters: Option<HeadParameters>,
-    #[serde(borrow, default)]
-    inputs: Option<Vec<Input<'a>>>,
-    #[serde(borrow, default)]
-    outputs: Option<Vec<Output<'a>>>,
-}
-
-/// The parameters of a request that mean something here; others are taken and ignored.
-#[derive(Default, Deserialize)]
-struct HeadParameters {
-    #[serde(default)]
-    binary_data_output: Option<bool>,
-    #[serde(default)]
-    timeout: Option<u64>,
-}
-
-#[derive(Deserialize)]
-struct Input<'a> {
-    #[serde(borrow)]
-    name: Cow<'a, str>,
-    #[serde(borrow)]
-    datatype: Cow<'a, str>,
-    shape: Vec<DimText>,
-    #[serde(default)]
-    parameters: Option<InputParameters>,
-    #[serde(borrow, default)]
-    data: Option<&'a RawValue>,
-}
-
-#[derive(Default, Deserialize)]
-struct InputParameters {
-    #[serde(default)]
-    binary_data_size: Option<u64>,
-    #[serde(default)]
-    shared_memory_region: Option<de::IgnoredAny>,
-}
-
-#[derive(Deserialize)]
-struct Output<'a> {
-    #[serde(borrow)]
-    name: Cow<'a, str>,
-    #[serde(default)]
-    parameters: Option<OutputParameters>,
-}
-
-#[derive(Default, Deserialize)]
-struct OutputParameters {
-    #[serde(default)]
-    binary_data: Option<bool>,
-    #[serde(default)]
-    classification: Option<de::IgnoredAny>,
-    #[serde(default)]
-    shared_memory_region: Option<de::IgnoredAny>,
-}
-
-/// A dimension, with an error that says what one is.
-struct DimText(i64);
-
-impl<'de> Deserialize<'de> for DimText {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl de::Visitor<'_> for Visitor {
-            type Value = DimText;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a dimension: a whole number from 0 to 9223372036854775807")
-            }
-            fn visit_i64<E: de::Error>(self, n: i64) -> Result<DimText, E> {
-                Ok(DimText(n))
-            }
-            fn visit_u64<E: de::Error>(self, n: u64) -> Result<DimText, E> {
-                i64::try_from(n).map(DimText).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(n), &self))
-            }
-        }
-        deserializer.deserialize_any(Visitor)
-    }
 }
 
 /// The length of the JSON in front of binary tensors, as the client says it; absent: the whole body is JSON.
@@ -160,7 +80,7 @@ impl HeaderLength {
 pub fn parse(signature: &Signature, header: &HeaderLength, pieces: Vec<Bytes>) -> Result<Parsed, Failure> {
     let len = pieces.iter().map(Bytes::len).sum::<usize>();
     match header.within(len)? {
-        None => plan(signature, &join(pieces))?.fill(Rest::default()),
+        None => plan(signature, &rest::join(pieces))?.fill(Rest::default()),
         Some(0) => plan_raw(signature, len)?.fill(Rest::new(pieces)),
         Some(json_len) => {
             let mut rest = Rest::new(pieces);
@@ -223,7 +143,7 @@ impl Plan {
 
     /// Takes the tensors out of the rest of the body.
     pub fn fill(self, mut rest: Rest) -> Result<Parsed, Failure> {
-        self.expect_rest(rest.len)?;
+        self.expect_rest(rest.len())?;
         let mut data = Vec::with_capacity(self.inputs.len());
         for (announced, source) in &self.inputs {
             data.push(match source {
@@ -252,80 +172,6 @@ impl Plan {
         let request = InferRequest { inputs, outputs: self.indices, timeout: self.timeout };
         Parsed { request, id: self.id, outputs: self.outputs }
     }
-}
-
-/// The part of a body behind its JSON.
-#[derive(Debug, Default)]
-pub struct Rest {
-    pieces: VecDeque<Bytes>,
-    len: usize,
-}
-
-impl Rest {
-    /// These pieces, one after the other.
-    pub fn new(pieces: Vec<Bytes>) -> Self {
-        Self { len: pieces.iter().map(Bytes::len).sum(), pieces: pieces.into() }
-    }
-
-    /// How many bytes there are.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Puts a piece behind the others.
-    pub fn push(&mut self, piece: Bytes) {
-        self.len += piece.len();
-        self.pieces.push_back(piece);
-    }
-
-    /// Takes the first piece as it is.
-    pub fn pop(&mut self) -> Option<Bytes> {
-        let piece = self.pieces.pop_front()?;
-        self.len -= piece.len();
-        Some(piece)
-    }
-
-    /// Cuts off the next `len` bytes, as one piece.
-    pub fn take_joined(&mut self, len: usize) -> Result<Bytes, Failure> {
-        Ok(join(self.take(len)?))
-    }
-
-    /// Cuts off the next `len` bytes.
-    fn take(&mut self, mut len: usize) -> Result<Vec<Bytes>, Failure> {
-        let Some(left) = self.len.checked_sub(len) else {
-            return invalid(format!("{len} more bytes of binary data were announced and {} came", self.len));
-        };
-        self.len = left;
-        let mut taken = Vec::with_capacity(self.pieces.len().min(8));
-        while len > 0 {
-            let Some(mut piece) = self.pieces.pop_front() else {
-                return Err(Failure::Internal("the body's pieces do not add up".to_owned()));
-            };
-            if piece.len() > len {
-                let rest = piece.split_off(len);
-                self.pieces.push_front(rest);
-            }
-            len -= piece.len();
-            taken.push(piece);
-        }
-        Ok(taken)
-    }
-}
-
-fn join(mut pieces: Vec<Bytes>) -> Bytes {
-    if pieces.len() <= 1 {
-        return pieces.pop().unwrap_or_default();
-    }
-    let mut all = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
-    for piece in pieces {
-        all.extend_from_slice(&piece);
-    }
-    all.freeze()
 }
 
 /// A request that is nothing but the bytes of the model's only input.
