@@ -2,6 +2,7 @@
 //!
 //! Nothing imports this crate.
 
+pub mod bench;
 pub mod cache;
 pub mod demo;
 pub mod http;

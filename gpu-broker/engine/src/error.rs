@@ -120,7 +120,6 @@ pub enum RunError {
 }
 
 impl RunError {
-    #[expect(clippy::needless_pass_by_value, reason = "so that it can be named in map_err")]
     pub(crate) fn failed(reason: impl Display) -> Self {
         Self::Failed(Detail::from(reason.to_string()))
     }

@@ -1,3 +1,5 @@
+//! What configurations mean, and what is said of bad ones.
+
 use super::*;
 
 fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {

@@ -1,3 +1,5 @@
+//! What the store keeps, shares and refuses.
+
 use super::*;
 
 fn file(path: &str, len: u64) -> ModelFile {
