@@ -117,10 +117,9 @@ impl Operator for Await {
         }))
     }
 
-    fn infer_shape(&self, context: &mut ort::operator::ShapeInferenceContext) -> ort::Result<()> {
-        match context.inputs().first() {
-            Some(input) => context.set_output(0, input),
-            None => Ok(()),
-        }
+    /// Says nothing of the shape: where the input's own is unknown, the binding would make it that of a scalar. What
+    /// runs later does not need it, since the graph was optimized before.
+    fn infer_shape(&self, _: &mut ort::operator::ShapeInferenceContext) -> ort::Result<()> {
+        Ok(())
     }
 }

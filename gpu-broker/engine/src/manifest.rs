@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{EngineError, limits::MANIFEST_BYTES_MAX, onnx};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 1;
+pub const MANIFEST_VERSION: u32 = 2;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.

@@ -56,7 +56,7 @@ fn cpu_seconds(pid: Pid) -> Result<f64> {
 pub(super) fn many_requests(figures: &mut Figures) -> Result<()> {
     title(&format!("broker memory over {REQUESTS} requests, {IN_FLIGHT} in flight, {MODELS} models swapping"));
     let folder = temporary_folder(&std::env::temp_dir())?;
-    let mut broker = Broker::start(&BrokerOptions::new(vec![DeviceOptions::new("host0", "128KiB")]))?;
+    let mut broker = Broker::start(&BrokerOptions::new(vec![DeviceOptions::new("host0", "512KiB")]))?;
     let runtime = service::runtime()?;
     let pid = broker.process().id();
     let x: Vec<u8> = (0..SIDE).flat_map(|i| (f32::from(u8::try_from(i).unwrap_or(0)) / 50.0).to_le_bytes()).collect();

@@ -57,6 +57,7 @@ pub(super) fn run(figures: &mut Figures) -> Result<()> {
     let mut http = sidecar.client(PATIENCE);
 
     let (mut alone, mut by_client, mut by_http) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut queued, mut ran) = (Vec::new(), Vec::new());
     for round in 0..WARM_UP + ROUNDS {
         let start = Instant::now();
         let output = in_process()?;
@@ -66,6 +67,7 @@ pub(super) fn run(figures: &mut Figures) -> Result<()> {
         let answer = runtime.block_on(service::infer(&client, &direct))?;
         let client_took = start.elapsed();
         figures.check(answer.outputs[0].data[..] == expected[..]);
+        let timing = answer.timing;
         drop(answer);
         let start = Instant::now();
         let outcome = over_http.send(&mut http)?;
@@ -74,6 +76,8 @@ pub(super) fn run(figures: &mut Figures) -> Result<()> {
         if round >= WARM_UP {
             alone.push(alone_took);
             by_client.push(client_took);
+            queued.push(timing.queued);
+            ran.push(timing.ran);
             by_http.push(http_took);
         }
     }
@@ -87,6 +91,8 @@ pub(super) fn run(figures: &mut Figures) -> Result<()> {
         figures.set(&format!("added_{name}_p50_ms"), at50 - alone50);
         figures.set(&format!("added_{name}_p98_ms"), at98 - alone98);
     }
+    let (queued, ran) = (p50(&mut queued), p50(&mut ran));
+    println!("  of the client's: from frame to lane {queued:.3}, on the lane {ran:.3}");
     for in_flight in [1, 4, 16] {
         let rate = throughput(figures, sidecar.address(), &over_http, &expected, in_flight)?;
         println!("  {in_flight:2} in flight over HTTP: {rate:7.0} requests/s");

@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use faaswap_protocol::DType;
 
-use super::graph::captured;
+use super::{graph::captured, types};
 use crate::{
     await_op,
     onnx::{self, AttributeProto, GraphProto, NodeProto, attribute_proto::AttributeType},
@@ -97,6 +97,9 @@ impl Placer<'_> {
                 self.graph(body, Some(&scope), have);
             }
             scope.level.extend(node.output.iter().map(|name| (name.clone(), have)));
+            let types = types::outputs(&node, |name| scope.dtype(name));
+            let typed = node.output.iter().zip(types);
+            scope.dtype.extend(typed.filter_map(|(name, dtype)| Some((name.clone(), dtype?))));
             graph.node.push(node);
         }
     }
@@ -125,11 +128,12 @@ impl Placer<'_> {
         node.input[input] = output;
     }
 
-    /// The input to wait on: computed values before constants, which some kernels want to stay constants; f32 before
-    /// others, so that few kinds of Await are needed.
+    /// The input to wait on: computed values before weights, because an Await on a weight depends on nothing, and a
+    /// runtime may do it first, before anything else has run; f32 before others, so that few kinds of Await are needed.
     fn best_input(&self, node: &NodeProto, scope: &Scope<'_>) -> Option<(usize, DType)> {
         let inputs = node.input.iter().enumerate().filter(|(_, name)| !name.is_empty());
-        let typed = inputs.filter_map(|(i, name)| Some((i, name, scope.dtype(name)?)));
+        let told = types::input(node, |name| scope.dtype(name));
+        let typed = inputs.filter_map(|(i, name)| Some((i, name, scope.dtype(name).or(told)?)));
         let cost = |name: &str, dtype: DType| (self.group_of.contains_key(name), dtype != DType::F32);
         typed.min_by_key(|&(i, name, dtype)| (cost(name, dtype), i)).map(|(i, _, dtype)| (i, dtype))
     }

@@ -12,6 +12,7 @@ mod inspect;
 mod limit;
 mod optimize;
 mod shared;
+mod types;
 mod verify;
 mod weights;
 

@@ -1,5 +1,11 @@
 //! What the engine's tests share: the runtime, the real models, a device, and runs whose inputs are made up.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, reason = "each test file uses a part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "each test file uses a part of it"
+)]
 
 pub mod build;
 
