@@ -8,7 +8,7 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
     },
     thread,
     time::{Duration, Instant},
@@ -25,6 +25,7 @@ use faaswap_scheduler::RequestKey;
 use faaswap_slab::{Region, Slab, SlotAllocator};
 
 use crate::{
+    limits::LANE_LOOKS_FOR,
     mailbox::{Ended, Mailbox, Outcome},
     socket::Outbox,
 };
@@ -146,7 +147,7 @@ impl Lane {
         // The scheduler gives a lane one run at a time; a second place means that handing over never waits.
         let (runs, queue): (_, Receiver<Run>) = sync_channel(2);
         thread::Builder::new().name(name.to_owned()).spawn(move || {
-            while let Ok(run) = queue.recv() {
+            while let Some(run) = next(&queue) {
                 serve(run, &mailbox);
             }
         })?;
@@ -156,6 +157,20 @@ impl Lane {
     /// Hands a run over. False where the thread is gone or busy twice over, which a lane of the scheduler never is.
     pub(crate) fn run(&self, run: Run) -> bool {
         self.runs.try_send(run).is_ok()
+    }
+}
+
+/// The next run; `None` once the broker ends. Looks for a moment before it sleeps: waking a thread takes longer than
+/// what most requests wait for, and whoever needs the processor gets it at once.
+fn next(queue: &Receiver<Run>) -> Option<Run> {
+    let since = Instant::now();
+    loop {
+        match queue.try_recv() {
+            Ok(run) => return Some(run),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) if since.elapsed() < LANE_LOOKS_FOR => thread::yield_now(),
+            Err(TryRecvError::Empty) => return queue.recv().ok(),
+        }
     }
 }
 

@@ -25,6 +25,8 @@ use crate::{
 const ROUNDS: usize = 1500;
 /// Requests before them that do not.
 const WARM_UP: usize = 100;
+/// Requests of one kind before the next kind's turn.
+const BLOCK: usize = 20;
 /// How long each number of requests in flight is kept up.
 const LEVEL_LASTS: Duration = Duration::from_secs(4);
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -58,27 +60,31 @@ pub(super) fn run(figures: &mut Figures) -> Result<()> {
 
     let (mut alone, mut by_client, mut by_http) = (Vec::new(), Vec::new(), Vec::new());
     let (mut queued, mut ran) = (Vec::new(), Vec::new());
-    for round in 0..WARM_UP + ROUNDS {
-        let start = Instant::now();
-        let output = in_process()?;
-        let alone_took = start.elapsed();
-        figures.check(output[0].1 == expected);
-        let start = Instant::now();
-        let answer = runtime.block_on(service::infer(&client, &direct))?;
-        let client_took = start.elapsed();
-        figures.check(answer.outputs[0].data[..] == expected[..]);
-        let timing = answer.timing;
-        drop(answer);
-        let start = Instant::now();
-        let outcome = over_http.send(&mut http)?;
-        let http_took = start.elapsed();
-        figures.check(is(&outcome, &expected));
-        if round >= WARM_UP {
-            alone.push(alone_took);
-            by_client.push(client_took);
-            queued.push(timing.queued);
-            ran.push(timing.ran);
-            by_http.push(http_took);
+    for block in 0..(WARM_UP + ROUNDS) / BLOCK {
+        for _ in 0..BLOCK {
+            let start = Instant::now();
+            let output = in_process()?;
+            alone.push(start.elapsed());
+            figures.check(output[0].1 == expected);
+        }
+        for _ in 0..BLOCK {
+            let start = Instant::now();
+            let answer = runtime.block_on(service::infer(&client, &direct))?;
+            by_client.push(start.elapsed());
+            queued.push(answer.timing.queued);
+            ran.push(answer.timing.ran);
+            figures.check(answer.outputs[0].data[..] == expected[..]);
+        }
+        for _ in 0..BLOCK {
+            let start = Instant::now();
+            let outcome = over_http.send(&mut http)?;
+            by_http.push(start.elapsed());
+            figures.check(is(&outcome, &expected));
+        }
+        if block < WARM_UP / BLOCK {
+            for times in [&mut alone, &mut by_client, &mut by_http, &mut queued, &mut ran] {
+                times.clear();
+            }
         }
     }
     println!("                          p50 ms   p98 ms   added p50   added p98");

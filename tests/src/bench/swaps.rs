@@ -26,8 +26,8 @@ const SIZES: [usize; 4] = [1, 10, 50, 200];
 /// Copies of each size.
 const ROUNDS: usize = 41;
 /// Layers, side and batch of the model that is run while its weights arrive: 64 MiB.
-const LAYERS: u64 = 16;
-const SIDE: u64 = 1024;
+const LAYERS: u64 = 64;
+const SIDE: u64 = 512;
 const BATCH: u64 = 24;
 
 type Outcome<T> = mpsc::Receiver<std::result::Result<T, DeviceError>>;
@@ -102,7 +102,7 @@ fn bandwidth(figures: &mut Figures) -> Result<()> {
 }
 
 fn pipelined(figures: &mut Figures) -> Result<()> {
-    title("swap-in and run, pipelined (64 MiB in 16 layers, link as fast as the run and slower, medians)");
+    title("swap-in and run, pipelined (64 MiB in 64 layers, link as fast as the run and slower, medians)");
     let folder = temporary_folder(&std::env::temp_dir())?;
     let graph = folder.path().join("chain.onnx");
     models::write(&models::matmul_chain(SIDE, LAYERS, 5), &graph)?;
