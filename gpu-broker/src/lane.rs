@@ -161,14 +161,14 @@ impl Lane {
 }
 
 /// The next run; `None` once the broker ends. Looks for a moment before it sleeps: waking a thread takes longer than
-/// what most requests wait for, and whoever needs the processor gets it at once.
+/// what most requests wait for.
 fn next(queue: &Receiver<Run>) -> Option<Run> {
     let since = Instant::now();
     loop {
         match queue.try_recv() {
             Ok(run) => return Some(run),
             Err(TryRecvError::Disconnected) => return None,
-            Err(TryRecvError::Empty) if since.elapsed() < LANE_LOOKS_FOR => thread::yield_now(),
+            Err(TryRecvError::Empty) if since.elapsed() < LANE_LOOKS_FOR => std::hint::spin_loop(),
             Err(TryRecvError::Empty) => return queue.recv().ok(),
         }
     }

@@ -47,4 +47,4 @@ pub const GROUP_BYTES: u64 = 8 << 20;
 /// Smallest response or request half that is given: less could not hold a tensor.
 pub const SLAB_HALF_MIN: u64 = 4096;
 /// How long a lane looks for its next run before it sleeps.
-pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(100);
+pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(60);

@@ -6,7 +6,7 @@
 use std::{
     ffi::{CStr, CString},
     fmt,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use faaswap_device::{Device, Group, RangeId};
@@ -83,6 +83,10 @@ pub struct RunOutput {
 /// Asks where an output of this position, type, shape and size shall go.
 type AskPlace<'f> = dyn FnMut(u16, DType, &Shape, Bytes) -> Result<Place, Refusal> + 'f;
 
+/// ONNX Runtime enters the domains of custom operators in a table of the process, and two sessions made at once stumble
+/// over each other there.
+static MAKING: Mutex<()> = Mutex::new(());
+
 /// A prepared model on one device.
 pub struct Bound {
     // The order matters: the session goes first, then the tensors that it uses, then the addresses under them.
@@ -130,7 +134,10 @@ impl Bound {
             let base = reserved.waiter.device.address(id)?;
             weights = Some(Weights::supply(&mut builder, base, manifest.weights_bytes, &manifest.initializers)?);
         }
-        let session = builder.commit_from_file(prepared.graph_path())?;
+        let session = {
+            let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+            builder.commit_from_file(prepared.graph_path())?
+        };
         let names = |specs: &[faaswap_protocol::TensorSpec]| specs.iter().map(|s| raw::c_name(&s.name)).collect();
         let input_names: Result<_, EngineError> = names(&manifest.signature.inputs);
         let output_names: Result<_, EngineError> = names(&manifest.signature.outputs);

@@ -17,6 +17,8 @@ use crate::{
 /// Runs of each kind that count.
 const ROUNDS: usize = 120;
 const WARM_UP: usize = 10;
+/// Runs of one kind before the next kind's turn.
+const BLOCK: usize = 10;
 
 struct Case {
     name: &'static str,
@@ -74,22 +76,27 @@ fn measure(figures: &mut Figures, broker: &Broker, index: usize, case: &Case) ->
     })?;
     let request = service::request(DType::F32, &case.dims, Bytes::from(data.clone()))?;
     let (mut on_lane, mut alone, mut prepacked) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..WARM_UP + ROUNDS {
-        let answer = runtime.block_on(service::infer(&client, &request))?;
-        let right = answer.outputs.len() == expected.len()
-            && answer.outputs.iter().zip(&expected).all(|(have, (_, want))| have.data[..] == want[..]);
-        figures.check(right);
-        let start = Instant::now();
-        let outputs = plain.run(&[input()])?;
-        let alone_took = start.elapsed();
-        figures.check(outputs == expected);
-        let start = Instant::now();
-        packed.run(&[input()])?;
-        let packed_took = start.elapsed();
-        if round >= WARM_UP && answer.timing.was_resident {
+    for block in 0..(WARM_UP + ROUNDS) / BLOCK {
+        for _ in 0..BLOCK {
+            let answer = runtime.block_on(service::infer(&client, &request))?;
+            let right = answer.outputs.len() == expected.len()
+                && answer.outputs.iter().zip(&expected).all(|(have, (_, want))| have.data[..] == want[..]);
+            figures.check(right);
             on_lane.push(answer.timing.ran);
-            alone.push(alone_took);
-            prepacked.push(packed_took);
+        }
+        for _ in 0..BLOCK {
+            let start = Instant::now();
+            let outputs = plain.run(&[input()])?;
+            alone.push(start.elapsed());
+            figures.check(outputs == expected);
+        }
+        for _ in 0..BLOCK {
+            let start = Instant::now();
+            packed.run(&[input()])?;
+            prepacked.push(start.elapsed());
+        }
+        if block < WARM_UP / BLOCK {
+            [&mut on_lane, &mut alone, &mut prepacked].into_iter().for_each(Vec::clear);
         }
     }
     let (ours, alone, prepacked) = (p50(&mut on_lane), p50(&mut alone), p50(&mut prepacked));
