@@ -1,6 +1,14 @@
 //! What a hostile peer or model gets: cut off or refused, with nobody else noticing.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_truncation,
+    clippy::wildcard_enum_match_arm,
+    clippy::type_complexity,
+    clippy::needless_pass_by_value,
+    reason = "tests"
+)]
 
 mod common;
 

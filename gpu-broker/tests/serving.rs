@@ -1,6 +1,15 @@
 //! What a well-behaved peer may rely on.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::wildcard_enum_match_arm,
+    clippy::needless_pass_by_value,
+    clippy::type_complexity,
+    reason = "tests"
+)]
 
 mod common;
 

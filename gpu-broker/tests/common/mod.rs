@@ -1,7 +1,7 @@
 //! A broker process of one's own, and a client that speaks the protocol frame by frame, so that it can also misspeak.
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::wildcard_enum_match_arm, reason = "tests")]
 
 pub mod model;
 
