@@ -8,7 +8,7 @@ VENV := $(CACHE)/venv
 CARGO ?= cargo
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
-.PHONY: help demo test test-rust test-python lint bench fetch build release clean
+.PHONY: help demo test test-rust test-python test-large lint bench fetch build release clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: test-rust test-python ## Runs every test that needs no GPU.
 
 test-rust: fetch build
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(CARGO) test --workspace --locked --no-fail-fast
+
+test-large: fetch ## Runs the tests that need 8 GB of memory and minutes: weights over 2 GiB.
+	$(CARGO) test --release -p faaswap-engine --locked -- --ignored
 
 test-python: fetch build $(VENV)/.ready
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(VENV)/bin/python -m pytest -q tests/python
