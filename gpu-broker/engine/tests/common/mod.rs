@@ -79,7 +79,15 @@ impl Made {
                 DType::F64 => bytes.extend(f64::from(float).to_le_bytes()),
                 DType::F16 => bytes.extend(half::f16::from_f32(float).to_le_bytes()),
                 DType::Bf16 => bytes.extend(half::bf16::from_f32(float).to_le_bytes()),
-                _ => bytes.extend(&((hash % 2) as u64).to_le_bytes()[..width]),
+                DType::Bool
+                | DType::U8
+                | DType::U16
+                | DType::U32
+                | DType::U64
+                | DType::I8
+                | DType::I16
+                | DType::I32
+                | DType::I64 => bytes.extend(&((hash % 2) as u64).to_le_bytes()[..width]),
             }
         }
         Self::from_bytes(dtype, dims, &bytes)
