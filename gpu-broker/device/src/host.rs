@@ -8,7 +8,6 @@ mod arena;
 mod copy;
 mod link;
 mod pool;
-mod range;
 mod shared;
 
 use std::{
@@ -22,19 +21,19 @@ use std::{
 
 use faaswap_protocol::Bytes;
 
-pub use self::shared::{RANGES_MAX, SWAPS_QUEUED_MAX};
+pub use self::shared::SWAPS_QUEUED_MAX;
 use self::{
     arena::{Arena, Reservation, at},
     link::Link,
-    range::{State, Step, addresses},
     shared::{Job, Range, Shared, Swap},
 };
-use crate::{Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, RangeId, Stream, SwapReport};
+use crate::{
+    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, RangeId, Stream, SwapReport,
+    range::{State, Step, addresses, count_groups},
+};
 
 /// Size of a chunk where nothing else is asked for: what the kernel moves in one go.
 pub const CHUNK_DEFAULT: Bytes = Bytes::mib(2);
-/// Most groups of one model.
-pub const GROUPS_MAX: usize = 1 << 16;
 
 /// What a host device shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +113,7 @@ impl HostDevice {
             let reason = format!("{SWAPS_QUEUED_MAX} swaps are queued already");
             return Err(DeviceError::Failed { call: "queueing a swap", reason });
         }
-        let found = books.get(range)?;
+        let found = books.ranges.get(range)?;
         check(found)?;
         let reservation = Arc::clone(&found.reservation);
         let wanted = if step == Step::AskIn { State::Out } else { State::Resident };
@@ -143,23 +142,23 @@ impl Device for HostDevice {
         let len = len.as_len().ok_or(DeviceError::Invalid("more weights than can be"))?;
         drop(self.shared.books()?);
         let reservation = Arc::new(Reservation::new(len)?);
-        self.shared.books()?.insert(Range { reservation, weights, state: State::Out, groups: 0, failed: None })
+        self.shared.books()?.ranges.insert(Range { reservation, weights, state: State::Out, groups: 0, failed: None })
     }
 
     fn release(&self, range: RangeId) -> Result<(), DeviceError> {
         let mut books = self.shared.books()?;
-        let state = books.get(range)?.state;
+        let state = books.ranges.get(range)?.state;
         if state != State::Out {
             return Err(DeviceError::State { range, state: state.name(), wanted: State::Out.name() });
         }
-        let removed = books.remove(range);
+        let removed = books.ranges.remove(range);
         drop(books);
         drop(removed);
         Ok(())
     }
 
     fn address(&self, range: RangeId) -> Result<usize, DeviceError> {
-        Ok(self.shared.books()?.get(range)?.reservation.base())
+        Ok(self.shared.books()?.ranges.get(range)?.reservation.base())
     }
 
     fn swap_in(
@@ -195,7 +194,7 @@ impl Device for HostDevice {
 
     fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
         let mut books = self.shared.books()?;
-        let found = books.get(range)?;
+        let found = books.ranges.get(range)?;
         if found.state != State::Resident {
             let (state, wanted) = (found.state.name(), State::Resident.name());
             return Err(DeviceError::State { range, state, wanted });
@@ -233,20 +232,4 @@ impl fmt::Debug for HostDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HostDevice").field("info", &self.shared.info).finish_non_exhaustive()
     }
-}
-
-/// Sees to it that groups follow each other without gaps and are the whole of the weights.
-fn count_groups(groups: &[Group], weights: Bytes) -> Result<u32, DeviceError> {
-    let mut end = 0;
-    for group in groups {
-        if group.offset != end {
-            return Err(DeviceError::Invalid("groups must follow each other without gaps, from the start"));
-        }
-        end = end.checked_add(group.len).ok_or(DeviceError::Invalid("the groups are larger than can be"))?;
-    }
-    if end != weights.get() {
-        return Err(DeviceError::Invalid("the groups do not cover the weights"));
-    }
-    let count = u32::try_from(groups.len()).ok().filter(|_| groups.len() <= GROUPS_MAX);
-    count.ok_or(DeviceError::Invalid("there are more groups than a model can have"))
 }

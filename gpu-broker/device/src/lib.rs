@@ -4,7 +4,7 @@
 //! the device's bounded pool behind that range and copies the weights group after group; swapping out takes the memory
 //! away. The range stays, so whatever holds addresses into it (a session, a captured graph) stays valid.
 //!
-//! [`host`] is the device without a GPU. `conformance` states what every implementation must do.
+//! [`cuda`] is a GPU, [`host`] the device without one. `conformance` states what every implementation must do.
 
 #![expect(unsafe_code, reason = "one of the three fences: this crate maps memory and speaks to drivers")]
 
@@ -13,9 +13,14 @@ use std::{fmt, sync::Arc, time::Duration};
 use faaswap_protocol::Bytes;
 
 pub mod conformance;
+pub mod cuda;
 pub mod host;
+mod range;
+mod table;
 mod weights;
 
+pub use range::GROUPS_MAX;
+pub use table::RANGES_MAX;
 pub use weights::HostWeights;
 
 /// A reserved range of addresses on one device. Copies name the same range.
@@ -144,6 +149,17 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Makes `stream` wait until the groups `0..=group` are there; on [`Stream::CALLER`] blocks the calling thread.
     fn await_group(&self, range: RangeId, group: u32, stream: Stream) -> Result<(), DeviceError>;
+
+    /// The device as one that runs programs of its own; `None` where the processor runs them.
+    fn as_cuda(&self) -> Option<&cuda::CudaDevice> {
+        None
+    }
+
+    /// Readies weights in host memory for fast copies. Does nothing where nothing helps.
+    fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {
+        let _ = weights;
+        Ok(())
+    }
 
     /// Reads weights back from device memory, to verify them. The range must be wholly swapped in.
     fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError>;

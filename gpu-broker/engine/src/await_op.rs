@@ -96,6 +96,10 @@ impl Operator for Await {
         op_type(self.dtype)
     }
 
+    fn execution_provider_type(&self) -> Option<&str> {
+        self.waiter.device.as_cuda().map(|_| "CUDAExecutionProvider")
+    }
+
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
         [OperatorInput::required(element(self.dtype))]
     }
@@ -112,8 +116,17 @@ impl Operator for Await {
         let group = group.ok_or_else(|| ort::Error::new("an Await node names no group"))?;
         let waiter = self.waiter.clone();
         Ok(Box::new(move |context: &ComputeContext| {
-            waiter.wait(group).map_err(ort::Error::wrap)?;
-            raw::pass_on(context)
+            let Some(cuda) = waiter.device.as_cuda() else {
+                waiter.wait(group).map_err(ort::Error::wrap)?;
+                return raw::pass_on(context, raw::copy_on_host);
+            };
+            let stream = context.stream()?.ok_or_else(|| ort::Error::new("an Await node has no stream"))?;
+            let stream = Stream(stream.as_ptr().expose_provenance());
+            waiter.device.await_group(waiter.range, group, stream).map_err(ort::Error::wrap)?;
+            raw::pass_on(context, |to, from, len| {
+                let copied = cuda.copy_within(stream, to.expose_provenance(), from.expose_provenance(), len);
+                copied.map_err(ort::Error::wrap)
+            })
         }))
     }
 

@@ -9,14 +9,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use faaswap_device::{Device, Group, RangeId};
+use faaswap_device::{Device, DeviceError, Group, RangeId, Stream, cuda::Constants};
 use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape};
 use faaswap_slab::Region;
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
 use crate::{
-    EngineError, Manifest, Prepared, RunError, Runtime,
+    CudaTarget, EngineError, Manifest, Prepared, RunError, Runtime, Target,
     await_op::{self, Waiter},
+    program::{self, IoLayout, Programs},
     raw::{self, Aligned, Tensor, Weights},
 };
 
@@ -89,8 +90,16 @@ static MAKING: Mutex<()> = Mutex::new(());
 
 /// A prepared model on one device.
 pub struct Bound {
-    // The order matters: the session goes first, then the tensors that it uses, then the addresses under them.
-    session: Session,
+    // The order matters: the program goes first, then the session, then the tensors that it uses, then the addresses
+    // under them.
+    programs: Option<Programs>,
+    session: Option<Session>,
+    /// The lane of a GPU in which the session runs where there is no program.
+    lane: Option<usize>,
+    /// Why a session is kept on a GPU.
+    kept: Option<String>,
+    /// Device memory of a session that has no program.
+    constants: Option<Constants>,
     weights: Option<Weights>,
     range: Option<Reserved>,
     manifest: Arc<Manifest>,
@@ -113,36 +122,142 @@ impl Drop for Reserved {
 }
 
 impl Bound {
-    /// Reserves addresses on the device and makes a session whose initializers lie there. Takes no device memory.
+    /// Reserves addresses on the device and makes a session whose initializers lie there; on a GPU a program of that
+    /// session, which may then go. Takes no device memory for weights.
     pub fn new(runtime: &Runtime, prepared: &Prepared, device: Arc<dyn Device>) -> Result<Self, EngineError> {
         let manifest = Arc::clone(prepared.manifest());
+        let target = match (manifest.target, device.as_cuda()) {
+            (Target::Cpu, None) => Target::Cpu,
+            (Target::Cuda(wanted), Some(cuda)) => Target::Cuda(CudaTarget { ordinal: cuda.ordinal(), ..wanted }),
+            (Target::Cpu, Some(_)) | (Target::Cuda(_), None) => {
+                let reason = "it was prepared for another kind of device".to_owned();
+                return Err(EngineError::NotPrepared { path: prepared.graph_path(), reason });
+            }
+        };
+        let range = match manifest.weights_bytes {
+            Bytes::ZERO => None,
+            weights => {
+                let id = device.reserve(weights)?;
+                Some(Reserved { waiter: Waiter { device: Arc::clone(&device), range: id } })
+            }
+        };
+        let names = |specs: &[faaswap_protocol::TensorSpec]| specs.iter().map(|s| raw::c_name(&s.name)).collect();
+        let input_names: Result<_, EngineError> = names(&manifest.signature.inputs);
+        let output_names: Result<_, EngineError> = names(&manifest.signature.outputs);
+        let mut bound = Self {
+            programs: None,
+            session: None,
+            lane: None,
+            kept: None,
+            constants: None,
+            weights: None,
+            range,
+            groups: prepared.groups(),
+            input_names: input_names?,
+            output_names: output_names?,
+            manifest,
+        };
+        match device.as_cuda() {
+            None => bound.make_session(runtime, prepared, target, None)?,
+            Some(_) => {
+                runtime.share_device_memory(&device)?;
+                bound.make_program(runtime, prepared, target, &device)?;
+            }
+        }
+        Ok(bound)
+    }
+
+    /// Makes the session, on a GPU with its kernels on `stream`.
+    fn make_session(
+        &mut self,
+        runtime: &Runtime,
+        prepared: &Prepared,
+        target: Target,
+        stream: Option<Stream>,
+    ) -> Result<(), EngineError> {
         let mut builder = runtime
-            .session_builder()?
+            .builder_for(target, stream)?
             .with_optimization_level(GraphOptimizationLevel::Disable)?
             .with_prepacking(false)?
             .with_env_allocators()?
             // Patterns are kept per shape for ever, and the shared arena makes them pointless.
             .with_memory_pattern(false)?;
-        let mut range = None;
         let mut weights = None;
-        if manifest.weights_bytes != Bytes::ZERO {
-            let id = device.reserve(manifest.weights_bytes)?;
-            let reserved = range.insert(Reserved { waiter: Waiter { device, range: id } });
-            if !manifest.await_types.is_empty() {
-                builder = builder.with_operators(await_op::domain(&manifest.await_types, &reserved.waiter)?)?;
+        if let Some(reserved) = &self.range {
+            let Waiter { device, range } = &reserved.waiter;
+            if !self.manifest.await_types.is_empty() {
+                builder = builder.with_operators(await_op::domain(&self.manifest.await_types, &reserved.waiter)?)?;
             }
-            let base = reserved.waiter.device.address(id)?;
-            weights = Some(Weights::supply(&mut builder, base, manifest.weights_bytes, &manifest.initializers)?);
+            let place = device.as_cuda().map_or(raw::Place::Host, |cuda| raw::Place::Cuda(cuda.ordinal()));
+            let base = device.address(*range)?;
+            let (size, table) = (self.manifest.weights_bytes, &self.manifest.initializers);
+            weights = Some(Weights::supply(&mut builder, place, base, size, table)?);
         }
         let session = {
             let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
             builder.commit_from_file(prepared.graph_path())?
         };
-        let names = |specs: &[faaswap_protocol::TensorSpec]| specs.iter().map(|s| raw::c_name(&s.name)).collect();
-        let input_names: Result<_, EngineError> = names(&manifest.signature.inputs);
-        let output_names: Result<_, EngineError> = names(&manifest.signature.outputs);
-        let groups = prepared.groups();
-        Ok(Self { session, weights, range, groups, input_names: input_names?, output_names: output_names?, manifest })
+        // The session before this one, if there was one, goes before its tensors.
+        self.session = Some(session);
+        self.weights = weights;
+        Ok(())
+    }
+
+    /// Makes a program of a session on the GPU's binding lane; where that cannot be, a session that stays, in a lane.
+    fn make_program(
+        &mut self,
+        runtime: &Runtime,
+        prepared: &Prepared,
+        target: Target,
+        device: &Arc<dyn Device>,
+    ) -> Result<(), EngineError> {
+        let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
+        let lane = program::next_lane(cuda);
+        let range = self.range();
+        let signature = self.manifest.signature.clone();
+        let made = IoLayout::of(&signature).and_then(|io| {
+            let constants = cuda.constants();
+            let made = cuda.bind(range, || {
+                let stream = cuda.stream(cuda.binding_lane())?;
+                cuda.for_constants(&constants, || self.make_session(runtime, prepared, target, Some(stream)))?;
+                let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
+                let names = (&self.input_names[..], &self.output_names[..]);
+                program::make(device, session, &signature, names, io, lane, constants)
+            });
+            made.map_err(|error: EngineError| error.to_string())
+        });
+        self.kept.clone_from(&self.manifest.keep_session);
+        match made {
+            Ok(programs) => {
+                self.programs = Some(programs);
+                if self.kept.is_none() {
+                    // What it has on the device goes; the addresses of the weights are in the program by now.
+                    self.session = None;
+                    self.weights = None;
+                }
+            }
+            Err(why) => {
+                tracing::info!(%why, "a model runs without a program");
+                self.session = None;
+                self.kept = Some(why);
+                self.lane = Some(lane);
+                let constants = cuda.constants();
+                let stream = cuda.stream(lane)?;
+                cuda.for_constants(&constants, || self.make_session(runtime, prepared, target, Some(stream)))?;
+                self.constants = Some(constants);
+            }
+        }
+        Ok(())
+    }
+
+    /// On a GPU: why the model keeps a session, which costs it device memory; `None` where its program stands alone.
+    pub fn kept_session(&self) -> Option<&str> {
+        self.kept.as_deref()
+    }
+
+    /// On a GPU: how many kernels, copies and waits the program is made of; `None` where there is no program.
+    pub fn program_nodes(&self) -> Option<usize> {
+        self.programs.as_ref().map(Programs::nodes)
     }
 
     /// The range to swap in and out; `None` when the model has no weights to swap.
@@ -180,6 +295,61 @@ impl Bound {
             wanted
         };
         self.check_wanted(wanted)?;
+        if let Some(programs) = &self.programs {
+            return self.run_program(programs, inputs, wanted, place);
+        }
+        let cuda = self.range.as_ref().and_then(|reserved| reserved.waiter.device.as_cuda());
+        match (cuda, self.lane) {
+            (Some(cuda), Some(lane)) => {
+                let run = || self.run_session(inputs, wanted, place);
+                cuda.in_lane(lane, run).map_err(RunError::failed)?
+            }
+            _ => self.run_session(inputs, wanted, place),
+        }
+    }
+
+    /// Runs the program. Its inputs are copies on the device, which no peer can change.
+    fn run_program(
+        &self,
+        programs: &Programs,
+        inputs: &[Input<'_>],
+        wanted: &[u16],
+        place: &mut AskPlace<'_>,
+    ) -> Result<Vec<RunOutput>, RunError> {
+        let specs = &self.manifest.signature.outputs;
+        let places = wanted.iter().map(|&index| {
+            let (spec, slot) = (&specs[usize::from(index)], &programs.io.outputs[usize::from(index)]);
+            Ok((index, spec.dtype, slot.shape.clone(), ask_place(place, index, spec.dtype, &slot.shape)?))
+        });
+        let places = places.collect::<Result<Vec<_>, RunError>>()?;
+        let mut run = programs.begin().map_err(RunError::failed)?;
+        for (index, input) in inputs.iter().enumerate() {
+            let into = run.input(index).map_err(RunError::failed)?;
+            match input.data {
+                InputData::Region(region) => region.read(0, into).map_err(RunError::failed)?,
+                InputData::Bytes(bytes) => into.copy_from_slice(bytes),
+            }
+        }
+        let weights = self.range().map(|range| (range, self.manifest.await_before_run));
+        run.go(weights).map_err(RunError::failed)?;
+        let outputs = places.into_iter().map(|(index, dtype, shape, mut place)| {
+            let bytes = run.output(usize::from(index)).map_err(RunError::failed)?;
+            match &mut place {
+                Place::Region(region) => region.write(0, bytes).map_err(RunError::failed)?,
+                Place::Memory(memory) => memory.copy_from_slice(bytes),
+            }
+            Ok(RunOutput { index, dtype, shape, place })
+        });
+        outputs.collect()
+    }
+
+    fn run_session(
+        &self,
+        inputs: &[Input<'_>],
+        wanted: &[u16],
+        place: &mut AskPlace<'_>,
+    ) -> Result<Vec<RunOutput>, RunError> {
+        let session = self.session.as_ref().ok_or_else(|| RunError::failed("there is no session"))?;
         let copies = inputs.iter().enumerate().map(|(i, input)| self.private_copy(i, input));
         let copies = copies.collect::<Result<Vec<_>, _>>()?;
         let tensors = inputs.iter().zip(&copies).map(|(input, copy)| input_tensor(input, copy.as_ref()));
@@ -189,7 +359,7 @@ impl Bound {
         let names: Vec<&CStr> = wanted.iter().map(|&i| self.output_names[usize::from(i)].as_c_str()).collect();
         let outputs = wanted.iter().zip(&mut early).map(|(&i, early)| self.bind_place(i, early));
         let outputs = outputs.collect::<Result<Vec<_>, _>>().map_err(RunError::failed)?;
-        let fresh = raw::run(&self.session, &self.input_names, &tensors, &names, &outputs).map_err(RunError::failed)?;
+        let fresh = raw::run(session, &self.input_names, &tensors, &names, &outputs).map_err(RunError::failed)?;
         // The tensors over places end here, so that the places can be handed out again.
         drop(outputs);
         let done = wanted.iter().zip(fresh).zip(early);

@@ -13,12 +13,13 @@ pub mod manifest;
 pub mod onnx;
 mod plain;
 pub mod prepare;
+mod program;
 mod raw;
 mod runtime;
 
 pub use bound::{Bound, Input, InputData, Place, RunOutput};
 pub use error::{EngineError, PrepareError, RunError};
 pub use manifest::{Manifest, Prepared};
-pub use plain::PlainSession;
+pub use plain::{OnDevice, PlainSession};
 pub use raw::await_copies;
-pub use runtime::{ORT_VERSION, Runtime, RuntimeOptions};
+pub use runtime::{CudaTarget, ORT_VERSION, Runtime, RuntimeOptions, Target};

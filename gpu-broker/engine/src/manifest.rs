@@ -13,10 +13,10 @@ use faaswap_device::Group;
 use faaswap_protocol::{Bytes, DType, Signature};
 use serde::{Deserialize, Serialize};
 
-use crate::{EngineError, limits::MANIFEST_BYTES_MAX, onnx};
+use crate::{EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 2;
+pub const MANIFEST_VERSION: u32 = 3;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -55,6 +55,10 @@ pub struct Manifest {
     pub version: u32,
     /// The ONNX Runtime that optimized the graph.
     pub ort_version: String,
+    /// What it was optimized for.
+    pub target: Target,
+    /// Why the model's program does not outlive its session on a GPU; `None` where it was seen to.
+    pub keep_session: Option<String>,
     /// What the model takes and gives.
     pub signature: Signature,
     /// Size of the flat weights.
@@ -152,6 +156,11 @@ impl Prepared {
         let refuse = |reason| EngineError::NotPrepared { path: dir.to_owned(), reason };
         manifest.check().map_err(refuse)?;
         Ok(Self { dir: dir.to_owned(), manifest: Arc::new(manifest) })
+    }
+
+    /// The folder.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// What is known of the model.

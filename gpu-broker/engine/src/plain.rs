@@ -2,13 +2,14 @@
 //!
 //! It owns its weights, knows nothing of devices, and is never used to answer a request.
 
-use std::{ffi::CString, path::Path};
+use std::{ffi::CString, fmt, path::Path, sync::Arc};
 
-use faaswap_protocol::Shape;
+use faaswap_device::{Device, DeviceError};
+use faaswap_protocol::{Shape, Signature};
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
 use crate::{
-    EngineError, Input, InputData, Runtime,
+    EngineError, Input, InputData, Runtime, Target,
     raw::{self, Tensor},
 };
 
@@ -21,11 +22,16 @@ pub struct PlainSession {
 }
 
 impl PlainSession {
+    /// Opens a model with all optimizations for a target.
+    pub fn open_for(runtime: &Runtime, target: Target, graph: &Path, prepacking: bool) -> Result<Self, EngineError> {
+        let builder = runtime.builder_for(target, None)?.with_optimization_level(GraphOptimizationLevel::All)?;
+        Self::of(builder.with_prepacking(prepacking)?.commit_from_file(graph)?)
+    }
+
     /// Opens a model with all optimizations. Prepared models run without prepacking, which changes last bits: compare
     /// outputs with a session without it.
     pub fn open(runtime: &Runtime, graph: &Path, prepacking: bool) -> Result<Self, EngineError> {
-        let builder = runtime.session_builder()?.with_optimization_level(GraphOptimizationLevel::All)?;
-        Self::of(builder.with_prepacking(prepacking)?.commit_from_file(graph)?)
+        Self::open_for(runtime, Target::Cpu, graph, prepacking)
     }
 
     pub(crate) fn of(session: Session) -> Result<Self, EngineError> {
@@ -50,6 +56,62 @@ impl PlainSession {
         let names: Vec<_> = self.output_names.iter().map(|name| name.as_c_str()).collect();
         let outputs = raw::run(&self.session, &self.input_names, &tensors, &names, &allocated)?;
         outputs.iter().flatten().map(read).collect()
+    }
+}
+
+/// A plain session whose inputs and outputs lie on a GPU: what a program is timed against. They are all zeros.
+pub struct OnDevice<'s> {
+    run: raw::DeviceRun<'s>,
+    addresses: Vec<usize>,
+    device: Arc<dyn Device>,
+}
+
+impl<'s> OnDevice<'s> {
+    /// Puts zeros for inputs and outputs of the session on the device.
+    pub fn new(plain: &'s PlainSession, signature: &Signature, device: &Arc<dyn Device>) -> Result<Self, EngineError> {
+        let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a device without a GPU"))?;
+        let run = raw::DeviceRun::new(&plain.session)?;
+        let mut bound = Self { run, addresses: Vec::new(), device: Arc::clone(device) };
+        let inputs = signature.inputs.iter().zip(&plain.input_names).map(|pair| (true, pair));
+        let outputs = signature.outputs.iter().zip(&plain.output_names).map(|pair| (false, pair));
+        for (is_input, (spec, name)) in inputs.chain(outputs) {
+            let shape = spec.fixed_shape().ok_or(DeviceError::Invalid("a tensor without a fixed shape"))?;
+            let size = shape.size(spec.dtype).ok().and_then(|size| size.as_len());
+            let len = size.ok_or(DeviceError::Invalid("a tensor that is too large"))?;
+            let address = cuda.allocate(len)?;
+            bound.addresses.push(address);
+            cuda.zero(address, len)?;
+            let element = crate::onnx::element_of(spec.dtype);
+            let tensor = raw::device_tensor(cuda.ordinal(), address, len, element, &raw::dims_of(&shape))?;
+            match is_input {
+                true => bound.run.bind_input(name, tensor)?,
+                false => bound.run.bind_output(name, tensor)?,
+            }
+        }
+        Ok(bound)
+    }
+
+    /// Runs once and waits for the end.
+    pub fn run(&self) -> Result<(), EngineError> {
+        self.run.queue()?;
+        let cuda = self.device.as_cuda().ok_or(DeviceError::Invalid("a device without a GPU"))?;
+        Ok(cuda.synchronize()?)
+    }
+}
+
+impl fmt::Debug for OnDevice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OnDevice").finish_non_exhaustive()
+    }
+}
+
+impl Drop for OnDevice<'_> {
+    fn drop(&mut self) {
+        for &address in &self.addresses {
+            if let Some(cuda) = self.device.as_cuda() {
+                cuda.free(address);
+            }
+        }
     }
 }
 

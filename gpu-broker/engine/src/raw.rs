@@ -13,17 +13,23 @@ use std::{
     ptr::{self, NonNull},
 };
 
+use faaswap_device::Stream;
 use faaswap_protocol::{Bytes, DType, Shape};
 use faaswap_slab::Region;
 use ort::{
     AsPointer,
     environment::Environment,
+    ep::CUDA,
     operator::ComputeContext,
     session::{Session, builder::SessionBuilder},
     sys::{self, ONNXTensorElementDataType as Element},
 };
 
 use crate::{EngineError, manifest::Initializer, onnx};
+
+mod cuda;
+
+pub(crate) use cuda::{DeviceRun, device_tensor, share_device_memory};
 
 /// Turns a status into a result, and frees it.
 fn check(status: sys::OrtStatusPtr) -> Result<(), EngineError> {
@@ -68,8 +74,22 @@ pub(crate) fn share_scratch(environment: &Environment, most: Bytes) -> Result<()
     done
 }
 
-/// Says where tensors lie. Always the CPU's memory here.
-struct MemoryInfo(NonNull<sys::OrtMemoryInfo>);
+/// Has a session's kernels run on this stream.
+pub(crate) fn on_stream(provider: CUDA, stream: Stream) -> CUDA {
+    // SAFETY: the stream is one of a device's lanes, which live as long as the device, which outlives its sessions.
+    unsafe { provider.with_compute_stream(ptr::with_exposed_provenance_mut(stream.0)) }
+}
+
+/// Where tensors lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Host,
+    /// On the GPU of this number.
+    Cuda(i32),
+}
+
+/// Says where tensors lie, in ONNX Runtime's words.
+pub(crate) struct MemoryInfo(NonNull<sys::OrtMemoryInfo>);
 
 // SAFETY: the object is never changed after it was made.
 unsafe impl Send for MemoryInfo {}
@@ -82,6 +102,20 @@ impl MemoryInfo {
         // SAFETY: `info` receives an object of ours.
         check(unsafe { (ort::api().CreateCpuMemoryInfo)(kind, sys::OrtMemType::OrtMemTypeDefault, &raw mut info) })?;
         NonNull::new(info).map(Self).ok_or_else(|| EngineError::Ort("no memory info was made".to_owned()))
+    }
+
+    pub(crate) fn of(place: Place) -> Result<Self, EngineError> {
+        let kind = sys::OrtAllocatorType::OrtDeviceAllocator;
+        let Place::Cuda(ordinal) = place else { return Self::cpu(kind) };
+        let mut info = ptr::null_mut();
+        let usage = sys::OrtMemType::OrtMemTypeDefault;
+        // SAFETY: the name is static and ends with zero; `info` receives an object of ours.
+        check(unsafe { (ort::api().CreateMemoryInfo)(c"Cuda".as_ptr(), kind, ordinal, usage, &raw mut info) })?;
+        NonNull::new(info).map(Self).ok_or_else(|| EngineError::Ort("no memory info was made".to_owned()))
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut sys::OrtMemoryInfo {
+        self.0.as_ptr()
     }
 }
 
@@ -142,28 +176,36 @@ impl<'m> Tensor<'m> {
     /// A tensor that a run reads.
     pub(crate) fn input(bytes: &'m [u8], dtype: DType, shape: &Shape) -> Result<Self, EngineError> {
         // SAFETY: the bytes are borrowed for 'm. A run never writes to its inputs.
-        unsafe { Self::at(bytes.as_ptr().cast_mut(), bytes.len(), onnx::element_of(dtype), &dims_of(shape)) }
+        unsafe {
+            Self::at(Place::Host, bytes.as_ptr().cast_mut(), bytes.len(), onnx::element_of(dtype), &dims_of(shape))
+        }
     }
 
     /// A tensor that a run writes.
     pub(crate) fn output(bytes: &'m mut [u8], dtype: DType, shape: &Shape) -> Result<Self, EngineError> {
         // SAFETY: the bytes are borrowed, and nobody else's, for 'm.
-        unsafe { Self::at(bytes.as_mut_ptr(), bytes.len(), onnx::element_of(dtype), &dims_of(shape)) }
+        unsafe { Self::at(Place::Host, bytes.as_mut_ptr(), bytes.len(), onnx::element_of(dtype), &dims_of(shape)) }
     }
 
     /// A tensor in shared memory, read or written by a run. Its bytes may change at any time; see `prepare::shared`
     /// for which tensors kernels can bear that.
     pub(crate) fn region(region: &'m Region, dtype: DType, shape: &Shape) -> Result<Self, EngineError> {
         // SAFETY: the region is borrowed for 'm and keeps its mapping alive.
-        unsafe { Self::at(region.as_mut_ptr(), region.len(), onnx::element_of(dtype), &dims_of(shape)) }
+        unsafe { Self::at(Place::Host, region.as_mut_ptr(), region.len(), onnx::element_of(dtype), &dims_of(shape)) }
     }
 
     /// # Safety
     /// `len` bytes from `data` must stay mapped or reserved for `'m`; what a run does with them must be allowed.
-    unsafe fn at(data: *mut u8, len: usize, number: i32, dims: &[i64]) -> Result<Self, EngineError> {
+    pub(crate) unsafe fn at(
+        place: Place,
+        data: *mut u8,
+        len: usize,
+        number: i32,
+        dims: &[i64],
+    ) -> Result<Self, EngineError> {
         let element =
             element(number).ok_or_else(|| EngineError::Ort(format!("no tensors of element type {number}")))?;
-        let info = MemoryInfo::cpu(sys::OrtAllocatorType::OrtDeviceAllocator)?;
+        let info = MemoryInfo::of(place)?;
         let mut value = ptr::null_mut();
         // SAFETY: the table of dimensions has the length said; ONNX Runtime checks that `len` covers them and copies
         // the dimensions and the memory info. The caller answers for `data`.
@@ -184,6 +226,11 @@ impl<'m> Tensor<'m> {
     fn own(value: *mut sys::OrtValue) -> Result<Self, EngineError> {
         let value = NonNull::new(value).ok_or_else(|| EngineError::Ort("no tensor was made".to_owned()))?;
         Ok(Self { value, memory: PhantomData })
+    }
+
+    /// ONNX Runtime's own object.
+    pub(crate) fn as_ptr(&self) -> *mut sys::OrtValue {
+        self.value.as_ptr()
     }
 
     /// Element type and dimensions.
@@ -250,6 +297,7 @@ impl Weights {
     /// is what Await nodes are for.
     pub(crate) fn supply(
         builder: &mut SessionBuilder,
+        place: Place,
         base: usize,
         reserved: Bytes,
         table: &[Initializer],
@@ -264,7 +312,7 @@ impl Weights {
             let data = ptr::with_exposed_provenance_mut(address);
             // SAFETY: the stretch lies inside the reserved range, which the caller keeps until this object is dropped.
             // Initializers are only read.
-            let tensor = unsafe { Tensor::<'static>::at(data, len, weight.element, &weight.dims) }?;
+            let tensor = unsafe { Tensor::<'static>::at(place, data, len, weight.element, &weight.dims) }?;
             let name = c_name(&weight.name)?;
             // SAFETY: builder, name and tensor are alive. ONNX Runtime copies the name and keeps the tensor's address:
             // the boxed value itself does not move and lives in `tensors`.
@@ -324,8 +372,11 @@ pub(crate) fn run<'i>(
 }
 
 /// Hands an operator's input on as its output. Costs nothing where the runtime has let the output alias the input, as
-/// it does unless the graph needs both apart.
-pub(crate) fn pass_on(context: &ComputeContext) -> ort::Result<()> {
+/// it does unless the graph needs both apart; else `copy` gets target, source and length.
+pub(crate) fn pass_on(
+    context: &ComputeContext,
+    copy: impl FnOnce(*mut u8, *const u8, usize) -> ort::Result<()>,
+) -> ort::Result<()> {
     let input = context.input(0)?.ok_or_else(|| ort::Error::new("an Await node has no input"))?;
     let output =
         context.output(0, input.shape().to_vec())?.ok_or_else(|| ort::Error::new("an Await node has no output"))?;
@@ -338,8 +389,13 @@ pub(crate) fn pass_on(context: &ComputeContext) -> ort::Result<()> {
     let mut len = 0;
     // SAFETY: the value is alive and a tensor.
     check(unsafe { (ort::api().GetTensorSizeInBytes)(input.ptr(), &raw mut len) }).map_err(ort::Error::wrap)?;
-    // SAFETY: both tensors have the same type and dimensions, so that `len` bytes lie at each; a planner that does not
-    // alias them gives them memory apart.
+    copy(to, from, len)
+}
+
+/// Copies a tensor in host memory.
+pub(crate) fn copy_on_host(to: *mut u8, from: *const u8, len: usize) -> ort::Result<()> {
+    // SAFETY: both are tensors of an Await node, of the same type and dimensions, so that `len` bytes lie at each; a
+    // planner that does not alias them gives them memory apart.
     unsafe { ptr::copy_nonoverlapping(from, to, len) };
     Ok(())
 }

@@ -8,12 +8,16 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use faaswap_device::{Device, Stream};
 use faaswap_protocol::Bytes;
 use ort::{
     environment::{Environment, GlobalThreadPoolOptions},
+    ep::{CUDA, cuda::ConvAlgorithmSearch},
     logging::LogLevel,
     session::{Session, builder::SessionBuilder},
 };
+
+use serde::{Deserialize, Serialize};
 
 use crate::{EngineError, raw};
 
@@ -32,6 +36,34 @@ pub struct RuntimeOptions {
 impl Default for RuntimeOptions {
     fn default() -> Self {
         Self { threads_per_run: 1, scratch_max: Bytes::mib(4096) }
+    }
+}
+
+/// What runs a model's kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    /// The processor.
+    Cpu,
+    /// A GPU.
+    Cuda(CudaTarget),
+}
+
+/// How a GPU runs a model's kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CudaTarget {
+    /// Which GPU, by the driver's count. Models prepared on one run on all of a kind.
+    pub ordinal: i32,
+    /// Whether fp32 products may be computed in TF32, as PyTorch's convolutions are.
+    pub tf32: bool,
+    /// Whether convolutions keep channels last.
+    pub channels_last: bool,
+}
+
+impl CudaTarget {
+    /// The GPU of this number, with the usual settings.
+    pub fn new(ordinal: i32) -> Self {
+        Self { ordinal, tf32: true, channels_last: false }
     }
 }
 
@@ -79,6 +111,27 @@ impl Runtime {
     pub(crate) fn session_builder(&self) -> Result<SessionBuilder, EngineError> {
         let builder = Session::builder(&self.0.environment)?;
         Ok(builder.with_intra_threads(1)?.with_inter_threads(1)?.with_intra_op_spinning(false)?)
+    }
+
+    /// As [`Runtime::session_builder`], for kernels on this target. On a GPU they run on `stream` where one is given.
+    pub(crate) fn builder_for(&self, target: Target, stream: Option<Stream>) -> Result<SessionBuilder, EngineError> {
+        let builder = self.session_builder()?;
+        let Target::Cuda(cuda) = target else { return Ok(builder) };
+        let provider = CUDA::default()
+            .with_device_id(cuda.ordinal)
+            .with_tf32(cuda.tf32)
+            .with_prefer_nhwc(cuda.channels_last)
+            .with_conv_algorithm_search(ConvAlgorithmSearch::Heuristic);
+        let provider = match stream {
+            Some(stream) => raw::on_stream(provider, stream),
+            None => provider,
+        };
+        Ok(builder.with_execution_providers([provider.build().error_on_failure()])?)
+    }
+
+    /// Has sessions that share allocators take their memory on this GPU from our arenas. Once per GPU.
+    pub(crate) fn share_device_memory(&self, device: &Arc<dyn Device>) -> Result<(), EngineError> {
+        raw::share_device_memory(&self.0.environment, device)
     }
 
     fn loaded_differently(&self) -> EngineError {

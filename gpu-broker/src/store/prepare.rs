@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use faaswap_engine::{
+use faaswap_engine::{Target, 
     Runtime, RuntimeOptions,
     prepare::{PrepareJob, PrepareLimits, limit_this_process, run},
 };
@@ -90,6 +90,7 @@ impl Preparer {
                 graph_file,
                 out_dir: draft.clone(),
                 group_bytes: Bytes::new(GROUP_BYTES),
+                target: Target::Cpu,
             },
             library: self.library.clone(),
             limits: ChildLimits {

@@ -10,7 +10,7 @@ use faaswap_device::{
     Device, DeviceError, Group, HostWeights, RangeId, Stream, SwapReport,
     host::{HostConfig, HostDevice},
 };
-use faaswap_engine::{
+use faaswap_engine::{Target, 
     Bound, Input, InputData, Place, PlainSession, Prepared,
     prepare::{self, PrepareJob},
 };
@@ -113,6 +113,7 @@ fn pipelined(figures: &mut Figures) -> Result<()> {
         graph_file: "chain.onnx".to_owned(),
         out_dir: out_dir.clone(),
         group_bytes: Bytes::mib(4),
+        target: Target::Cpu,
     };
     prepare::run(&runtime, &job).map_err(trouble)?;
     let prepared = Prepared::open(&out_dir)?;

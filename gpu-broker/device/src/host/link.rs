@@ -16,10 +16,9 @@ use super::{
     arena::{Arena, Reservation, at},
     copy::{self, Pace},
     pool::{Pool, Run},
-    range::Step,
     shared::{Job, Shared, Swap},
 };
-use crate::{DeviceError, Group, HostWeights, RangeId, SwapReport};
+use crate::{DeviceError, Group, HostWeights, RangeId, SwapReport, range::Step};
 
 /// Most memory to lend in one system call: 12 us of delay for the first group.
 const PART_MAX: usize = 64 << 20;

@@ -14,16 +14,13 @@ use std::{
 
 use faaswap_protocol::Bytes;
 
-use super::{
-    arena::{Arena, Reservation},
+use super::arena::{Arena, Reservation};
+use crate::{
+    DeviceError, DeviceInfo, Group, HostWeights, OnDone, RangeId, SwapReport,
     range::{State, Step},
+    table::{RANGES_MAX, Table, place},
 };
-use crate::{DeviceError, DeviceInfo, Group, HostWeights, OnDone, RangeId, SwapReport};
 
-/// Bits of a [`RangeId`] that are its place in the table; the others count how often the place was used.
-const INDEX_BITS: u32 = 14;
-/// Most ranges that a device can have reserved.
-pub const RANGES_MAX: usize = 1 << INDEX_BITS;
 /// Most swaps that can wait for the link.
 pub const SWAPS_QUEUED_MAX: usize = 4096;
 /// How often to look again before an awaiter sleeps; a few microseconds, since waking up takes longer than that.
@@ -65,45 +62,12 @@ impl Range {
 /// What the mutex guards.
 #[derive(Default)]
 pub(super) struct Books {
-    /// By place; the id tells whether it is the range that is asked for.
-    places: Vec<(RangeId, Option<Range>)>,
-    unused: Vec<usize>,
+    pub(super) ranges: Table<Range>,
     queue: VecDeque<Job>,
     closing: bool,
 }
 
 impl Books {
-    pub(super) fn get(&mut self, id: RangeId) -> Result<&mut Range, DeviceError> {
-        match self.places.get_mut(place(id)) {
-            Some((found, Some(range))) if *found == id => Ok(range),
-            Some(_) | None => Err(DeviceError::State { range: id, state: "not reserved", wanted: "reserved" }),
-        }
-    }
-
-    pub(super) fn insert(&mut self, range: Range) -> Result<RangeId, DeviceError> {
-        let index = match self.unused.pop() {
-            Some(index) => index,
-            None if self.places.len() < RANGES_MAX => {
-                let index = self.places.len();
-                self.places.push((RangeId(u32::try_from(index).expect("there are few places")), None));
-                index
-            }
-            None => return Err(DeviceError::Invalid("the device has as many ranges as it can have")),
-        };
-        let (id, at) = &mut self.places[index];
-        *at = Some(range);
-        Ok(*id)
-    }
-
-    /// Forgets a range; its id will not be used again soon.
-    pub(super) fn remove(&mut self, id: RangeId) -> Option<Range> {
-        let (found, range) = self.places.get_mut(place(id))?;
-        let removed = range.take_if(|_| *found == id)?;
-        found.0 = id.0.wrapping_add(1 << INDEX_BITS);
-        self.unused.push(place(id));
-        Some(removed)
-    }
-
     pub(super) fn has_room(&self) -> bool {
         self.queue.len() < SWAPS_QUEUED_MAX
     }
@@ -196,7 +160,7 @@ impl Shared {
     /// Takes a step of the link thread. The range is there: it cannot be released with swaps to be done.
     pub(super) fn step(&self, id: RangeId, step: Step, failed: Option<DeviceError>) {
         let mut books = self.lock();
-        let range = books.get(id).expect("a range with swaps queued is not released");
+        let range = books.ranges.get(id).expect("a range with swaps queued is not released");
         let next = range.state.after(step);
         range.state = next.unwrap_or_else(|| panic!("range {id:?} is {:?} at {step:?}", range.state));
         if failed.is_some() {
@@ -255,7 +219,7 @@ impl Shared {
         if self.is_lost() {
             return Some(Err(DeviceError::Lost));
         }
-        let range = match books.get(id) {
+        let range = match books.ranges.get(id) {
             Ok(range) => range,
             Err(e) => return Some(Err(e)),
         };
@@ -275,10 +239,6 @@ impl Shared {
             State::Queued | State::Copying | State::Resident | State::Leaving => None,
         }
     }
-}
-
-fn place(id: RangeId) -> usize {
-    usize::try_from(id.0).unwrap_or(usize::MAX) & (RANGES_MAX - 1)
 }
 
 fn arrival(id: RangeId, groups: u32) -> u64 {

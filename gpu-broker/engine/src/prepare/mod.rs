@@ -6,6 +6,7 @@
 
 mod awaits;
 mod check;
+mod concat;
 mod graph;
 mod groups;
 mod inspect;
@@ -32,7 +33,7 @@ pub use self::{
     limit::{PrepareLimits, limit_this_process},
 };
 use crate::{
-    EngineError, Manifest, PlainSession, PrepareError, Prepared, Runtime, await_op,
+    EngineError, Manifest, PlainSession, PrepareError, Prepared, Runtime, Target, await_op,
     limits::GRAPH_FILE_BYTES_MAX,
     manifest::{MANIFEST_FILE, MANIFEST_VERSION, MODEL_FILE},
     onnx::{GraphProto, ModelProto, OperatorSetIdProto},
@@ -49,6 +50,8 @@ pub struct PrepareJob {
     pub out_dir: PathBuf,
     /// Wanted size of the later groups.
     pub group_bytes: Bytes,
+    /// What it shall run on.
+    pub target: Target,
 }
 
 /// Prepares the model. The manifest is written last: a folder without one is no prepared model.
@@ -63,15 +66,28 @@ pub fn run(runtime: &Runtime, job: &PrepareJob) -> Result<Manifest, PrepareError
 }
 
 fn prepare(runtime: &Runtime, job: &PrepareJob, signature: Signature, work: &Path) -> Result<Manifest, PrepareError> {
-    let optimized = optimize::optimize(runtime, &job.model_dir.join(&job.graph_file), work)?;
+    let optimized = optimize::optimize(runtime, job.target, &job.model_dir.join(&job.graph_file), work)?;
     let reference = {
         let original = PlainSession::of(optimized.session)?;
         verify::ask_original(&original, &signature)
     };
+    let on_gpu = job.target != Target::Cpu;
     let model = inspect::read_model(&optimized.graph)?;
     let manifest = rewrite(model, runtime, job, signature, work)?;
-    let manifest = try_out(runtime, job, manifest, reference.as_ref())?;
+    let mut manifest = try_out(runtime, job, manifest, reference.as_ref())?;
     write_manifest(&job.out_dir, &manifest)?;
+    if on_gpu && reference.is_some() {
+        // This may end the process, and with it the GPU's context: then the manifest above stands.
+        match verify::outlives_its_session(
+            runtime,
+            &Prepared::untried(&job.out_dir, manifest.clone())?,
+            reference.as_ref(),
+        ) {
+            Ok(()) => manifest.keep_session = None,
+            Err(why) => manifest.keep_session = Some(why),
+        }
+        write_manifest(&job.out_dir, &manifest)?;
+    }
     Ok(manifest)
 }
 
@@ -84,7 +100,11 @@ fn rewrite(
     work: &Path,
 ) -> Result<Manifest, PrepareError> {
     let graph = model.graph.get_or_insert_default();
-    let (initializers, weights_bytes) = weights::extract(graph, work, &job.out_dir)?;
+    let on_gpu = job.target != Target::Cpu;
+    if on_gpu {
+        concat::split_wide(graph);
+    }
+    let (initializers, weights_bytes) = weights::extract(graph, work, &job.out_dir, on_gpu)?;
     let groups = groups::cut(&initializers, weights_bytes, job.group_bytes);
     let group_of = |offset: u64, len: u64| groups::group_at(&groups, offset + len - 1);
     let group_of: HashMap<_, _> = initializers.iter().map(|w| (w.name.clone(), group_of(w.offset, w.len))).collect();
@@ -97,6 +117,8 @@ fn rewrite(
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         ort_version: runtime.version().to_owned(),
+        target: job.target,
+        keep_session: on_gpu.then(|| "its program was not seen to outlive its session".to_owned()),
         signature,
         weights_bytes: Bytes::new(weights_bytes),
         groups,

@@ -13,7 +13,7 @@ use ort::session::{
 use crate::{
     EngineError, PrepareError,
     limits::{FOLDED_BYTES_MAX, WEIGHT_BYTES_MIN},
-    runtime::Runtime,
+    runtime::{Runtime, Target},
 };
 
 /// An optimized model on disk, and the session that made it.
@@ -28,16 +28,21 @@ const GRAPH_FILE: &str = "optimized.onnx";
 const DATA_FILE: &str = "optimized.bin";
 
 /// Optimizes the model into `work`.
-pub(super) fn optimize(runtime: &Runtime, graph: &Path, work: &Path) -> Result<Optimized, PrepareError> {
+pub(super) fn optimize(
+    runtime: &Runtime,
+    target: Target,
+    graph: &Path,
+    work: &Path,
+) -> Result<Optimized, PrepareError> {
     let optimized = work.join(GRAPH_FILE);
-    let session = options(runtime, &optimized)?.commit_from_file(graph);
+    let session = options(runtime, target, &optimized)?.commit_from_file(graph);
     // What fails here is the model's fault: operators that do not exist, shapes that contradict each other.
     let session = session.map_err(|e| PrepareError::rejected(e.message().to_owned()))?;
     Ok(Optimized { session, graph: optimized })
 }
 
-fn options(runtime: &Runtime, optimized: &Path) -> Result<SessionBuilder, EngineError> {
-    let builder = runtime.session_builder()?.with_optimization_level(GraphOptimizationLevel::All)?;
+fn options(runtime: &Runtime, target: Target, optimized: &Path) -> Result<SessionBuilder, EngineError> {
+    let builder = runtime.builder_for(target, None)?.with_optimization_level(GraphOptimizationLevel::All)?;
     let builder = builder.with_prepacking(false)?.with_optimized_model_path(optimized)?;
     let (file, min) = ("file_name", "min_size_in_bytes");
     let key = |what| format!("session.optimized_model_external_initializers_{what}");

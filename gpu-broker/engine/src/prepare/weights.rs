@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes as Buffer;
+use faaswap_protocol::DType;
 
 use crate::{
     EngineError, PrepareError,
@@ -19,11 +20,13 @@ use crate::{
     onnx::{self, GraphProto, NodeProto, TensorProto},
 };
 
-/// Writes `weights.bin` into `out` and leaves references to it in the graph. Returns the table and the file's size.
+/// Writes `weights.bin` into `out` and leaves references to it in the graph. On a GPU integers stay in the graph: they are
+/// few, and nodes that compute shapes read them on the host. Returns the table and the file's size.
 pub(super) fn extract(
     graph: &mut GraphProto,
     data_dir: &Path,
     out: &Path,
+    floats_only: bool,
 ) -> Result<(Vec<Initializer>, u64), PrepareError> {
     // An input with a default value counts as a constant: requests cannot name it.
     let given: HashSet<String> = graph.initializer.iter().map(|tensor| tensor.name().to_owned()).collect();
@@ -31,7 +34,9 @@ pub(super) fn extract(
     hoist(graph);
     let handed_out: HashSet<&str> = graph.output.iter().map(|value| value.name()).collect();
     let mut late: HashMap<String, usize> = (graph.initializer.iter().enumerate())
-        .filter(|(_, tensor)| can_move(tensor) && !handed_out.contains(tensor.name()))
+        .filter(|(_, tensor)| {
+            can_move(tensor) && (!floats_only || is_float(tensor)) && !handed_out.contains(tensor.name())
+        })
         .map(|(i, tensor)| (tensor.name().to_owned(), i))
         .collect();
     let mut order = Vec::with_capacity(late.len());
@@ -53,6 +58,10 @@ fn can_move(tensor: &TensorProto) -> bool {
     let has_bytes = tensor.raw_data.is_some() || matches!(tensor.external(), Ok(Some(_)));
     let len = (tensor.data_type() < 23).then(|| onnx::data_len(tensor.data_type(), &tensor.dims)).flatten();
     has_bytes && len.is_some_and(|len| len >= WEIGHT_BYTES_MIN)
+}
+
+fn is_float(tensor: &TensorProto) -> bool {
+    matches!(onnx::dtype_of(tensor.data_type()), Some(DType::F16 | DType::Bf16 | DType::F32 | DType::F64))
 }
 
 /// Takes the indices of `late` out in the order in which nodes use them; bodies are used where their node stands.

@@ -20,6 +20,7 @@ use faaswap_device::{
 };
 use faaswap_engine::{
     Bound, Input, InputData, Manifest, Place, PlainSession, PrepareError, Prepared, RunError, Runtime, RuntimeOptions,
+    Target,
     prepare::{self, PrepareJob},
 };
 use faaswap_protocol::{Bytes, DType, Shape};
@@ -49,6 +50,7 @@ pub fn job(graph: &Path, out: &Path) -> PrepareJob {
         graph_file: graph.file_name().unwrap().to_str().unwrap().to_owned(),
         out_dir: out.to_owned(),
         group_bytes: Bytes::mib(1),
+        target: Target::Cpu,
     }
 }
 

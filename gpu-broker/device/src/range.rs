@@ -2,9 +2,11 @@
 
 use faaswap_protocol::Bytes;
 
-/// Where a range stands. How many groups have arrived is told by `Arrivals`.
+use crate::{DeviceError, Group};
+
+/// Where a range stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum State {
+pub(crate) enum State {
     /// Addresses only; touching them faults.
     Out,
     /// A swap-in waits for the link.
@@ -19,7 +21,7 @@ pub(super) enum State {
 
 /// What happens to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// A swap-in is asked for.
     AskIn,
     /// A swap-out is asked for.
@@ -36,7 +38,7 @@ pub(super) enum Step {
 
 impl State {
     /// The state afterwards, or `None` where this cannot happen now.
-    pub(super) fn after(self, step: Step) -> Option<Self> {
+    pub(crate) fn after(self, step: Step) -> Option<Self> {
         match (self, step) {
             (Self::Out, Step::AskIn) => Some(Self::Queued),
             (Self::Queued, Step::Begin) => Some(Self::Copying),
@@ -55,7 +57,7 @@ impl State {
     }
 
     /// For error messages.
-    pub(super) const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Out => "swapped out",
             Self::Queued => "waiting to be swapped in",
@@ -67,8 +69,27 @@ impl State {
 }
 
 /// Size of the addresses for weights of this size: whole chunks, and at least one, so that every range has an address.
-pub(super) fn addresses(weights: Bytes, chunk: Bytes) -> Option<Bytes> {
+pub(crate) fn addresses(weights: Bytes, chunk: Bytes) -> Option<Bytes> {
     weights.checked_round_up(chunk).map(|len| len.max(chunk))
+}
+
+/// Most groups of one model.
+pub const GROUPS_MAX: usize = 1 << 16;
+
+/// Sees to it that groups follow each other without gaps and are the whole of the weights.
+pub(crate) fn count_groups(groups: &[Group], weights: Bytes) -> Result<u32, DeviceError> {
+    let mut end = 0;
+    for group in groups {
+        if group.offset != end {
+            return Err(DeviceError::Invalid("groups must follow each other without gaps, from the start"));
+        }
+        end = end.checked_add(group.len).ok_or(DeviceError::Invalid("the groups are larger than can be"))?;
+    }
+    if end != weights.get() {
+        return Err(DeviceError::Invalid("the groups do not cover the weights"));
+    }
+    let count = u32::try_from(groups.len()).ok().filter(|_| groups.len() <= GROUPS_MAX);
+    count.ok_or(DeviceError::Invalid("there are more groups than a model can have"))
 }
 
 #[cfg(test)]

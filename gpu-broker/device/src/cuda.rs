@@ -1,0 +1,509 @@
+//! A GPU: chunks of its memory taken at the start, mapped at fixed addresses, and programs that wait for weights.
+//!
+//! Nothing on the path of a request allocates device memory. Weights come from a pool of uniform chunks; constants,
+//! scratch, inputs and outputs have arenas of their own (see `arena`). Programs are CUDA graphs whose waits are for
+//! events of the link: a program may be launched as soon as all copies of its weights are *queued*.
+
+mod arena;
+mod driver;
+mod lane;
+mod link;
+mod shared;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc::sync_channel,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use faaswap_protocol::Bytes;
+
+pub(crate) use self::driver::Registration;
+use self::{
+    arena::{Arena, Purpose},
+    driver::{Addresses, Context, Physical, Queue},
+    lane::Lane,
+    link::Link,
+    shared::{Job, Range, Shared, Swap},
+};
+pub use self::{
+    lane::{Constants, IO_BYTES_MAX, Program, Run},
+    shared::SWAPS_QUEUED_MAX,
+};
+use crate::{
+    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, RangeId, Stream, SwapReport,
+    range::{State, Step, addresses, count_groups},
+};
+
+/// The CUDA version that a driver must support at least, in the driver's way of writing it.
+pub const DRIVER_CUDA_MIN: i32 = 13_000;
+/// Size of a chunk: large enough that mapping hides behind a group's copy, small enough that little is wasted.
+pub const CHUNK_DEFAULT: Bytes = Bytes::mib(8);
+/// What is left to constants, scratch, programs and libraries where no amount of memory is named.
+pub const RESERVE_DEFAULT: Bytes = Bytes::mib(8 << 10);
+/// Most scratch memory of one lane.
+pub const SCRATCH_MAX_DEFAULT: Bytes = Bytes::mib(4 << 10);
+/// Most constants of all models.
+const CONSTANTS_MAX: usize = 64 << 30;
+
+/// What a CUDA device shall be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaConfig {
+    /// For logs and metrics.
+    pub name: String,
+    /// Which GPU, by the driver's count.
+    pub ordinal: u32,
+    /// Memory for weights; `None` for what is free, less [`CudaConfig::reserve`].
+    pub memory: Option<Bytes>,
+    /// Memory that is left for everything else where `memory` is `None`.
+    pub reserve: Bytes,
+    /// Memory is given out in chunks of this size.
+    pub chunk: Bytes,
+    /// How many programs may run at once.
+    pub lanes: usize,
+    /// Most scratch memory of one lane.
+    pub scratch_max: Bytes,
+}
+
+impl CudaConfig {
+    /// A GPU with the usual settings.
+    pub fn new(name: impl Into<String>, ordinal: u32) -> Self {
+        Self {
+            name: name.into(),
+            ordinal,
+            memory: None,
+            reserve: RESERVE_DEFAULT,
+            chunk: CHUNK_DEFAULT,
+            lanes: 8,
+            scratch_max: SCRATCH_MAX_DEFAULT,
+        }
+    }
+}
+
+/// How many GPUs are visible; an error says what is missing.
+pub fn count() -> Result<i32, DeviceError> {
+    driver::count()
+}
+
+/// Memory other than the pool: arenas, by purpose.
+pub(crate) struct Memory {
+    lanes: Vec<Lane>,
+    constants: Mutex<(Arena, HashMap<u64, Vec<u64>>)>,
+    owners: AtomicU64,
+}
+
+impl Memory {
+    fn new_owner(&self) -> u64 {
+        self.owners.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn give_up(&self, owner: u64) {
+        let (arena, owners) = &mut *self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        for address in owners.remove(&owner).into_iter().flatten() {
+            arena.give(address);
+        }
+    }
+}
+
+/// A GPU.
+pub struct CudaDevice {
+    shared: Arc<Shared>,
+    memory: Arc<Memory>,
+    /// Lies behind ranges while models are bound; what is there does not matter.
+    dummy: Physical,
+    /// Binding is for one at a time: it has one lane.
+    binding: Mutex<()>,
+    ordinal: i32,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl CudaDevice {
+    /// Takes the memory and starts the threads.
+    pub fn open(config: CudaConfig) -> Result<Arc<Self>, DeviceError> {
+        let ordinal = i32::try_from(config.ordinal).map_err(|_| DeviceError::Invalid("there is no such GPU"))?;
+        let context = Context::open(ordinal)?;
+        let granularity = context.granularity()?;
+        if config.chunk == Bytes::ZERO || !config.chunk.get().is_multiple_of(granularity.get()) {
+            return Err(DeviceError::Invalid("the size of a chunk must be a multiple of the GPU's granularity, 2 MiB"));
+        }
+        let chunk = config.chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
+        let (free, total) = context.memory()?;
+        let wanted = config.memory.unwrap_or_else(|| free.checked_sub(config.reserve).unwrap_or(Bytes::ZERO));
+        let pool = take_pool(&context, wanted, chunk)?;
+        let capacity = Bytes::of_len(pool.len() * chunk);
+        if pool.is_empty() {
+            return Err(DeviceError::OutOfMemory { needed: wanted.max(config.chunk), free });
+        }
+        if config.memory.is_some_and(|wanted| capacity.get() + config.chunk.get() <= wanted.get()) {
+            tracing::warn!(name = config.name, %wanted, %capacity, %free, "the GPU has less free memory than asked for");
+        }
+        tracing::info!(name = config.name, gpu = context.model_name()?, %total, %free, weights = %capacity, "GPU");
+        let info = DeviceInfo { name: config.name.clone(), capacity, chunk: config.chunk };
+        let scratch = config.scratch_max.as_len().ok_or(DeviceError::Invalid("more scratch than can be"))?;
+        let lanes = (0..=config.lanes.max(1)).map(|_| Lane::new(&context, scratch)).collect::<Result<_, _>>()?;
+        let constants = Mutex::new((Arena::new(&context, CONSTANTS_MAX)?, HashMap::new()));
+        let memory = Arc::new(Memory { lanes, constants, owners: AtomicU64::new(0) });
+        let dummy = Physical::new(&context, chunk)?;
+        zero(&context, &dummy, chunk)?;
+        let copies = Queue::new(&context)?;
+        let shared = Arc::new(Shared::new(info, context));
+        let threads = start_threads(&shared, pool, chunk, copies)?;
+        let threads = Mutex::new(threads);
+        Ok(Arc::new(Self { shared, memory, dummy, binding: Mutex::new(()), ordinal, threads }))
+    }
+
+    /// The driver's number of this GPU.
+    pub fn ordinal(&self) -> i32 {
+        self.ordinal
+    }
+
+    /// Makes this GPU the one that the calling thread's libraries work on.
+    pub fn enter(&self) -> Result<(), DeviceError> {
+        self.shared.context.enter()
+    }
+
+    /// Free and total memory of the GPU, by the driver's count.
+    pub fn driver_memory(&self) -> Result<(Bytes, Bytes), DeviceError> {
+        self.shared.context.memory()
+    }
+
+    /// Declares the device lost.
+    pub fn lose(&self) {
+        self.shared.lose();
+    }
+
+    /// Does work that binds a model: with one chunk behind all of its range, alone on the device in this.
+    pub fn bind<T, E: From<DeviceError>>(
+        &self,
+        range: Option<RangeId>,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let _alone = self.binding.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.context.enter()?;
+        let Some(range) = range else { return work() };
+        let addresses = {
+            let mut books = self.shared.books()?;
+            let found = books.ranges.get(range)?;
+            if found.state != State::Out || found.lent {
+                let (state, wanted) = (found.state.name(), State::Out.name());
+                return Err(DeviceError::State { range, state, wanted }.into());
+            }
+            found.lent = true;
+            Arc::clone(&found.addresses)
+        };
+        let chunk = self.shared.info.chunk.as_len().unwrap_or(usize::MAX);
+        let lent = (0..addresses.len()).step_by(chunk).try_for_each(|at| addresses.map(at, &self.dummy, chunk));
+        let lent = lent.and_then(|()| addresses.open(0, addresses.len()));
+        let result = lent.map_err(E::from).and_then(|()| work());
+        let finished = self.finish(self.binding_lane());
+        let unmapped = addresses.unmap(0, addresses.len());
+        self.shared.change(range, |range| range.lent = false);
+        self.shared.noted(finished.and(unmapped))?;
+        result
+    }
+
+    /// Device memory for the purpose that the calling thread has named; that of binding where it named none.
+    pub fn allocate(&self, len: usize) -> Result<usize, DeviceError> {
+        let address = match arena::purpose().unwrap_or(Purpose::Scratch(self.binding_lane())) {
+            Purpose::Constants(owner) => {
+                let (arena, owners) = &mut *self.memory.constants.lock().unwrap_or_else(PoisonError::into_inner);
+                let address = arena.take(len)?;
+                owners.entry(owner).or_default().push(address);
+                address
+            }
+            Purpose::Scratch(lane) => self.memory.lanes[lane].scratch().take(len)?,
+        };
+        usize::try_from(address).map_err(|_| DeviceError::Invalid("an address that does not fit"))
+    }
+
+    /// Gives memory back. Constants stay until their model goes: its programs use them.
+    pub fn free(&self, address: usize) {
+        let address = address as u64;
+        for lane in &self.memory.lanes {
+            let mut scratch = lane.scratch();
+            if scratch.holds(address) {
+                if !scratch.give(address) {
+                    tracing::error!(address, "scratch memory was given back that nobody had taken");
+                }
+                return;
+            }
+        }
+    }
+
+    /// Memory of constants and of scratch, by our count.
+    pub fn arenas(&self) -> (Bytes, Bytes) {
+        let constants = self.memory.constants.lock().unwrap_or_else(PoisonError::into_inner).0.mapped();
+        let scratch = self.memory.lanes.iter().map(|lane| lane.scratch().mapped()).sum();
+        (Bytes::of_len(constants), Bytes::of_len(scratch))
+    }
+
+    /// Waits until all copies of the range's swap-in are queued, so that a program that waits for them may be launched.
+    pub fn wait_queued(&self, range: RangeId) -> Result<(), DeviceError> {
+        let last = self.shared.books()?.ranges.get(range)?.groups;
+        if last == 0 {
+            return Ok(());
+        }
+        self.shared.wait_recorded(range, last - 1)
+    }
+
+    /// Copies within the device, behind what is queued on the stream.
+    pub fn copy_within(&self, stream: Stream, to: usize, from: usize, len: usize) -> Result<(), DeviceError> {
+        // SAFETY: the engine names the stream of a kernel that is being run and tensors that the run has allocated.
+        self.shared.noted(unsafe { driver::copy_within(stream.0, to, from, len) })
+    }
+
+    /// Times one plain copy of the weights into a range that is swapped in: what a swap-in is measured against.
+    pub fn time_plain_copy(&self, range: RangeId, weights: &HostWeights) -> Result<Duration, DeviceError> {
+        let base = {
+            let mut books = self.shared.books()?;
+            let found = books.ranges.get(range)?;
+            if found.state != State::Resident || found.weights != weights.size() {
+                let (state, wanted) = (found.state.name(), State::Resident.name());
+                return Err(DeviceError::State { range, state, wanted });
+            }
+            found.readers += 1;
+            found.addresses.base()
+        };
+        let timed = (|| {
+            self.shared.context.synchronize()?;
+            let queue = &self.memory.lanes[self.binding_lane()].queue;
+            let started = Instant::now();
+            // SAFETY: the weights are mapped and the range is, which has a reader; both outlive the wait below.
+            unsafe { queue.copy_in(base, weights.as_ptr(), weights.len()) }?;
+            self.shared.context.synchronize()?;
+            Ok(started.elapsed())
+        })();
+        self.shared.change(range, |range| range.readers -= 1);
+        self.shared.noted(timed)
+    }
+
+    /// Sets device memory to zeros.
+    pub fn zero(&self, address: usize, len: usize) -> Result<(), DeviceError> {
+        self.shared.noted(self.shared.context.zero(address as u64, len.max(1)))
+    }
+
+    /// Waits for everything on the device: for measurements.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        self.shared.noted(self.shared.context.synchronize())
+    }
+
+    /// Reads device memory at an address, for tests.
+    #[doc(hidden)]
+    pub fn peek(&self, address: usize, into: &mut [u8]) -> Result<(), DeviceError> {
+        self.shared.context.read(address as u64, into)
+    }
+
+    fn queue(
+        &self,
+        range: RangeId,
+        step: Step,
+        check: impl FnOnce(&mut Range) -> Result<(), DeviceError>,
+        swap: Swap,
+    ) -> Result<(), DeviceError> {
+        let mut books = self.shared.books()?;
+        let found = books.ranges.get(range)?;
+        check(found)?;
+        let wanted = if step == Step::AskIn { State::Out } else { State::Resident };
+        let before = found.state;
+        let next = before.after(step).filter(|_| !found.lent);
+        found.state = next.ok_or(DeviceError::State { range, state: before.name(), wanted: wanted.name() })?;
+        let queued = self.shared.queue(&mut books, Job { range, swap });
+        if queued.is_err() {
+            books.ranges.get(range)?.state = before;
+        }
+        queued
+    }
+}
+
+/// Takes as many chunks as are wanted, or as there are.
+fn take_pool(
+    context: &Context,
+    wanted: Bytes,
+    chunk: usize,
+) -> Result<std::collections::VecDeque<Physical>, DeviceError> {
+    let wanted = wanted.as_len().ok_or(DeviceError::Invalid("more device memory than can be"))? / chunk;
+    let mut pool = std::collections::VecDeque::with_capacity(wanted);
+    while pool.len() < wanted {
+        match Physical::new(context, chunk) {
+            Ok(memory) => pool.push_back(memory),
+            Err(DeviceError::Failed { reason, .. }) if reason.contains("OUT_OF_MEMORY") => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(pool)
+}
+
+fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), DeviceError> {
+    let addresses = Addresses::reserve(context, len)?;
+    addresses.map(0, memory, len)?;
+    let zeroed = addresses.open(0, len).and_then(|()| context.zero(addresses.base(), len));
+    zeroed.and(addresses.unmap(0, len))
+}
+
+fn start_threads(
+    shared: &Arc<Shared>,
+    pool: std::collections::VecDeque<Physical>,
+    chunk: usize,
+    copies: Queue,
+) -> Result<Vec<JoinHandle<()>>, DeviceError> {
+    let failed = |e: std::io::Error| DeviceError::Failed { call: "starting the link's threads", reason: e.to_string() };
+    let (ends, copying) = sync_channel(link::AHEAD_MAX);
+    let finishing = Arc::clone(shared);
+    let finish = thread::Builder::new()
+        .name(format!("ends-{}", shared.info.name))
+        .spawn(move || link::finish(&finishing, &copying))
+        .map_err(failed)?;
+    let link = Link { shared: Arc::clone(shared), pool, chunk, copies, ends };
+    let link =
+        thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
+    Ok(vec![link, finish])
+}
+
+impl Device for CudaDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.shared.info
+    }
+
+    fn memory(&self) -> DeviceMemory {
+        let mapped = Bytes::new(self.shared.mapped.load(Ordering::SeqCst));
+        DeviceMemory { capacity: self.shared.info.capacity, mapped }
+    }
+
+    fn reserve(&self, weights: Bytes) -> Result<RangeId, DeviceError> {
+        let DeviceInfo { capacity, chunk, .. } = self.shared.info;
+        let len = addresses(weights, chunk).ok_or(DeviceError::Invalid("more weights than can be"))?;
+        if len > capacity {
+            return Err(DeviceError::OutOfMemory { needed: len, free: capacity });
+        }
+        let len = len.as_len().ok_or(DeviceError::Invalid("more weights than can be"))?;
+        drop(self.shared.books()?);
+        let addresses = Arc::new(Addresses::reserve(&self.shared.context, len)?);
+        self.shared.books()?.ranges.insert(Range {
+            addresses,
+            weights,
+            state: State::Out,
+            groups: 0,
+            recorded: 0,
+            events: Vec::new(),
+            failed: None,
+            chunks: Vec::new(),
+            lent: false,
+            unfinished: false,
+            readers: 0,
+        })
+    }
+
+    fn release(&self, range: RangeId) -> Result<(), DeviceError> {
+        let mut books = self.shared.books()?;
+        let found = books.ranges.get(range)?;
+        if found.state != State::Out || found.lent {
+            return Err(DeviceError::State { range, state: found.state.name(), wanted: State::Out.name() });
+        }
+        let removed = books.ranges.remove(range);
+        drop(books);
+        drop(removed);
+        Ok(())
+    }
+
+    fn address(&self, range: RangeId) -> Result<usize, DeviceError> {
+        let base = self.shared.books()?.ranges.get(range)?.addresses.base();
+        usize::try_from(base).map_err(|_| DeviceError::Invalid("an address that does not fit"))
+    }
+
+    fn swap_in(
+        &self,
+        range: RangeId,
+        weights: Arc<HostWeights>,
+        groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        let (size, count) = (weights.size(), count_groups(&groups, weights.size())?);
+        let check = |range: &mut Range| {
+            if size != range.weights {
+                return Err(DeviceError::Invalid("the weights have another size than the range"));
+            }
+            if range.state == State::Out {
+                (range.groups, range.recorded, range.failed) = (count, 0, None);
+            }
+            Ok(())
+        };
+        self.queue(range, Step::AskIn, check, Swap::In { weights, groups, done })
+    }
+
+    fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError> {
+        self.queue(range, Step::AskOut, |_| Ok(()), Swap::Out { done })
+    }
+
+    fn await_group(&self, range: RangeId, group: u32, stream: Stream) -> Result<(), DeviceError> {
+        if stream == Stream::CALLER {
+            self.shared.wait_recorded(range, group)?;
+            let event = self.shared.books()?.event(&self.shared.context, range, group)?;
+            let waited = event.wait();
+            return self.shared.noted(waited);
+        }
+        // SAFETY: the engine names the stream of a kernel that is being run.
+        let captured = unsafe { driver::is_captured(stream.0) }?;
+        if !captured {
+            self.shared.wait_recorded(range, group)?;
+            if self.shared.books()?.ranges.get(range)?.lent {
+                return Ok(());
+            }
+        }
+        let event = self.shared.books()?.event(&self.shared.context, range, group)?;
+        // SAFETY: as above.
+        self.shared.noted(unsafe { driver::wait_on(stream.0, &event, captured) })
+    }
+
+    fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+        let base = {
+            let mut books = self.shared.books()?;
+            let found = books.ranges.get(range)?;
+            if found.state != State::Resident {
+                let (state, wanted) = (found.state.name(), State::Resident.name());
+                return Err(DeviceError::State { range, state, wanted });
+            }
+            let end = offset.checked_add(Bytes::of_len(into.len()).get());
+            if end.is_none_or(|end| end > found.weights.get()) {
+                return Err(DeviceError::Invalid("the weights end before what is to be read"));
+            }
+            found.readers += 1;
+            found.addresses.base()
+        };
+        let read = if into.is_empty() { Ok(()) } else { self.shared.context.read(base + offset, into) };
+        self.shared.change(range, |range| range.readers -= 1);
+        self.shared.noted(read)
+    }
+
+    fn as_cuda(&self) -> Option<&CudaDevice> {
+        Some(self)
+    }
+
+    fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {
+        self.shared.context.enter()?;
+        weights.register()
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        self.shared.close();
+        let threads = self.threads.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.drain(..).filter(|other| other.thread().id() != thread::current().id()) {
+            if thread.join().is_err() {
+                tracing::error!(device = self.shared.info.name, "a thread of the device had panicked");
+            }
+        }
+    }
+}
+
+impl fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CudaDevice").field("info", &self.shared.info).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,270 @@
+//! Lanes of a CUDA device: where programs run, one at a time in each, and how a program is made of a run.
+//!
+//! A lane has a stream, scratch memory, and a stretch of device memory for inputs and outputs with its twin in pinned
+//! host memory. All programs of a lane share them: their addresses are in the programs.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{
+    CudaDevice,
+    arena::{Arena, Purpose, with_purpose},
+    driver::{Context, Event, Graph, Pinned, Queue},
+};
+use crate::{Device, DeviceError, RangeId, Stream};
+
+/// Most bytes of inputs and outputs of one program.
+pub const IO_BYTES_MAX: usize = 1 << 30;
+/// What a lane's pinned memory grows by.
+const IO_GROW_BY: usize = 4 << 20;
+
+/// One lane.
+pub(super) struct Lane {
+    pub(super) queue: Queue,
+    done: Event,
+    pub(super) scratch: Mutex<Arena>,
+    /// Locked by whoever runs something in this lane.
+    io: Mutex<Io>,
+    io_base: u64,
+}
+
+struct Io {
+    device: Arena,
+    host: Pinned,
+}
+
+impl Lane {
+    pub(super) fn new(context: &Arc<Context>, scratch_max: usize) -> Result<Self, DeviceError> {
+        let device = Arena::new(context, IO_BYTES_MAX)?;
+        Ok(Self {
+            queue: Queue::new(context)?,
+            done: Event::new(context)?,
+            scratch: Mutex::new(Arena::new(context, scratch_max)?),
+            io_base: device.base(),
+            io: Mutex::new(Io { device, host: Pinned::new(context, IO_GROW_BY)? }),
+        })
+    }
+
+    pub(super) fn scratch(&self) -> MutexGuard<'_, Arena> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn io(&self) -> MutexGuard<'_, Io> {
+        self.io.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A model's run, captured: what to launch, where its inputs and outputs lie.
+pub struct Program {
+    graph: Graph,
+    lane: usize,
+}
+
+impl Program {
+    /// In which lane it runs.
+    pub fn lane(&self) -> usize {
+        self.lane
+    }
+
+    /// Of how many kernels, copies and waits it is made.
+    pub fn nodes(&self) -> usize {
+        self.graph.nodes
+    }
+}
+
+impl fmt::Debug for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Program").field("lane", &self.lane).field("nodes", &self.graph.nodes).finish()
+    }
+}
+
+/// Constants of one model: device memory that lives as long as this.
+pub struct Constants {
+    device: Arc<super::Memory>,
+    owner: u64,
+}
+
+impl Drop for Constants {
+    fn drop(&mut self) {
+        self.device.give_up(self.owner);
+    }
+}
+
+impl fmt::Debug for Constants {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Constants").field("owner", &self.owner).finish()
+    }
+}
+
+impl CudaDevice {
+    /// How many lanes there are for programs.
+    pub fn lanes(&self) -> usize {
+        self.memory.lanes.len() - 1
+    }
+
+    /// The lane that binding uses for runs of its own.
+    pub fn binding_lane(&self) -> usize {
+        self.memory.lanes.len() - 1
+    }
+
+    fn lane(&self, lane: usize) -> Result<&Lane, DeviceError> {
+        self.memory.lanes.get(lane).ok_or(DeviceError::Invalid("there is no such lane"))
+    }
+
+    /// A lane's stream, for libraries that queue work there.
+    pub fn stream(&self, lane: usize) -> Result<Stream, DeviceError> {
+        Ok(Stream(self.lane(lane)?.queue.handle()))
+    }
+
+    /// Where a lane's inputs and outputs lie on the device. Sees to it that so many bytes are there.
+    pub fn io_address(&self, lane: usize, len: usize) -> Result<usize, DeviceError> {
+        let lane = self.lane(lane)?;
+        let mut io = lane.io();
+        io.device.grow(len)?;
+        if io.host.len() < len {
+            io.host = Pinned::new(&self.shared.context, len.next_multiple_of(IO_GROW_BY))?;
+        }
+        usize::try_from(lane.io_base).map_err(|_| DeviceError::Invalid("an address that does not fit"))
+    }
+
+    /// Memory for a model's constants: what is taken inside of [`CudaDevice::for_constants`] lives as long as this.
+    pub fn constants(&self) -> Constants {
+        Constants { device: Arc::clone(&self.memory), owner: self.memory.new_owner() }
+    }
+
+    /// Does work whose device memory is for these constants.
+    pub fn for_constants<T>(&self, constants: &Constants, work: impl FnOnce() -> T) -> T {
+        with_purpose(Purpose::Constants(constants.owner), work)
+    }
+
+    /// Does work in a lane, alone there, whose device memory is the lane's scratch.
+    pub fn in_lane<T>(&self, lane: usize, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
+        let io = self.lane(lane)?.io();
+        self.shared.context.enter()?;
+        let done = with_purpose(Purpose::Scratch(lane), work);
+        drop(io);
+        Ok(done)
+    }
+
+    /// Waits for what is queued in a lane.
+    pub fn finish(&self, lane: usize) -> Result<(), DeviceError> {
+        let lane = self.lane(lane)?;
+        self.shared.context.enter()?;
+        self.shared.noted(lane.queue.finish(&lane.done))
+    }
+
+    /// Sets the first bytes of a lane's inputs and outputs to zero: a model may use what it finds there as positions.
+    pub fn clear_io(&self, lane: usize, len: usize) -> Result<(), DeviceError> {
+        let base = self.lane(lane)?.io_base;
+        self.shared.noted(self.shared.context.zero(base, len.max(1)))
+    }
+
+    /// Makes a program of what `work` queues on the binding lane's stream, for `lane`: its scratch is that lane's.
+    ///
+    /// Fails where `work` keeps scratch for itself: the next program in the lane would overwrite it.
+    pub fn capture<E: From<DeviceError>>(
+        &self,
+        lane: usize,
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Program, E> {
+        let binding = &self.memory.lanes[self.binding_lane()];
+        let target = self.lane(lane)?;
+        self.shared.context.enter()?;
+        let peak = binding.scratch().peak();
+        // Two arenas of the same history need the same; what another history adds is grown into during the capture.
+        target.scratch().grow(peak)?;
+        let before = target.scratch().live();
+        binding.queue.begin_capture()?;
+        let worked = with_purpose(Purpose::Scratch(lane), work);
+        let graph = binding.queue.end_capture();
+        worked?;
+        let graph = self.shared.noted(graph)?;
+        if target.scratch().live() != before {
+            return Err(DeviceError::Invalid("the run keeps scratch memory for itself").into());
+        }
+        Ok(Program { graph, lane })
+    }
+
+    /// Begins a run of a program: waits until its lane is free.
+    pub fn begin<'d>(&'d self, program: &'d Program) -> Result<Run<'d>, DeviceError> {
+        let lane = self.lane(program.lane)?;
+        let io = lane.io();
+        self.shared.context.enter()?;
+        Ok(Run { device: self, program, lane, io })
+    }
+}
+
+/// A run of a program, alone in its lane.
+pub struct Run<'d> {
+    device: &'d CudaDevice,
+    program: &'d Program,
+    lane: &'d Lane,
+    io: MutexGuard<'d, Io>,
+}
+
+impl fmt::Debug for Run<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Run").field("program", self.program).finish_non_exhaustive()
+    }
+}
+
+impl Run<'_> {
+    fn stretch(&self, offset: usize, len: usize) -> Result<*mut u8, DeviceError> {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.io.host.len());
+        if !inside {
+            return Err(DeviceError::Invalid("an input or output outside of its lane's memory"));
+        }
+        Ok(self.io.host.as_ptr().wrapping_add(offset))
+    }
+
+    /// The host's twin of a stretch of inputs or outputs.
+    pub fn bytes(&mut self, offset: usize, len: usize) -> Result<&mut [u8], DeviceError> {
+        let at = self.stretch(offset, len)?;
+        // SAFETY: the stretch lies in pinned memory of the lane, which was set when it was made. This run alone has it,
+        // and copies are queued and awaited by its own methods.
+        Ok(unsafe { std::slice::from_raw_parts_mut(at, len) })
+    }
+
+    /// Copies inputs to the device, runs the program as soon as the weights' copies are queued, copies outputs back,
+    /// and sleeps until they are there. `weights` names the range that they are in, and a group that must be there before
+    /// the program begins, if there is one. Inputs and outputs are stretches: offset and length.
+    pub fn go(
+        &mut self,
+        weights: Option<(RangeId, Option<u32>)>,
+        inputs: (usize, usize),
+        outputs: (usize, usize),
+    ) -> Result<(), DeviceError> {
+        let went = self.queue_all(weights, inputs, outputs);
+        // Also after a failure: what was queued uses memory that goes back with this run.
+        let done = self.lane.queue.finish(&self.lane.done);
+        self.device.shared.noted(went.and(done))
+    }
+
+    fn queue_all(
+        &self,
+        weights: Option<(RangeId, Option<u32>)>,
+        inputs: (usize, usize),
+        outputs: (usize, usize),
+    ) -> Result<(), DeviceError> {
+        if inputs.1 > 0 {
+            let from = self.stretch(inputs.0, inputs.1)?;
+            // SAFETY: pinned memory of the lane, which nobody touches until `go` ends; it waits for the copy.
+            unsafe { self.lane.queue.copy_in(self.lane.io_base + inputs.0 as u64, from, inputs.1) }?;
+        }
+        if let Some((range, first)) = weights {
+            self.device.wait_queued(range)?;
+            if let Some(first) = first {
+                self.device.await_group(range, first, Stream(self.lane.queue.handle()))?;
+            }
+        }
+        self.program.graph.launch(&self.lane.queue)?;
+        if outputs.1 > 0 {
+            let to = self.stretch(outputs.0, outputs.1)?;
+            // SAFETY: as above.
+            unsafe { self.lane.queue.copy_out(to, self.lane.io_base + outputs.0 as u64, outputs.1) }?;
+        }
+        Ok(())
+    }
+}

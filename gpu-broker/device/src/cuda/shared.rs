@@ -1,0 +1,220 @@
+//! What callers, the link thread and the finishing thread of a CUDA device share: ranges and the queue of swaps.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use faaswap_protocol::Bytes;
+
+use super::driver::{Addresses, Context, Event, Physical};
+use crate::{
+    DeviceError, DeviceInfo, Group, HostWeights, OnDone, RangeId, SwapReport,
+    range::{State, Step},
+    table::Table,
+};
+
+/// Most swaps that can wait for the link.
+pub const SWAPS_QUEUED_MAX: usize = 4096;
+
+pub(super) enum Swap {
+    In { weights: Arc<HostWeights>, groups: Arc<[Group]>, done: OnDone<SwapReport> },
+    Out { done: OnDone<()> },
+}
+
+pub(super) struct Job {
+    pub(super) range: RangeId,
+    pub(super) swap: Swap,
+}
+
+/// A reserved range.
+pub(super) struct Range {
+    pub(super) addresses: Arc<Addresses>,
+    pub(super) weights: Bytes,
+    pub(super) state: State,
+    /// Number of groups of the swap-in that was asked for last.
+    pub(super) groups: u32,
+    /// How many of them are queued on the link, each with its event recorded.
+    pub(super) recorded: u32,
+    /// One per group. They stay for as long as the range does: programs wait for them.
+    pub(super) events: Vec<Arc<Event>>,
+    pub(super) failed: Option<DeviceError>,
+    /// Behind the range now.
+    pub(super) chunks: Vec<Physical>,
+    /// Whether one chunk lies behind all of it, for a model to be bound.
+    pub(super) lent: bool,
+    /// Whether the finishing thread has still to look at it.
+    pub(super) unfinished: bool,
+    pub(super) readers: u32,
+}
+
+#[derive(Default)]
+pub(super) struct Books {
+    pub(super) ranges: Table<Range>,
+    queue: VecDeque<Job>,
+    closing: bool,
+}
+
+impl Books {
+    /// The event of a group, made when it is first asked for.
+    pub(super) fn event(&mut self, context: &Arc<Context>, id: RangeId, group: u32) -> Result<Arc<Event>, DeviceError> {
+        let range = self.ranges.get(id)?;
+        let index = usize::try_from(group).ok().filter(|&index| index < crate::GROUPS_MAX);
+        let index = index.ok_or(DeviceError::Invalid("a model cannot have so many groups"))?;
+        while range.events.len() <= index {
+            range.events.push(Arc::new(Event::new(context)?));
+        }
+        Ok(Arc::clone(&range.events[index]))
+    }
+}
+
+pub(super) struct Shared {
+    pub(super) info: DeviceInfo,
+    pub(super) context: Arc<Context>,
+    pub(super) mapped: AtomicU64,
+    books: Mutex<Books>,
+    news: Condvar,
+    work: Condvar,
+    lost: AtomicBool,
+}
+
+impl Shared {
+    pub(super) fn new(info: DeviceInfo, context: Arc<Context>) -> Self {
+        Self {
+            info,
+            context,
+            mapped: AtomicU64::new(0),
+            books: Mutex::default(),
+            news: Condvar::new(),
+            work: Condvar::new(),
+            lost: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn books(&self) -> Result<MutexGuard<'_, Books>, DeviceError> {
+        let books = self.lock();
+        if self.is_lost() { Err(DeviceError::Lost) } else { Ok(books) }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
+    /// The device is lost: everyone who waits is told.
+    pub(super) fn lose(&self) {
+        let _books = self.lock();
+        self.lost.store(true, Ordering::SeqCst);
+        self.news.notify_all();
+        self.work.notify_all();
+    }
+
+    /// Takes note of a failure that costs the device.
+    pub(super) fn noted<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
+        if matches!(result, Err(DeviceError::Lost)) && !self.is_lost() {
+            self.lose();
+        }
+        result
+    }
+
+    pub(super) fn close(&self) {
+        self.lock().closing = true;
+        self.work.notify_all();
+        self.news.notify_all();
+    }
+
+    pub(super) fn queue(&self, books: &mut Books, job: Job) -> Result<(), DeviceError> {
+        if books.queue.len() >= SWAPS_QUEUED_MAX {
+            let reason = format!("{SWAPS_QUEUED_MAX} swaps are queued already");
+            return Err(DeviceError::Failed { call: "queueing a swap", reason });
+        }
+        books.queue.push_back(job);
+        self.work.notify_one();
+        Ok(())
+    }
+
+    pub(super) fn pop_job(&self) -> Option<Job> {
+        self.lock().queue.pop_front()
+    }
+
+    /// The next swap, when there is one; `None` when the device goes or is lost.
+    pub(super) fn next_job(&self) -> Option<Job> {
+        let mut books = self.lock();
+        loop {
+            if self.is_lost() {
+                return None;
+            }
+            if let Some(job) = books.queue.pop_front() {
+                return Some(job);
+            }
+            if books.closing {
+                return None;
+            }
+            books = self.work.wait(books).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Changes a range that a job is for: it cannot be released meanwhile.
+    pub(super) fn change<T>(&self, id: RangeId, change: impl FnOnce(&mut Range) -> T) -> T {
+        let mut books = self.lock();
+        let changed = change(books.ranges.get(id).expect("a range with swaps under way is not released"));
+        drop(books);
+        self.news.notify_all();
+        changed
+    }
+
+    /// Takes a step of the link.
+    pub(super) fn step(&self, id: RangeId, step: Step) {
+        self.change(id, |range| {
+            let next = range.state.after(step);
+            range.state = next.unwrap_or_else(|| panic!("range {id:?} is {:?} at {step:?}", range.state));
+        });
+    }
+
+    /// Waits until something that `ready` looks for has come about. `ready` sees the range, and ends the wait.
+    pub(super) fn wait_until<T>(
+        &self,
+        id: RangeId,
+        mut ready: impl FnMut(&mut Range) -> Option<Result<T, DeviceError>>,
+    ) -> Result<T, DeviceError> {
+        let mut books = self.books()?;
+        loop {
+            if let Some(outcome) = ready(books.ranges.get(id)?) {
+                return outcome;
+            }
+            books = self.news.wait(books).unwrap_or_else(PoisonError::into_inner);
+            if self.is_lost() {
+                return Err(DeviceError::Lost);
+            }
+        }
+    }
+
+    /// Waits until the copies of the groups `0..=group` are queued on the link; returns the event of the last of them.
+    pub(super) fn wait_recorded(&self, id: RangeId, group: u32) -> Result<(), DeviceError> {
+        self.wait_until(id, |range| {
+            if range.lent || (range.recorded > group && range.state != State::Out) {
+                return Some(Ok(()));
+            }
+            if let Some(failed) = &range.failed {
+                return Some(Err(failed.clone()));
+            }
+            match range.state {
+                State::Out => Some(Err(DeviceError::State {
+                    range: id,
+                    state: State::Out.name(),
+                    wanted: State::Resident.name(),
+                })),
+                State::Queued | State::Copying | State::Resident | State::Leaving if group >= range.groups => {
+                    Some(Err(DeviceError::Invalid("the weights have no such group")))
+                }
+                State::Queued | State::Copying | State::Resident | State::Leaving => None,
+            }
+        })
+    }
+}

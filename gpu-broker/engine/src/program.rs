@@ -1,0 +1,156 @@
+//! Models as programs on a GPU: how one is made of a session, and how it runs without it.
+//!
+//! Binding makes a session on the binding lane's stream, runs it once there (libraries choose and load their kernels),
+//! and captures the run for the model's lane. Whether the session may go afterwards was found out when the model was
+//! prepared.
+
+use std::{
+    ffi::CString,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use faaswap_device::{
+    Device, DeviceError, RangeId,
+    cuda::{Constants, CudaDevice, IO_BYTES_MAX, Program, Run},
+};
+use faaswap_protocol::{Bytes, Shape, Signature, TensorSpec};
+use ort::session::Session;
+
+use crate::{EngineError, onnx, raw};
+
+/// Alignment of inputs and outputs.
+const IO_ALIGN: usize = 256;
+
+/// Lanes are given out in turn.
+static NEXT_LANE: AtomicUsize = AtomicUsize::new(0);
+
+/// The lane for the next model on this device.
+pub(crate) fn next_lane(cuda: &CudaDevice) -> usize {
+    NEXT_LANE.fetch_add(1, Ordering::Relaxed) % cuda.lanes()
+}
+
+/// Where a fixed tensor lies in its lane's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
+    pub(crate) shape: Shape,
+}
+
+/// Where a model's inputs and outputs lie in its lane's memory: inputs first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct IoLayout {
+    pub(crate) inputs: Vec<Slot>,
+    pub(crate) outputs: Vec<Slot>,
+    /// Where the inputs end.
+    pub(crate) inputs_end: usize,
+    /// Where the outputs end.
+    pub(crate) end: usize,
+}
+
+impl IoLayout {
+    /// `Err` says why the model has no program: a shape that only a request can tell.
+    pub(crate) fn of(signature: &Signature) -> Result<Self, String> {
+        let mut end = 0;
+        let mut place = |spec: &TensorSpec| {
+            let shape = spec.fixed_shape().ok_or_else(|| format!("{} has no fixed shape", spec.name))?;
+            let len = shape.size(spec.dtype).ok().and_then(Bytes::as_len);
+            let len = len.ok_or_else(|| format!("{} is too large", spec.name))?;
+            let offset = end;
+            end = (offset + len.max(1)).next_multiple_of(IO_ALIGN);
+            if end > IO_BYTES_MAX {
+                return Err(format!("inputs and outputs have more than {IO_BYTES_MAX} bytes"));
+            }
+            Ok(Slot { offset, len, shape })
+        };
+        let inputs = signature.inputs.iter().map(&mut place).collect::<Result<Vec<_>, _>>()?;
+        let outputs = signature.outputs.iter().map(&mut place).collect::<Result<Vec<_>, _>>()?;
+        let inputs_end = outputs.first().map_or(end, |first| first.offset);
+        Ok(Self { inputs, outputs, inputs_end, end })
+    }
+}
+
+/// A program and what it needs. The program goes before the memory in it.
+#[derive(Debug)]
+pub(crate) struct Programs {
+    program: Program,
+    pub(crate) io: IoLayout,
+    pub(crate) constants: Constants,
+    pub(crate) device: Arc<dyn Device>,
+}
+
+impl Programs {
+    pub(crate) fn nodes(&self) -> usize {
+        self.program.nodes()
+    }
+
+    /// Begins a run, alone in the program's lane.
+    pub(crate) fn begin(&self) -> Result<Running<'_>, DeviceError> {
+        let cuda = self.device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
+        Ok(Running { run: cuda.begin(&self.program)?, io: &self.io })
+    }
+}
+
+/// A run of a program.
+pub(crate) struct Running<'p> {
+    run: Run<'p>,
+    io: &'p IoLayout,
+}
+
+impl Running<'_> {
+    /// The bytes of an input, to be written before [`Running::go`].
+    pub(crate) fn input(&mut self, index: usize) -> Result<&mut [u8], DeviceError> {
+        let slot = &self.io.inputs[index];
+        self.run.bytes(slot.offset, slot.len)
+    }
+
+    /// Runs, behind the copies of the weights; see [`Run::go`].
+    pub(crate) fn go(&mut self, weights: Option<(RangeId, Option<u32>)>) -> Result<(), DeviceError> {
+        self.run.go(weights, (0, self.io.inputs_end), (self.io.inputs_end, self.io.end - self.io.inputs_end))
+    }
+
+    /// The bytes of an output, once it has run.
+    pub(crate) fn output(&mut self, index: usize) -> Result<&[u8], DeviceError> {
+        let slot = &self.io.outputs[index];
+        Ok(self.run.bytes(slot.offset, slot.len)?)
+    }
+}
+
+/// Makes a model's program of its session, inside of [`CudaDevice::bind`].
+pub(crate) fn make(
+    device: &Arc<dyn Device>,
+    session: &Session,
+    signature: &Signature,
+    names: (&[CString], &[CString]),
+    io: IoLayout,
+    lane: usize,
+    constants: Constants,
+) -> Result<Programs, EngineError> {
+    let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
+    let binding = cuda.binding_lane();
+    let bind = |lane: usize| -> Result<raw::DeviceRun<'_>, EngineError> {
+        let base = cuda.io_address(lane, io.end)?;
+        let mut run = raw::DeviceRun::new(session)?;
+        let tensor = |spec: &TensorSpec, slot: &Slot| {
+            let element = onnx::element_of(spec.dtype);
+            raw::device_tensor(cuda.ordinal(), base + slot.offset, slot.len, element, &raw::dims_of(&slot.shape))
+        };
+        for ((spec, slot), name) in signature.inputs.iter().zip(&io.inputs).zip(names.0) {
+            run.bind_input(name, tensor(spec, slot)?)?;
+        }
+        for ((spec, slot), name) in signature.outputs.iter().zip(&io.outputs).zip(names.1) {
+            run.bind_output(name, tensor(spec, slot)?)?;
+        }
+        Ok(run)
+    };
+    let warm = bind(binding)?;
+    cuda.clear_io(binding, io.end)?;
+    cuda.in_lane(binding, || warm.queue())??;
+    cuda.finish(binding)?;
+    let run = bind(lane)?;
+    let program = cuda.capture(lane, || run.queue())?;
+    Ok(Programs { program, io, constants, device: Arc::clone(device) })
+}

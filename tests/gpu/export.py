@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Exports the paper's models to ONNX with PyTorch (random weights from a seed) and times PyTorch on them.
+
+    export.py OUT [name ...]     writes OUT/NAME-fp32/model.onnx, OUT/NAME-fp16/model.onnx and OUT/torch.json
+
+Needs torch, torchvision and transformers, a GPU, and no network.
+"""
+import json, os, statistics, sys, time
+
+import torch
+import torchvision.models as tv
+from transformers import BertConfig, BertModel
+
+SEED = 7
+OPSET = 17
+
+
+class Bert(torch.nn.Module):
+    """BERT-large with the two inputs that a question answering service sends."""
+
+    def __init__(self):
+        super().__init__()
+        config = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+        config._attn_implementation = "eager"
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.spans = torch.nn.Linear(1024, 2)
+
+    def forward(self, ids, mask):
+        return self.spans(self.bert(input_ids=ids, attention_mask=mask, return_dict=False)[0])
+
+
+def image(side):
+    return lambda half: (torch.randn(1, 3, side, side).to(torch.float16 if half else torch.float32),)
+
+
+def tokens(_half):
+    return (torch.randint(0, 30000, (1, 512)), torch.ones(1, 512, dtype=torch.int64))
+
+
+MODELS = {
+    "densenet169": (lambda: tv.densenet169(), image(224), ["x"]),
+    "densenet201": (lambda: tv.densenet201(), image(224), ["x"]),
+    "inception_v3": (lambda: tv.inception_v3(aux_logits=False, init_weights=False), image(299), ["x"]),
+    "efficientnet_b0": (lambda: tv.efficientnet_b0(), image(224), ["x"]),
+    "resnet50": (lambda: tv.resnet50(), image(224), ["x"]),
+    "resnet101": (lambda: tv.resnet101(), image(224), ["x"]),
+    "resnet152": (lambda: tv.resnet152(), image(224), ["x"]),
+    "bert_large": (Bert, tokens, ["ids", "mask"]),
+}
+
+
+def calm(model):
+    """Gives normalization layers statistics of data, so that activations neither vanish nor explode."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+            module.weight.data.uniform_(0.5, 1.0)
+    return model
+
+
+def median_ms(run, rounds=30, warm=5):
+    for _ in range(warm):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return round(statistics.median(times), 4)
+
+
+def loads(model, pinned):
+    """Milliseconds of `model.cuda()`, from pinned or pageable memory."""
+    host = {name: (p.detach().cpu().pin_memory() if pinned else p.detach().cpu().clone()) for name, p in model.state_dict().items()}
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        device = {name: p.to("cuda", non_blocking=pinned) for name, p in host.items()}
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+        del device
+    return round(statistics.median(times), 3)
+
+
+def measure(model, inputs):
+    model = model.cuda()
+    inputs = [x.cuda() for x in inputs]
+    with torch.inference_mode():
+        figures = {"eager_ms": median_ms(lambda: model(*inputs))}
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(*inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(*inputs)
+        figures["graph_ms"] = median_ms(graph.replay)
+        figures["load_pageable_ms"] = loads(model, False)
+        figures["load_pinned_ms"] = loads(model, True)
+        del graph
+    model.cpu()
+    torch.cuda.empty_cache()
+    return figures
+
+
+def main():
+    out, names = sys.argv[1], sys.argv[2:] or list(MODELS)
+    # What our programs do too, so that like is compared with like.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    figures = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
+    for name in names:
+        make, example, inputs = MODELS[name]
+        torch.manual_seed(SEED)
+        model = calm(make().eval())
+        for kind in ("fp32", "fp16"):
+            start = time.time()
+            model = model.half() if kind == "fp16" else model
+            args = example(kind == "fp16")
+            folder = f"{out}/{name}-{kind}"
+            os.makedirs(folder, exist_ok=True)
+            # Half precision is exported on the GPU: not all of its kernels exist for the processor.
+            on = model.cuda() if kind == "fp16" else model
+            moved = tuple(x.cuda() for x in args) if kind == "fp16" else args
+            torch.onnx.export(on, moved, f"{folder}/model.onnx", input_names=inputs, output_names=["y"],
+                              dynamo=False, opset_version=OPSET, do_constant_folding=True)
+            model = on.cpu()
+            exported = time.time() - start
+            figures[f"{name}-{kind}"] = measure(model, args)
+            size = os.path.getsize(f"{folder}/model.onnx") / 1e6
+            print(f"{name}-{kind}: {size:.0f} MB, exported in {exported:.1f} s, {figures[f'{name}-{kind}']}", flush=True)
+    with open(f"{out}/torch.json", "w") as file:
+        json.dump(figures, file, indent=1)
+
+
+main()

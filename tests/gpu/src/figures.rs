@@ -1,0 +1,226 @@
+//! Each model's swaps and runs beside their references, in one process, medians, every output checked.
+
+use std::{
+    fs,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use faaswap_device::{
+    Device,
+    cuda::{CudaConfig, CudaDevice},
+};
+use faaswap_engine::{CudaTarget, Input, InputData, OnDevice, PlainSession, Prepared, Runtime, Target};
+use faaswap_protocol::Bytes;
+use serde_json::{Value, json};
+
+use crate::{
+    Result,
+    model::{self, Asked},
+    stats::{median, median_ms},
+};
+
+/// Weights on the GPU, as in the published evaluation.
+const MEMORY: Bytes = Bytes::mib(25 << 10);
+/// Children that prepare at a time.
+const PREPARING: usize = 4;
+/// Largest difference to a plain session's output, beside the largest value: TF32 and fp16 have 10 bits of fraction.
+const TOLERANCE: f64 = 1e-2;
+const SWAPS: usize = 15;
+const RUNS: usize = 40;
+
+/// Prepares all models in both layouts, some at a time. Convolutions alone have layouts.
+fn prepare_all(models: &[(String, std::path::PathBuf)], out: &Path) -> Vec<(String, bool, Result<Prepared>)> {
+    let jobs: Vec<_> = models
+        .iter()
+        .flat_map(|(name, path)| [false, true].map(|last| (name.clone(), path.clone(), last)))
+        .filter(|(name, _, last)| !(*last && name.starts_with("bert")))
+        .collect();
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let mut done: Vec<_> = thread::scope(|scope| {
+        let work = || {
+            let mut mine = Vec::new();
+            while let Some((name, path, last)) = jobs.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+                let start = Instant::now();
+                let folder = out.join(format!("{name}-{}", if *last { "nhwc" } else { "nchw" }));
+                let prepared = model::prepare(path, &folder, *last);
+                let how = prepared.as_ref().map_or_else(ToString::to_string, |prepared| {
+                    let m = prepared.manifest();
+                    format!(
+                        "{} groups, {} awaits, trial {:?} us, difference {:?}, session kept: {:?}",
+                        m.groups.len(),
+                        m.await_count,
+                        m.trial_run_us,
+                        m.trial_max_abs_diff,
+                        m.keep_session
+                    )
+                });
+                println!("  {} in {:.1} s: {how}", folder.display(), start.elapsed().as_secs_f64());
+                mine.push((name.clone(), *last, prepared));
+            }
+            mine
+        };
+        let threads: Vec<_> = (0..PREPARING).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
+    });
+    done.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
+    done
+}
+
+/// What was measured of one prepared model.
+struct Measured {
+    value: Value,
+    resident_ms: f64,
+}
+
+fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: &Prepared) -> Result<Measured> {
+    let cuda = device.as_cuda().ok_or("no GPU")?;
+    let used = || -> Result<f64> { Ok(cuda.driver_memory()?.0.get() as f64) };
+    let first = Asked::new(runtime, prepared, device)?;
+    let kept = first.bound.kept_session().map(str::to_owned);
+    // The first model of a kind loads kernels, which all share; the second shows what a function costs.
+    let (free, start) = (used()?, Instant::now());
+    let asked = Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs))?;
+    let (bind_ms, bind_bytes) = (start.elapsed().as_secs_f64() * 1e3, free - used()?);
+    drop(first);
+
+    let bytes = asked.weights.size().get() as f64;
+    let (mut swaps, mut mapping, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..SWAPS {
+        let report = asked.swap_in()?;
+        swaps.push(report.took.as_secs_f64() * 1e3);
+        mapping.push(report.mapping.as_secs_f64() * 1e3);
+        let range = asked.bound.range().ok_or("no weights")?;
+        bare.push(cuda.time_plain_copy(range, &asked.weights)?.as_secs_f64() * 1e3);
+        asked.swap_out()?;
+    }
+    let (swap_ms, map_ms, bare_ms) = (median(&mut swaps), median(&mut mapping), median(&mut bare));
+
+    asked.swap_in()?;
+    let expected = asked.ask()?;
+    let mut wrong = 0_u64;
+    let mut checked = 0_u64;
+    let mut check = |right: bool| {
+        checked += 1;
+        wrong += u64::from(!right);
+    };
+    let mut resident: Vec<Duration> = Vec::new();
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        let output = asked.ask()?;
+        resident.push(start.elapsed());
+        check(output == expected);
+    }
+    asked.swap_out()?;
+    let resident_ms = median_ms(&mut resident);
+    let mut both: Vec<Duration> = Vec::new();
+    for _ in 0..SWAPS {
+        let start = Instant::now();
+        let done = asked.begin_swap_in()?;
+        let output = asked.ask()?;
+        both.push(start.elapsed());
+        check(output == expected);
+        done.recv()??;
+        asked.swap_out()?;
+    }
+    let both_ms = median_ms(&mut both);
+
+    let Target::Cuda(target) = prepared.manifest().target else { return Err("prepared for the processor".into()) };
+    let plain_target = Target::Cuda(CudaTarget { channels_last: false, ..target });
+    let start = Instant::now();
+    let plain = PlainSession::open_for(runtime, plain_target, graph, false)?;
+    let inputs: Vec<_> = asked
+        .inputs
+        .iter()
+        .map(|(dtype, shape, data)| Input { dtype: *dtype, shape, data: InputData::Bytes(data) })
+        .collect();
+    let theirs = plain.run(&inputs)?;
+    let plain_load_ms = start.elapsed().as_secs_f64() * 1e3;
+    let signature = &prepared.manifest().signature;
+    let mut at = 0;
+    let mut difference = 0.0_f64;
+    for (spec, (_, bytes)) in signature.outputs.iter().zip(&theirs) {
+        let ours = expected.get(at..at + bytes.len()).unwrap_or_default();
+        difference = difference.max(model::difference(spec.dtype, ours, bytes));
+        at += bytes.len();
+    }
+    check(difference < TOLERANCE);
+    let on_device = OnDevice::new(&plain, signature, device)?;
+    let mut plain_runs: Vec<Duration> = Vec::new();
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        on_device.run()?;
+        plain_runs.push(start.elapsed());
+    }
+    let plain_ms = median_ms(&mut plain_runs);
+    let longer = bare_ms.max(resident_ms);
+    let value = json!({
+        "bytes": bytes, "kept": kept, "nodes": asked.bound.program_nodes(), "bind_ms": bind_ms, "bind_bytes": bind_bytes,
+        "bare_copy_ms": bare_ms, "swap_ms": swap_ms, "map_ms": map_ms, "bandwidth_ratio": bare_ms / swap_ms,
+        "resident_ms": resident_ms, "plain_ms": plain_ms, "resident_ratio": resident_ms / plain_ms,
+        "pipelined_ms": both_ms, "pipelined_ratio": both_ms / longer, "plain_load_ms": plain_load_ms,
+        "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
+    });
+    Ok(Measured { value, resident_ms })
+}
+
+pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
+    let runtime = model::runtime()?;
+    let all = model::found(models)?;
+    let torch: Value = serde_json::from_str(&fs::read_to_string(models.join("torch.json")).unwrap_or("null".into()))?;
+    let start = Instant::now();
+    let prepared = prepare_all(&all, &models.join("prepared"));
+    println!("prepared {} in {:.0} s", prepared.len(), start.elapsed().as_secs_f64());
+    let start = Instant::now();
+    let device: Arc<dyn Device> = CudaDevice::open(CudaConfig { memory: Some(MEMORY), ..CudaConfig::new("cuda0", 0) })?;
+    println!("opened {} in {:.2} s", device.info().capacity, start.elapsed().as_secs_f64());
+    let mut records = Vec::new();
+    println!(
+        "model                  MB  GB/s  swap/bare  run ms  /plain /graph  both ms  ratio  bind ms  MB/fn  wrong"
+    );
+    for (name, path) in &all {
+        let mut best: Option<(bool, Measured)> = None;
+        for (_, last, prepared) in prepared.iter().filter(|(of, ..)| of == name) {
+            let measured = match prepared {
+                Ok(prepared) => measure(&runtime, &device, &path.join("model.onnx"), prepared),
+                Err(error) => Err(error.to_string().into()),
+            };
+            match measured {
+                Ok(measured) => {
+                    let layout = if *last { "nhwc" } else { "nchw" };
+                    records.push(json!({"model": name, "layout": layout, "measured": measured.value.clone()}));
+                    if best.as_ref().is_none_or(|(_, best)| measured.resident_ms < best.resident_ms) {
+                        best = Some((*last, measured));
+                    }
+                }
+                Err(error) => println!("{name} {}: {error}", if *last { "nhwc" } else { "nchw" }),
+            }
+        }
+        let Some((last, best)) = best else { continue };
+        let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
+        let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);
+        println!(
+            "{name:20} {:5.0} {:5.1} {:10.3} {:7.3} {:7.3} {:6.3} {:8.3} {:6.3} {:8.0} {:6.2} {:6} {}{}",
+            v("bytes") / 1e6,
+            v("bytes") / 1e6 / v("bare_copy_ms"),
+            v("bandwidth_ratio"),
+            v("resident_ms"),
+            v("resident_ratio"),
+            v("resident_ms") / graph,
+            v("pipelined_ms"),
+            v("pipelined_ratio"),
+            v("bind_ms"),
+            v("bind_bytes") / 1e6,
+            v("outputs_wrong"),
+            if last { "nhwc" } else { "nchw" },
+            if best.value["kept"].is_null() { "" } else { " session kept" },
+        );
+        fs::write(out.join("figures.json"), serde_json::to_vec_pretty(&json!({"records": records, "torch": torch}))?)?;
+    }
+    let cuda = device.as_cuda().ok_or("no GPU")?;
+    let (constants, scratch) = cuda.arenas();
+    println!("constants {constants}, scratch {scratch}, awaits that copied {}", faaswap_engine::await_copies());
+    Ok(())
+}

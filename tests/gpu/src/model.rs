@@ -1,0 +1,192 @@
+//! Models: prepared in processes of their own, as the broker does it, and asked with made-up inputs.
+
+use std::{
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, mpsc},
+};
+
+use faaswap_device::{Device, DeviceError, HostWeights, SwapReport};
+use faaswap_engine::{
+    Bound, CudaTarget, Input, InputData, Place, Prepared, Runtime, RuntimeOptions, Target,
+    prepare::{self, PrepareJob},
+};
+use faaswap_protocol::{Bytes, DType, Shape, Signature};
+
+use crate::Result;
+
+/// Later groups' size.
+const GROUP_BYTES: Bytes = Bytes::mib(8);
+
+pub(crate) fn runtime() -> Result<Runtime> {
+    let library = std::env::var_os("ORT_DYLIB_PATH").ok_or("ORT_DYLIB_PATH names no ONNX Runtime")?;
+    Ok(Runtime::load(Path::new(&library), RuntimeOptions::default())?)
+}
+
+/// Prepares one model; the job comes as JSON.
+pub(crate) fn prepare_from_stdin() -> Result<()> {
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text)?;
+    let job: PrepareJob = serde_json::from_str(&text)?;
+    prepare::run(&runtime()?, &job)?;
+    Ok(())
+}
+
+/// Prepares a model in a process of its own. What ends that process does not end this one; what it had written by then
+/// counts.
+pub(crate) fn prepare(model: &Path, out: &Path, channels_last: bool) -> Result<Prepared> {
+    let target = Target::Cuda(CudaTarget { channels_last, ..CudaTarget::new(0) });
+    let job = PrepareJob {
+        model_dir: model.to_owned(),
+        graph_file: "model.onnx".to_owned(),
+        out_dir: out.to_owned(),
+        group_bytes: GROUP_BYTES,
+        target,
+    };
+    fs::create_dir_all(out)?;
+    let log = fs::File::create(out.join("prepare.log"))?;
+    let mut child = Command::new(std::env::current_exe()?).arg("prepare").stdin(Stdio::piped()).stderr(log).spawn()?;
+    serde_json::to_writer(child.stdin.take().ok_or("no pipe")?, &job)?;
+    let status = child.wait()?;
+    let log = fs::read_to_string(out.join("prepare.log")).unwrap_or_default();
+    match Prepared::open(out) {
+        Ok(prepared) => {
+            if !status.success() {
+                let last = log.lines().last().unwrap_or_default();
+                println!("    {}: trying its program ended with {status}: {last}", out.display());
+            }
+            Ok(prepared)
+        }
+        Err(error) => Err(format!("{error}; {status}; {}", log.trim_end()).into()),
+    }
+}
+
+/// Inputs of small varied numbers; integers are positions below a thousand, or ones for masks.
+pub(crate) fn inputs(signature: &Signature) -> Result<Vec<(DType, Shape, Vec<u8>)>> {
+    let one = |spec: &faaswap_protocol::TensorSpec| {
+        let shape = spec.fixed_shape().ok_or_else(|| format!("{spec} has no fixed shape"))?;
+        let count = usize::try_from(shape.elements()?)?;
+        let value = |i: usize| (i * 37 % 255) as f32 / 255.0 - 0.5;
+        let bytes = match spec.dtype {
+            DType::F32 => (0..count).flat_map(|i| value(i).to_le_bytes()).collect(),
+            DType::F16 => (0..count).flat_map(|i| half(value(i)).to_le_bytes()).collect(),
+            DType::I64 if spec.name == "mask" => (0..count).flat_map(|_| 1_i64.to_le_bytes()).collect(),
+            DType::I64 => (0..count as i64).flat_map(|i| (i * 13 % 1000).to_le_bytes()).collect(),
+            other => return Err(format!("no inputs of type {other} can be made up").into()),
+        };
+        Ok((spec.dtype, shape, bytes))
+    };
+    signature.inputs.iter().map(one).collect()
+}
+
+fn half(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let sign = ((bits >> 16) & 0x8000) as u16;
+    let exponent = ((bits >> 23) & 0xff) as i32 - 127 + 15;
+    if exponent <= 0 { sign } else { sign | ((exponent as u16) << 10) | (((bits & 0x7f_ffff) >> 13) as u16) }
+}
+
+/// The largest difference of two tensors beside the largest value.
+pub(crate) fn difference(dtype: DType, ours: &[u8], theirs: &[u8]) -> f64 {
+    let floats = |bytes: &[u8]| -> Vec<f64> {
+        match dtype {
+            DType::F32 => bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
+            _ => bytes.as_chunks().0.iter().map(|b| from_half(u16::from_le_bytes(*b))).collect(),
+        }
+    };
+    let (ours, theirs) = (floats(ours), floats(theirs));
+    if ours.len() != theirs.len() {
+        return f64::INFINITY;
+    }
+    let largest = theirs.iter().fold(f64::MIN_POSITIVE, |most, x| most.max(x.abs()));
+    let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
+    worst.fold(0.0, |most, x| if x.is_nan() { f64::INFINITY } else { most.max(x) }) / largest
+}
+
+fn from_half(bits: u16) -> f64 {
+    let sign = if bits & 0x8000 == 0 { 1.0 } else { -1.0 };
+    let (exponent, fraction) = (i32::from((bits >> 10) & 0x1f), f64::from(bits & 0x3ff) / 1024.0);
+    sign * match exponent {
+        0 => fraction * 2_f64.powi(-14),
+        31 => f64::NAN,
+        _ => (1.0 + fraction) * 2_f64.powi(exponent - 15),
+    }
+}
+
+/// A bound model with its weights and the inputs that it is asked with.
+pub(crate) struct Asked {
+    pub(crate) bound: Bound,
+    pub(crate) weights: Arc<HostWeights>,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) inputs: Arc<Vec<(DType, Shape, Vec<u8>)>>,
+}
+
+impl Asked {
+    pub(crate) fn new(runtime: &Runtime, prepared: &Prepared, device: &Arc<dyn Device>) -> Result<Self> {
+        let weights = Arc::new(HostWeights::open(&prepared.weights_path())?);
+        device.prepare_weights(&weights)?;
+        let inputs = Arc::new(inputs(&prepared.manifest().signature)?);
+        Self::with(runtime, prepared, device, weights, inputs)
+    }
+
+    pub(crate) fn with(
+        runtime: &Runtime,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+        weights: Arc<HostWeights>,
+        inputs: Arc<Vec<(DType, Shape, Vec<u8>)>>,
+    ) -> Result<Self> {
+        let bound = Bound::new(runtime, prepared, Arc::clone(device))?;
+        Ok(Self { bound, weights, device: Arc::clone(device), inputs })
+    }
+
+    /// Begins a swap-in; the receiver hears of its end.
+    pub(crate) fn begin_swap_in(&self) -> Result<mpsc::Receiver<std::result::Result<SwapReport, DeviceError>>> {
+        let (tell, done) = mpsc::channel();
+        let range = self.bound.range().ok_or("no weights")?;
+        let report = Box::new(move |result| drop(tell.send(result)));
+        self.device.swap_in(range, Arc::clone(&self.weights), self.bound.groups(), report)?;
+        Ok(done)
+    }
+
+    pub(crate) fn swap_in(&self) -> Result<SwapReport> {
+        Ok(self.begin_swap_in()?.recv()??)
+    }
+
+    pub(crate) fn swap_out(&self) -> Result<()> {
+        let (tell, done) = mpsc::channel();
+        let range = self.bound.range().ok_or("no weights")?;
+        self.device.swap_out(range, Box::new(move |result| drop(tell.send(result))))?;
+        Ok(done.recv()??)
+    }
+
+    /// One request: all outputs' bytes, one after the other.
+    pub(crate) fn ask(&self) -> Result<Vec<u8>> {
+        let inputs = self.inputs.iter();
+        let inputs: Vec<_> =
+            inputs.map(|(dtype, shape, data)| Input { dtype: *dtype, shape, data: InputData::Bytes(data) }).collect();
+        let memory = |_, _, _: &Shape, size: Bytes| Ok(Place::Memory(vec![0; size.as_len().unwrap_or(0)]));
+        let outputs = self.bound.run(&inputs, &[], &mut { memory })?;
+        let bytes = outputs.into_iter().flat_map(|output| match output.place {
+            Place::Memory(bytes) => bytes,
+            Place::Region(_) => Vec::new(),
+        });
+        Ok(bytes.collect())
+    }
+}
+
+/// The folders of models, by name.
+pub(crate) fn found(models: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(models)? {
+        let path = entry?.path();
+        if path.join("model.onnx").exists() {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            found.push((name.unwrap_or_default(), path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
