@@ -8,6 +8,7 @@ mod arena;
 mod driver;
 mod lane;
 mod link;
+mod pool;
 mod shared;
 
 use std::{
@@ -27,9 +28,10 @@ use faaswap_protocol::Bytes;
 pub(crate) use self::driver::Registration;
 use self::{
     arena::{Arena, Purpose},
-    driver::{Addresses, Context, Physical, Queue},
+    driver::{Addresses, Context, Event, Physical, Queue},
     lane::Lane,
     link::Link,
+    pool::Pool,
     shared::{Job, Range, Shared, Swap},
 };
 pub use self::{
@@ -135,9 +137,9 @@ impl CudaDevice {
         let chunk = config.chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
         let (free, total) = context.memory()?;
         let wanted = config.memory.unwrap_or_else(|| free.checked_sub(config.reserve).unwrap_or(Bytes::ZERO));
-        let pool = take_pool(&context, wanted, chunk)?;
-        let capacity = Bytes::of_len(pool.len() * chunk);
-        if pool.is_empty() {
+        let pool = Pool::new(&context, wanted, chunk)?;
+        let capacity = pool.size();
+        if capacity == Bytes::ZERO {
             return Err(DeviceError::OutOfMemory { needed: wanted.max(config.chunk), free });
         }
         if config.memory.is_some_and(|wanted| capacity.get() + config.chunk.get() <= wanted.get()) {
@@ -153,7 +155,7 @@ impl CudaDevice {
         zero(&context, &dummy, chunk)?;
         let copies = Queue::new(&context)?;
         let shared = Arc::new(Shared::new(info, context));
-        let threads = start_threads(&shared, pool, chunk, copies)?;
+        let threads = start_threads(&shared, pool, copies)?;
         let threads = Mutex::new(threads);
         Ok(Arc::new(Self { shared, memory, dummy, binding: Mutex::new(()), ordinal, threads }))
     }
@@ -252,6 +254,17 @@ impl CudaDevice {
         self.shared.wait_recorded(range, last - 1)
     }
 
+    /// The end of the range's swap-in, where one is under way.
+    fn last_copy(&self, range: RangeId) -> Result<Option<Arc<Event>>, DeviceError> {
+        let mut books = self.shared.books()?;
+        let found = books.ranges.get(range)?;
+        if !found.unfinished || found.groups == 0 {
+            return Ok(None);
+        }
+        let last = found.groups - 1;
+        books.event(&self.shared.context, range, last).map(Some)
+    }
+
     /// Copies within the device, behind what is queued on the stream.
     pub fn copy_within(&self, stream: Stream, to: usize, from: usize, len: usize) -> Result<(), DeviceError> {
         // SAFETY: the engine names the stream of a kernel that is being run and tensors that the run has allocated.
@@ -321,24 +334,6 @@ impl CudaDevice {
     }
 }
 
-/// Takes as many chunks as are wanted, or as there are.
-fn take_pool(
-    context: &Context,
-    wanted: Bytes,
-    chunk: usize,
-) -> Result<std::collections::VecDeque<Physical>, DeviceError> {
-    let wanted = wanted.as_len().ok_or(DeviceError::Invalid("more device memory than can be"))? / chunk;
-    let mut pool = std::collections::VecDeque::with_capacity(wanted);
-    while pool.len() < wanted {
-        match Physical::new(context, chunk) {
-            Ok(memory) => pool.push_back(memory),
-            Err(DeviceError::Failed { reason, .. }) if reason.contains("OUT_OF_MEMORY") => break,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(pool)
-}
-
 fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), DeviceError> {
     let addresses = Addresses::reserve(context, len)?;
     addresses.map(0, memory, len)?;
@@ -346,12 +341,7 @@ fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), Dev
     zeroed.and(addresses.unmap(0, len))
 }
 
-fn start_threads(
-    shared: &Arc<Shared>,
-    pool: std::collections::VecDeque<Physical>,
-    chunk: usize,
-    copies: Queue,
-) -> Result<Vec<JoinHandle<()>>, DeviceError> {
+fn start_threads(shared: &Arc<Shared>, pool: Pool, copies: Queue) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let failed = |e: std::io::Error| DeviceError::Failed { call: "starting the link's threads", reason: e.to_string() };
     let (ends, copying) = sync_channel(link::AHEAD_MAX);
     let finishing = Arc::clone(shared);
@@ -359,7 +349,7 @@ fn start_threads(
         .name(format!("ends-{}", shared.info.name))
         .spawn(move || link::finish(&finishing, &copying))
         .map_err(failed)?;
-    let link = Link { shared: Arc::clone(shared), pool, chunk, copies, ends };
+    let link = Link { shared: Arc::clone(shared), pool, copies, ends };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
     Ok(vec![link, finish])

@@ -250,6 +250,13 @@ impl Bound {
         Ok(())
     }
 
+    /// On a GPU: how long the program takes by itself, without inputs and outputs; the weights must be there. For
+    /// measurements.
+    pub fn time_program(&self) -> Result<Option<std::time::Duration>, EngineError> {
+        let Some(programs) = &self.programs else { return Ok(None) };
+        Ok(Some(programs.begin()?.time_alone()?))
+    }
+
     /// On a GPU: why the model keeps a session, which costs it device memory; `None` where its program stands alone.
     pub fn kept_session(&self) -> Option<&str> {
         self.kept.as_deref()

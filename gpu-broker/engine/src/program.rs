@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use faaswap_device::{
@@ -78,7 +79,8 @@ impl IoLayout {
 pub(crate) struct Programs {
     program: Program,
     pub(crate) io: IoLayout,
-    pub(crate) constants: Constants,
+    /// Nothing reads it: it gives the memory back in the end.
+    _constants: Constants,
     pub(crate) device: Arc<dyn Device>,
 }
 
@@ -110,6 +112,11 @@ impl Running<'_> {
     /// Runs, behind the copies of the weights; see [`Run::go`].
     pub(crate) fn go(&mut self, weights: Option<(RangeId, Option<u32>)>) -> Result<(), DeviceError> {
         self.run.go(weights, (0, self.io.inputs_end), (self.io.inputs_end, self.io.end - self.io.inputs_end))
+    }
+
+    /// See [`Run::time_alone`].
+    pub(crate) fn time_alone(&mut self) -> Result<Duration, DeviceError> {
+        self.run.time_alone()
     }
 
     /// The bytes of an output, once it has run.
@@ -152,5 +159,5 @@ pub(crate) fn make(
     cuda.finish(binding)?;
     let run = bind(lane)?;
     let program = cuda.capture(lane, || run.queue())?;
-    Ok(Programs { program, io, constants, device: Arc::clone(device) })
+    Ok(Programs { program, io, _constants: constants, device: Arc::clone(device) })
 }

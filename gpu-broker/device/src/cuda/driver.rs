@@ -8,6 +8,7 @@ use std::{
     mem::MaybeUninit,
     ptr,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use cudarc::driver::sys as cu;
@@ -36,6 +37,9 @@ fn check(call: &'static str, result: cu::CUresult) -> Result<(), DeviceError> {
         R::CUDA_ERROR_CONTEXT_IS_DESTROYED,
         R::CUDA_ERROR_DEVICE_UNAVAILABLE,
     ];
+    if result == R::CUDA_ERROR_OUT_OF_MEMORY && call == "cuMemCreate" {
+        return Err(DeviceError::OutOfMemory { needed: Bytes::ZERO, free: Bytes::ZERO });
+    }
     if sticky.contains(&result) {
         tracing::error!(call, ?result, "the device is lost");
         return Err(DeviceError::Lost);
@@ -203,7 +207,11 @@ impl Physical {
         let mut handle = 0;
         let properties = context.properties();
         // SAFETY: the driver reads the properties and writes a handle, which is ours.
-        check("cuMemCreate", unsafe { cu::cuMemCreate(&raw mut handle, len, &raw const properties, 0) })?;
+        let made = check("cuMemCreate", unsafe { cu::cuMemCreate(&raw mut handle, len, &raw const properties, 0) });
+        if matches!(made, Err(DeviceError::OutOfMemory { .. })) {
+            return Err(DeviceError::OutOfMemory { needed: Bytes::of_len(len), free: context.memory()?.0 });
+        }
+        made?;
         Ok(Self(handle))
     }
 }
@@ -295,13 +303,45 @@ pub(super) struct Event {
 impl Event {
     /// One whose waiters sleep, and that takes no times.
     pub(super) fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        Self::with(context, cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint)
+    }
+
+    /// One that says when it was reached.
+    pub(super) fn timed(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        Self::with(context, 0)
+    }
+
+    fn with(context: &Arc<Context>, flags: c_uint) -> Result<Self, DeviceError> {
         context.enter()?;
-        let flags =
-            cu::CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint | cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
+        let flags = flags | cu::CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint;
         let mut raw = ptr::null_mut();
         // SAFETY: the driver writes a handle, which is ours.
         check("cuEventCreate", unsafe { cu::cuEventCreate(&raw mut raw, flags) })?;
         Ok(Self { context: Arc::clone(context), raw: raw.expose_provenance() })
+    }
+
+    /// Looks again and again, for so long at most; whether it is done.
+    pub(super) fn look(&self, most: Duration) -> Result<bool, DeviceError> {
+        let since = Instant::now();
+        loop {
+            // SAFETY: the handle is alive.
+            let result = unsafe { cu::cuEventQuery(self.raw()) };
+            if result != cu::CUresult::CUDA_ERROR_NOT_READY {
+                return check("cuEventQuery", result).map(|()| true);
+            }
+            if since.elapsed() >= most {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// The time between two timed events that were reached.
+    pub(super) fn since(&self, start: &Self) -> Result<Duration, DeviceError> {
+        let mut ms = 0.0_f32;
+        // SAFETY: both handles are alive; the driver writes a number.
+        check("cuEventElapsedTime", unsafe { cu::cuEventElapsedTime_v2(&raw mut ms, start.raw(), self.raw()) })?;
+        Ok(Duration::try_from_secs_f32(ms / 1e3).unwrap_or_default())
     }
 
     fn raw(&self) -> cu::CUevent {

@@ -6,6 +6,7 @@
 use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -17,6 +18,8 @@ use crate::{Device, DeviceError, RangeId, Stream};
 
 /// Most bytes of inputs and outputs of one program.
 pub const IO_BYTES_MAX: usize = 1 << 30;
+/// How long a run looks for its end once its last weights are there.
+const TAIL_LOOKS_FOR: Duration = Duration::from_micros(500);
 /// What a lane's pinned memory grows by.
 const IO_GROW_BY: usize = 4 << 20;
 
@@ -238,8 +241,31 @@ impl Run<'_> {
     ) -> Result<(), DeviceError> {
         let went = self.queue_all(weights, inputs, outputs);
         // Also after a failure: what was queued uses memory that goes back with this run.
-        let done = self.lane.queue.finish(&self.lane.done);
+        let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(weights.map(|(range, _)| range)));
         self.device.shared.noted(went.and(done))
+    }
+
+    /// Sleeps until the run is done. Behind a swap-in it sleeps until the last copy is there and looks for the end of the
+    /// run itself from then on, for a moment: waking up takes as long as the layers that are left.
+    fn wait(&self, range: Option<RangeId>) -> Result<(), DeviceError> {
+        if let Some(range) = range
+            && let Some(last) = self.device.last_copy(range)?
+        {
+            last.wait()?;
+            if self.lane.done.look(TAIL_LOOKS_FOR)? {
+                return Ok(());
+            }
+        }
+        self.lane.done.wait()
+    }
+
+    /// Runs the program without inputs and outputs and looks for its end: for measurements.
+    pub fn time_alone(&mut self) -> Result<Duration, DeviceError> {
+        let started = Instant::now();
+        self.program.graph.launch(&self.lane.queue)?;
+        self.lane.queue.record(&self.lane.done)?;
+        while !self.lane.done.look(TAIL_LOOKS_FOR)? {}
+        Ok(started.elapsed())
     }
 
     fn queue_all(

@@ -1,8 +1,8 @@
 //! The threads that do a CUDA device's swaps: one maps memory and queues copies, in the order of asking, the other
-//! waits for the copies' ends. So the bus never waits for a mapping, but for the first of the first swap.
+//! waits for the copies' ends. Copies go to the pool's own addresses, so the bus never waits for a mapping: that is done
+//! while they run, before programs may be launched.
 
 use std::{
-    collections::VecDeque,
     sync::{
         Arc,
         atomic::Ordering,
@@ -14,7 +14,8 @@ use std::{
 use faaswap_protocol::Bytes;
 
 use super::{
-    driver::{Addresses, Event, Physical, Queue},
+    driver::{Event, Queue},
+    pool::Pool,
     shared::{Job, Range, Shared, Swap},
 };
 use crate::{DeviceError, Group, HostWeights, OnDone, RangeId, SwapReport, range::Step};
@@ -25,18 +26,23 @@ pub(super) const AHEAD_MAX: usize = 4;
 /// A swap-in whose copies are all queued.
 pub(super) struct Copying {
     range: RangeId,
+    timed: Timed,
     last: Option<Arc<Event>>,
     /// Keeps the source mapped.
     weights: Arc<HostWeights>,
-    started: Instant,
     mapping: Duration,
     done: OnDone<SwapReport>,
 }
 
+/// Where a swap-in's copies begin and end in their queue.
+struct Timed {
+    start: Event,
+    end: Event,
+}
+
 pub(super) struct Link {
     pub(super) shared: Arc<Shared>,
-    pub(super) pool: VecDeque<Physical>,
-    pub(super) chunk: usize,
+    pub(super) pool: Pool,
     pub(super) copies: Queue,
     pub(super) ends: SyncSender<Copying>,
 }
@@ -73,22 +79,23 @@ impl Link {
     }
 
     fn swap_in(&mut self, range: RangeId, weights: Arc<HostWeights>, groups: &[Group], done: OnDone<SwapReport>) {
-        let started = Instant::now();
         let begun = self.shared.context.enter();
         self.shared.step(range, Step::Begin);
         let mut mapping = Duration::ZERO;
         let filled = begun.and_then(|()| self.fill(range, &weights, groups, &mut mapping));
         match self.shared.noted(filled) {
-            Ok(last) => {
+            Ok((timed, last)) => {
                 self.shared.change(range, |range| range.unfinished = true);
-                let copying = Copying { range, last, weights, started, mapping, done };
+                let copying = Copying { range, timed, last, weights, mapping, done };
                 if let Err(gone) = self.ends.send(copying) {
                     (gone.0.done)(Err(DeviceError::Lost));
                 }
             }
             Err(DeviceError::Lost) => done(Err(DeviceError::Lost)),
             Err(failed) => {
-                let emptied = self.empty(range);
+                // Copies may be under way into chunks that go back to the pool.
+                let emptied = Event::new(&self.shared.context).and_then(|event| self.copies.finish(&event));
+                let emptied = emptied.and_then(|()| self.empty(range));
                 if self.shared.noted(emptied).is_err() {
                     self.shared.lose();
                     return done(Err(DeviceError::Lost));
@@ -108,68 +115,60 @@ impl Link {
         Ok(())
     }
 
-    /// Puts chunks behind the range, one group ahead of its copy, and queues the copies. Returns the last one's event.
+    /// Queues the copies, then puts the chunks behind the range while they run. Returns the last copy's event.
     fn fill(
         &mut self,
         range: RangeId,
         weights: &HostWeights,
         groups: &[Group],
         mapping: &mut Duration,
-    ) -> Result<Option<Arc<Event>>, DeviceError> {
-        let addresses = self.take_chunks(range, weights.size())?;
-        let mut behind = 0;
+    ) -> Result<(Timed, Option<Arc<Event>>), DeviceError> {
+        let context = Arc::clone(&self.shared.context);
+        let chunks = self.take_chunks(range, weights.size())?;
+        let timed = Timed { start: Event::timed(&context)?, end: Event::timed(&context)? };
+        self.copies.record(&timed.start)?;
         let mut last = None;
         for (group, number) in groups.iter().zip(0_u32..) {
-            let fits = |bytes: u64| usize::try_from(bytes).expect("groups lie in the weights, which are mapped");
-            let (offset, len) = (fits(group.offset), fits(group.len));
-            let begun = Instant::now();
-            self.map(range, &addresses, &mut behind, offset + len)?;
-            *mapping += begun.elapsed();
-            let event = self.shared.books()?.event(&self.shared.context, range, number)?;
-            if len > 0 {
-                let to = addresses.base() + group.offset;
-                let from = weights.as_ptr().wrapping_add(offset);
-                // SAFETY: the group lies in the weights, which `Copying` keeps mapped and which do not change; memory
-                // is mapped behind the range up to the group's end until a swap-out, which waits for the last copy.
+            let event = self.shared.books()?.event(&context, range, number)?;
+            for (from, to, len) in pieces(group, &chunks, self.pool.chunk) {
+                let to = self.pool.address(to);
+                let from = weights.as_ptr().wrapping_add(from);
+                // SAFETY: the piece lies in the weights, which `Copying` keeps mapped and which do not change. The pool
+                // is mapped as long as the link lives, and the chunk is the range's until a swap-out, which waits for
+                // the last copy.
                 unsafe { self.copies.copy_in(to, from, len) }?;
             }
             self.copies.record(&event)?;
-            self.shared.change(range, |range| range.recorded = number + 1);
             last = Some(event);
         }
-        Ok(last)
+        self.copies.record(&timed.end)?;
+        let begun = Instant::now();
+        self.map(range, &chunks)?;
+        *mapping = begun.elapsed();
+        let all = u32::try_from(groups.len()).expect("there are at most GROUPS_MAX groups");
+        self.shared.change(range, |range| range.recorded = all);
+        Ok((timed, last))
     }
 
-    fn take_chunks(&mut self, range: RangeId, weights: Bytes) -> Result<Arc<Addresses>, DeviceError> {
+    fn take_chunks(&mut self, range: RangeId, weights: Bytes) -> Result<Vec<usize>, DeviceError> {
         let len = weights.as_len().expect("the weights are mapped");
-        let needed = len.div_ceil(self.chunk);
-        if needed > self.pool.len() {
-            let size = |chunks: usize| Bytes::of_len(chunks * self.chunk);
-            return Err(DeviceError::OutOfMemory { needed: size(needed), free: size(self.pool.len()) });
-        }
-        self.shared.mapped.fetch_add(Bytes::of_len(needed * self.chunk).get(), Ordering::SeqCst);
-        let chunks: Vec<_> = self.pool.drain(..needed).collect();
-        Ok(self.shared.change(range, |range: &mut Range| {
-            range.chunks = chunks;
-            Arc::clone(&range.addresses)
-        }))
+        let needed = len.div_ceil(self.pool.chunk);
+        let chunks = self.pool.take(needed)?;
+        self.shared.mapped.fetch_add(Bytes::of_len(needed * self.pool.chunk).get(), Ordering::SeqCst);
+        self.shared.change(range, |range: &mut Range| range.chunks.clone_from(&chunks));
+        Ok(chunks)
     }
 
-    /// Maps chunks until `end` bytes of the range are there.
-    fn map(&self, range: RangeId, addresses: &Addresses, behind: &mut usize, end: usize) -> Result<(), DeviceError> {
-        let start = *behind;
-        if start >= end {
+    fn map(&self, range: RangeId, chunks: &[usize]) -> Result<(), DeviceError> {
+        if chunks.is_empty() {
             return Ok(());
         }
-        let stop = end.next_multiple_of(self.chunk);
-        let mut books = self.shared.books()?;
-        let chunks = &books.ranges.get(range)?.chunks;
-        while *behind < stop {
-            addresses.map(*behind, &chunks[*behind / self.chunk], self.chunk)?;
-            *behind += self.chunk;
+        let addresses = self.shared.change(range, |range| Arc::clone(&range.addresses));
+        let size = self.pool.chunk;
+        for (place, &chunk) in chunks.iter().enumerate() {
+            addresses.map(place * size, self.pool.memory(chunk), size)?;
         }
-        drop(books);
-        addresses.open(start, stop - start)
+        addresses.open(0, chunks.len() * size)
     }
 
     /// Takes what is behind a range. Its copies have ended, or never began.
@@ -181,39 +180,68 @@ impl Link {
         if chunks.is_empty() {
             return Ok(());
         }
-        let len = chunks.len() * self.chunk;
+        let size = self.pool.chunk;
+        let len = chunks.len() * size;
         // What failed halfway has copies under way, and addresses with nothing behind them; both are rare enough to be
         // cleared one by one.
         if let Err(error) = addresses.unmap(0, len) {
             tracing::warn!(%error, "unmapping a range part by part");
-            self.copies.finish(&Event::new(&self.shared.context)?)?;
-            for at in (0..len).step_by(self.chunk) {
-                let _ = addresses.unmap(at, self.chunk);
+            for at in (0..len).step_by(size) {
+                let _ = addresses.unmap(at, size);
             }
         }
         self.shared.mapped.fetch_sub(Bytes::of_len(len).get(), Ordering::SeqCst);
-        self.pool.extend(chunks);
+        self.pool.give(chunks);
         Ok(())
     }
 }
 
+/// A group as copies: offset in the weights, chunk and offset in it, length. Neighbouring chunks are one copy.
+fn pieces(group: &Group, chunks: &[usize], size: usize) -> Vec<(usize, (usize, usize), usize)> {
+    let fits = |bytes: u64| usize::try_from(bytes).expect("groups lie in the weights, which are mapped");
+    let (mut at, end) = (fits(group.offset), fits(group.offset + group.len));
+    let mut pieces: Vec<(usize, (usize, usize), usize)> = Vec::new();
+    while at < end {
+        let (place, inside) = (at / size, at % size);
+        let len = (size - inside).min(end - at);
+        match pieces.last_mut() {
+            Some((_, (first, offset), have)) if *first * size + *offset + *have == chunks[place] * size + inside => {
+                *have += len;
+            }
+            _ => pieces.push((at, (chunks[place], inside), len)),
+        }
+        at += len;
+    }
+    pieces
+}
+
 /// Waits for the ends of copies, in order, and reports them.
 pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>) {
-    let mut free_since = Instant::now();
-    for Copying { range, last, weights, started, mapping, done } in ends {
-        let waited = last.map_or(Ok(()), |last| last.wait());
-        let ended = Instant::now();
-        let started = started.max(free_since);
-        free_since = ended;
+    for Copying { range, timed, last, weights, mapping, done } in ends {
+        let waited = last.map_or(Ok(()), |last| last.wait()).and_then(|()| timed.end.wait());
+        let took = waited.and_then(|()| timed.end.since(&timed.start));
         let copied = weights.size();
-        drop(weights);
-        let result = shared.noted(waited).and_then(|()| if shared.is_lost() { Err(DeviceError::Lost) } else { Ok(()) });
+        drop((weights, timed));
+        let lost = |took| if shared.is_lost() { Err(DeviceError::Lost) } else { Ok(took) };
+        let result = shared.noted(took).and_then(lost);
         if result.is_ok() {
             shared.step(range, Step::Arrive);
         } else {
             shared.lose();
         }
         shared.change(range, |range| range.unfinished = false);
-        done(result.map(|()| SwapReport { copied, took: ended.saturating_duration_since(started), mapping }));
+        done(result.map(|took| SwapReport { copied, took, mapping }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_copied_in_as_few_pieces_as_its_chunks_allow() {
+        let group = Group { offset: 6, len: 20 };
+        assert_eq!(pieces(&group, &[5, 2, 3, 9], 8), [(6, (5, 6), 2), (8, (2, 0), 16), (24, (9, 0), 2)]);
+        assert_eq!(pieces(&Group { offset: 8, len: 0 }, &[5, 2], 8), []);
     }
 }

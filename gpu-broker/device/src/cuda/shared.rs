@@ -10,7 +10,7 @@ use std::{
 
 use faaswap_protocol::Bytes;
 
-use super::driver::{Addresses, Context, Event, Physical};
+use super::driver::{Addresses, Context, Event};
 use crate::{
     DeviceError, DeviceInfo, Group, HostWeights, OnDone, RangeId, SwapReport,
     range::{State, Step},
@@ -43,12 +43,22 @@ pub(super) struct Range {
     pub(super) events: Vec<Arc<Event>>,
     pub(super) failed: Option<DeviceError>,
     /// Behind the range now.
-    pub(super) chunks: Vec<Physical>,
+    pub(super) chunks: Vec<usize>,
     /// Whether one chunk lies behind all of it, for a model to be bound.
     pub(super) lent: bool,
     /// Whether the finishing thread has still to look at it.
     pub(super) unfinished: bool,
     pub(super) readers: u32,
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        // Only a device that goes, or is lost, has ranges with something behind them.
+        let len = if self.lent || self.chunks.is_empty() { 0 } else { self.addresses.len() };
+        if let Err(error) = self.addresses.unmap(0, len) {
+            tracing::debug!(%error, "a range of a device that goes cannot be unmapped");
+        }
+    }
 }
 
 #[derive(Default)]

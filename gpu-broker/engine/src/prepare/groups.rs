@@ -1,5 +1,5 @@
 //! Cuts the flat weights into groups: small ones first, so that the first nodes start early, larger ones later, so that
-//! a large model does not wait a thousand times.
+//! a large model does not wait a thousand times, smaller ones last, so that little is left to run when all is there.
 
 use faaswap_protocol::Bytes;
 
@@ -18,7 +18,9 @@ pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Byt
     for weight in initializers {
         let have = weight.offset - start;
         let with = (weight.offset + weight.len) - start;
-        if have >= wanted || (have > 0 && with > wanted.saturating_mul(2)) {
+        // What is left halves from group to group towards the end.
+        let wanted_here = wanted.min(((weights_bytes - start) / 2).max(FIRST_GROUP_BYTES.get()));
+        if have >= wanted_here || (have > 0 && with > wanted_here.saturating_mul(2)) {
             groups.push(GroupSpan { offset: start, len: have });
             start = weight.offset;
             wanted = wanted.saturating_mul(2).min(largest);
