@@ -28,7 +28,7 @@ use faaswap_protocol::Bytes;
 pub(crate) use self::driver::Registration;
 use self::{
     arena::{Arena, Purpose},
-    driver::{Addresses, Context, Event, Physical, Queue},
+    driver::{Addresses, Context, CopyKernel, Event, Physical, Queue},
     lane::Lane,
     link::Link,
     pool::Pool,
@@ -45,8 +45,8 @@ use crate::{
 
 /// The CUDA version that a driver must support at least, in the driver's way of writing it.
 pub const DRIVER_CUDA_MIN: i32 = 13_000;
-/// Size of a chunk: large enough that mapping hides behind a group's copy, small enough that little is wasted.
-pub const CHUNK_DEFAULT: Bytes = Bytes::mib(8);
+/// Size of a chunk: mapping costs by the chunk, about 40 us each, and half a chunk is wasted per model.
+pub const CHUNK_DEFAULT: Bytes = Bytes::mib(16);
 /// What is left to constants, scratch, programs and libraries where no amount of memory is named.
 pub const RESERVE_DEFAULT: Bytes = Bytes::mib(8 << 10);
 /// Most scratch memory of one lane.
@@ -96,6 +96,8 @@ pub fn count() -> Result<i32, DeviceError> {
 /// Memory other than the pool: arenas, by purpose.
 pub(crate) struct Memory {
     lanes: Vec<Lane>,
+    /// Brings inputs to the device.
+    copies: CopyKernel,
     constants: Mutex<(Arena, HashMap<u64, Vec<u64>>)>,
     owners: AtomicU64,
 }
@@ -150,7 +152,8 @@ impl CudaDevice {
         let scratch = config.scratch_max.as_len().ok_or(DeviceError::Invalid("more scratch than can be"))?;
         let lanes = (0..=config.lanes.max(1)).map(|_| Lane::new(&context, scratch)).collect::<Result<_, _>>()?;
         let constants = Mutex::new((Arena::new(&context, CONSTANTS_MAX)?, HashMap::new()));
-        let memory = Arc::new(Memory { lanes, constants, owners: AtomicU64::new(0) });
+        let copies = CopyKernel::load(&context)?;
+        let memory = Arc::new(Memory { lanes, copies, constants, owners: AtomicU64::new(0) });
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
         let copies = Queue::new(&context)?;
@@ -294,6 +297,25 @@ impl CudaDevice {
         })();
         self.shared.change(range, |range| range.readers -= 1);
         self.shared.noted(timed)
+    }
+
+    /// Times how memory is put behind addresses, made accessible and taken away, in chunks of this size. For
+    /// measurements; `chunks` of them are taken from the driver for it.
+    pub fn time_mapping(&self, chunk: Bytes, chunks: usize) -> Result<[Duration; 3], DeviceError> {
+        let context = &self.shared.context;
+        context.enter()?;
+        let size = chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
+        let memory = (0..chunks).map(|_| Physical::new(context, size)).collect::<Result<Vec<_>, _>>()?;
+        let addresses = Addresses::reserve(context, size * chunks)?;
+        let started = Instant::now();
+        for (place, memory) in memory.iter().enumerate() {
+            addresses.map(place * size, memory, size)?;
+        }
+        let mapped = Instant::now();
+        addresses.open(0, size * chunks)?;
+        let open = Instant::now();
+        addresses.unmap(0, size * chunks)?;
+        Ok([mapped - started, open - mapped, open.elapsed()])
     }
 
     /// Sets device memory to zeros.

@@ -181,6 +181,19 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
     let start = Instant::now();
     let device: Arc<dyn Device> = CudaDevice::open(CudaConfig { memory: Some(MEMORY), ..CudaConfig::new("cuda0", 0) })?;
     println!("opened {} in {:.2} s", device.info().capacity, start.elapsed().as_secs_f64());
+    let cuda = device.as_cuda().ok_or("no GPU")?;
+    let mut mapping = Vec::new();
+    for mib in [2_u64, 4, 8, 16, 32, 64] {
+        let chunks = usize::try_from(128 / mib)?;
+        let mut times = [Vec::new(), Vec::new(), Vec::new()];
+        for _ in 0..9 {
+            let took = cuda.time_mapping(Bytes::mib(mib), chunks)?;
+            times.iter_mut().zip(took).for_each(|(all, one)| all.push(one));
+        }
+        let [map, open, unmap] = times.map(|mut all| median_ms(&mut all) * 1e3);
+        println!("128 MiB in chunks of {mib:2} MiB: map {map:4.0} us, access {open:4.0} us, unmap {unmap:4.0} us");
+        mapping.push(json!({"chunk_mib": mib, "map_us": map, "access_us": open, "unmap_us": unmap}));
+    }
     let mut records = Vec::new();
     println!(
         "model                  MB  GB/s  swap/bare  run ms  /plain /graph  both ms  ratio  bind ms  MB/fn  wrong"
@@ -222,9 +235,11 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             if last { "nhwc" } else { "nchw" },
             if best.value["kept"].is_null() { "" } else { " session kept" },
         );
-        fs::write(out.join("figures.json"), serde_json::to_vec_pretty(&json!({"records": records, "torch": torch}))?)?;
+        fs::write(
+            out.join("figures.json"),
+            serde_json::to_vec_pretty(&json!({"records": records, "mapping": mapping, "torch": torch}))?,
+        )?;
     }
-    let cuda = device.as_cuda().ok_or("no GPU")?;
     let (constants, scratch) = cuda.arenas();
     println!("constants {constants}, scratch {scratch}, awaits that copied {}", faaswap_engine::await_copies());
     Ok(())

@@ -514,6 +514,113 @@ impl Drop for Graph {
     }
 }
 
+/// A kernel that copies: inputs go through it, because the copy engine does one copy after the other and
+/// may have many milliseconds of weights before it.
+pub(super) struct CopyKernel {
+    context: Arc<Context>,
+    module: usize,
+    function: usize,
+}
+
+/// Copies `n` times 16 bytes, each thread every so many.
+const COPY_PTX: &std::ffi::CStr = c"
+.version 7.0
+.target sm_70
+.address_size 64
+.visible .entry copy16(.param .u64 to, .param .u64 from, .param .u64 n)
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<12>;
+    .reg .b64 %d<10>;
+    ld.param.u64 %d1, [to];
+    ld.param.u64 %d2, [from];
+    ld.param.u64 %d3, [n];
+    cvta.to.global.u64 %d1, %d1;
+    cvta.to.global.u64 %d2, %d2;
+    mov.u32 %r1, %ctaid.x;
+    mov.u32 %r2, %ntid.x;
+    mov.u32 %r3, %tid.x;
+    mov.u32 %r4, %nctaid.x;
+    mad.lo.u32 %r5, %r1, %r2, %r3;
+    cvt.u64.u32 %d4, %r5;
+    mul.lo.u32 %r6, %r2, %r4;
+    cvt.u64.u32 %d5, %r6;
+next:
+    setp.ge.u64 %p1, %d4, %d3;
+    @%p1 bra done;
+    shl.b64 %d6, %d4, 4;
+    add.u64 %d7, %d2, %d6;
+    add.u64 %d8, %d1, %d6;
+    ld.volatile.global.v4.u32 {%r7, %r8, %r9, %r10}, [%d7];
+    st.global.v4.u32 [%d8], {%r7, %r8, %r9, %r10};
+    add.u64 %d4, %d4, %d5;
+    bra next;
+done:
+    ret;
+}
+";
+/// Bytes that one step of the kernel's threads copies.
+const COPY_UNIT: usize = 16;
+const COPY_THREADS: u32 = 256;
+const COPY_BLOCKS_MAX: u32 = 64;
+
+impl CopyKernel {
+    pub(super) fn load(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        context.enter()?;
+        let mut module = ptr::null_mut();
+        // SAFETY: the text is PTX and ends with zero; the driver compiles it and writes a handle, which is ours.
+        check("cuModuleLoadData", unsafe { cu::cuModuleLoadData(&raw mut module, COPY_PTX.as_ptr().cast()) })?;
+        let mut function = ptr::null_mut();
+        // SAFETY: the module is alive, the name ends with zero; the function lives as long as its module.
+        let found = unsafe { cu::cuModuleGetFunction(&raw mut function, module, c"copy16".as_ptr()) };
+        let kernel = Self {
+            context: Arc::clone(context),
+            module: module.expose_provenance(),
+            function: function.expose_provenance(),
+        };
+        check("cuModuleGetFunction", found).map(|()| kernel)
+    }
+
+    /// Copies `len` bytes, rounded up to 16, behind what is queued.
+    ///
+    /// # Safety
+    /// So many bytes must be readable by the device at `from` and its own at `to`, until it is done.
+    pub(super) unsafe fn copy(&self, on: &Queue, to: u64, from: *const u8, len: usize) -> Result<(), DeviceError> {
+        let units = len.div_ceil(COPY_UNIT);
+        let (mut to, mut from, mut n) = (to, from.expose_provenance() as u64, units as u64);
+        let mut arguments: [*mut c_void; 3] = [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut n).cast()];
+        let blocks = u32::try_from(units).unwrap_or(u32::MAX).div_ceil(COPY_THREADS).clamp(1, COPY_BLOCKS_MAX);
+        let function = ptr::with_exposed_provenance_mut(self.function);
+        // SAFETY: the function takes three 64-bit numbers, which the driver copies before it returns; the caller answers
+        // for the memory.
+        let result = unsafe {
+            cu::cuLaunchKernel(
+                function,
+                blocks,
+                1,
+                1,
+                COPY_THREADS,
+                1,
+                1,
+                0,
+                on.raw(),
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        check("cuLaunchKernel", result)
+    }
+}
+
+impl Drop for CopyKernel {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the module is ours, and what ran in it was waited for.
+            tell("cuModuleUnload", unsafe { cu::cuModuleUnload(ptr::with_exposed_provenance_mut(self.module)) });
+        }
+    }
+}
+
 /// Host memory that devices read and write by themselves.
 pub(super) struct Pinned {
     context: Arc<Context>,

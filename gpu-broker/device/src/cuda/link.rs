@@ -230,7 +230,8 @@ pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>) {
             shared.lose();
         }
         shared.change(range, |range| range.unfinished = false);
-        done(result.map(|took| SwapReport { copied, took, mapping }));
+        // Weights can be used once they are there and mapped, whichever comes last.
+        done(result.map(|took| SwapReport { copied, took: took.max(mapping), mapping }));
     }
 }
 
