@@ -91,7 +91,7 @@ impl Loader {
         })?;
         let mut bound = Vec::new();
         for (id, device) in fitting {
-            let made = Bound::new(&self.runtime, &prepared, Arc::clone(&device)).map_err(rejected)?;
+            let made = Bound::new(&self.runtime, &prepared, &device).map_err(rejected)?;
             bound.push((id, Arc::new(BoundModel { bound: made, device, copied_at: Mutex::default() })));
         }
         Ok(Loaded { bound, held, signature: Arc::new(manifest.signature.clone()), weights })

@@ -6,9 +6,13 @@
 
 mod arena;
 mod driver;
+mod kernels;
 mod lane;
 mod link;
+mod measure;
 mod pool;
+mod queue;
+mod rewrite;
 mod shared;
 
 use std::{
@@ -20,7 +24,6 @@ use std::{
         mpsc::sync_channel,
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
 };
 
 use faaswap_protocol::Bytes;
@@ -28,10 +31,12 @@ use faaswap_protocol::Bytes;
 pub(crate) use self::driver::Registration;
 use self::{
     arena::{Arena, Purpose},
-    driver::{Addresses, Context, CopyKernel, Event, Physical, Queue},
+    driver::{Addresses, Context, Physical},
+    kernels::Kernels,
     lane::Lane,
     link::Link,
     pool::Pool,
+    queue::{Event, Queue},
     shared::{Job, Range, Shared, Swap},
 };
 pub use self::{
@@ -96,8 +101,7 @@ pub fn count() -> Result<i32, DeviceError> {
 /// Memory other than the pool: arenas, by purpose.
 pub(crate) struct Memory {
     lanes: Vec<Lane>,
-    /// Brings inputs to the device.
-    copies: CopyKernel,
+    kernels: Kernels,
     constants: Mutex<(Arena, HashMap<u64, Vec<u64>>)>,
     owners: AtomicU64,
 }
@@ -129,7 +133,7 @@ pub struct CudaDevice {
 
 impl CudaDevice {
     /// Takes the memory and starts the threads.
-    pub fn open(config: CudaConfig) -> Result<Arc<Self>, DeviceError> {
+    pub fn open(config: &CudaConfig) -> Result<Arc<Self>, DeviceError> {
         let ordinal = i32::try_from(config.ordinal).map_err(|_| DeviceError::Invalid("there is no such GPU"))?;
         let context = Context::open(ordinal)?;
         let granularity = context.granularity()?;
@@ -152,8 +156,8 @@ impl CudaDevice {
         let scratch = config.scratch_max.as_len().ok_or(DeviceError::Invalid("more scratch than can be"))?;
         let lanes = (0..=config.lanes.max(1)).map(|_| Lane::new(&context, scratch)).collect::<Result<_, _>>()?;
         let constants = Mutex::new((Arena::new(&context, CONSTANTS_MAX)?, HashMap::new()));
-        let copies = CopyKernel::load(&context)?;
-        let memory = Arc::new(Memory { lanes, copies, constants, owners: AtomicU64::new(0) });
+        let kernels = Kernels::load(&context)?;
+        let memory = Arc::new(Memory { lanes, kernels, constants, owners: AtomicU64::new(0) });
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
         let copies = Queue::new(&context)?;
@@ -271,51 +275,7 @@ impl CudaDevice {
     /// Copies within the device, behind what is queued on the stream.
     pub fn copy_within(&self, stream: Stream, to: usize, from: usize, len: usize) -> Result<(), DeviceError> {
         // SAFETY: the engine names the stream of a kernel that is being run and tensors that the run has allocated.
-        self.shared.noted(unsafe { driver::copy_within(stream.0, to, from, len) })
-    }
-
-    /// Times one plain copy of the weights into a range that is swapped in: what a swap-in is measured against.
-    pub fn time_plain_copy(&self, range: RangeId, weights: &HostWeights) -> Result<Duration, DeviceError> {
-        let base = {
-            let mut books = self.shared.books()?;
-            let found = books.ranges.get(range)?;
-            if found.state != State::Resident || found.weights != weights.size() {
-                let (state, wanted) = (found.state.name(), State::Resident.name());
-                return Err(DeviceError::State { range, state, wanted });
-            }
-            found.readers += 1;
-            found.addresses.base()
-        };
-        let timed = (|| {
-            self.shared.context.synchronize()?;
-            let queue = &self.memory.lanes[self.binding_lane()].queue;
-            let started = Instant::now();
-            // SAFETY: the weights are mapped and the range is, which has a reader; both outlive the wait below.
-            unsafe { queue.copy_in(base, weights.as_ptr(), weights.len()) }?;
-            self.shared.context.synchronize()?;
-            Ok(started.elapsed())
-        })();
-        self.shared.change(range, |range| range.readers -= 1);
-        self.shared.noted(timed)
-    }
-
-    /// Times how memory is put behind addresses, made accessible and taken away, in chunks of this size. For
-    /// measurements; `chunks` of them are taken from the driver for it.
-    pub fn time_mapping(&self, chunk: Bytes, chunks: usize) -> Result<[Duration; 3], DeviceError> {
-        let context = &self.shared.context;
-        context.enter()?;
-        let size = chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
-        let memory = (0..chunks).map(|_| Physical::new(context, size)).collect::<Result<Vec<_>, _>>()?;
-        let addresses = Addresses::reserve(context, size * chunks)?;
-        let started = Instant::now();
-        for (place, memory) in memory.iter().enumerate() {
-            addresses.map(place * size, memory, size)?;
-        }
-        let mapped = Instant::now();
-        addresses.open(0, size * chunks)?;
-        let open = Instant::now();
-        addresses.unmap(0, size * chunks)?;
-        Ok([mapped - started, open - mapped, open.elapsed()])
+        self.shared.noted(unsafe { queue::copy_within(stream.0, to, from, len) })
     }
 
     /// Sets device memory to zeros.
@@ -460,7 +420,7 @@ impl Device for CudaDevice {
             return self.shared.noted(waited);
         }
         // SAFETY: the engine names the stream of a kernel that is being run.
-        let captured = unsafe { driver::is_captured(stream.0) }?;
+        let captured = unsafe { queue::is_captured(stream.0) }?;
         if !captured {
             self.shared.wait_recorded(range, group)?;
             if self.shared.books()?.ranges.get(range)?.lent {
@@ -469,7 +429,7 @@ impl Device for CudaDevice {
         }
         let event = self.shared.books()?.event(&self.shared.context, range, group)?;
         // SAFETY: as above.
-        self.shared.noted(unsafe { driver::wait_on(stream.0, &event, captured) })
+        self.shared.noted(unsafe { queue::wait_on(stream.0, &event, captured) })
     }
 
     fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {

@@ -89,6 +89,10 @@ impl Programs {
         self.program.nodes()
     }
 
+    pub(crate) fn replaced(&self) -> (usize, usize) {
+        self.program.replaced()
+    }
+
     /// Begins a run, alone in the program's lane.
     pub(crate) fn begin(&self) -> Result<Running<'_>, DeviceError> {
         let cuda = self.device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;

@@ -12,8 +12,8 @@ use std::{
     time::Duration,
 };
 
-use faaswap_engine::{Target, 
-    Runtime, RuntimeOptions,
+use faaswap_engine::{
+    Runtime, RuntimeOptions, Target,
     prepare::{PrepareJob, PrepareLimits, limit_this_process, run},
 };
 use faaswap_protocol::{Bytes, Detail, ModelDigest, Refusal};

@@ -18,7 +18,7 @@ pub(crate) fn run() -> Result<()> {
     let make = |chunks: u64| {
         let memory = Some(Bytes::new(chunk.get() * chunks));
         let config = CudaConfig { memory, chunk, lanes: 1, ..CudaConfig::new("cuda0", 0) };
-        let device = CudaDevice::open(config).expect("the GPU can be opened");
+        let device = CudaDevice::open(&config).expect("the GPU can be opened");
         if let Ok(mut reader) = reader.lock() {
             *reader = Some(Arc::clone(&device));
         }

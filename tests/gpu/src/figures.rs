@@ -162,7 +162,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
     let plain_ms = median_ms(&mut plain_runs);
     let longer = bare_ms.max(resident_ms);
     let value = json!({
-        "bytes": bytes, "kept": kept, "nodes": asked.bound.program_nodes(), "bind_ms": bind_ms, "bind_bytes": bind_bytes,
+        "bytes": bytes, "kept": kept, "nodes": asked.bound.program_nodes(), "copies": asked.bound.program_copies(), "bind_ms": bind_ms, "bind_bytes": bind_bytes,
         "bare_copy_ms": bare_ms, "swap_ms": swap_ms, "map_ms": map_ms, "bandwidth_ratio": bare_ms / swap_ms,
         "resident_ms": resident_ms, "program_ms": program_ms, "plain_ms": plain_ms, "resident_ratio": program_ms / plain_ms,
         "pipelined_ms": both_ms, "pipelined_ratio": both_ms / longer, "plain_load_ms": plain_load_ms,
@@ -179,7 +179,8 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
     let prepared = prepare_all(&all, &models.join("prepared"));
     println!("prepared {} in {:.0} s", prepared.len(), start.elapsed().as_secs_f64());
     let start = Instant::now();
-    let device: Arc<dyn Device> = CudaDevice::open(CudaConfig { memory: Some(MEMORY), ..CudaConfig::new("cuda0", 0) })?;
+    let device: Arc<dyn Device> =
+        CudaDevice::open(&CudaConfig { memory: Some(MEMORY), ..CudaConfig::new("cuda0", 0) })?;
     println!("opened {} in {:.2} s", device.info().capacity, start.elapsed().as_secs_f64());
     let cuda = device.as_cuda().ok_or("no GPU")?;
     let mut mapping = Vec::new();
@@ -220,7 +221,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
         let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);
         println!(
-            "{name:20} {:5.0} {:5.1} {:10.3} {:7.3} {:7.3} {:6.3} {:8.3} {:6.3} {:8.0} {:6.2} {:6} {}{}",
+            "{name:20} {:5.0} {:5.1} {:10.3} {:7.3} {:7.3} {:6.3} {:8.3} {:6.3} {:8.0} {:6.2} {:6} {} {}{}",
             v("bytes") / 1e6,
             v("bytes") / 1e6 / v("bare_copy_ms"),
             v("bandwidth_ratio"),
@@ -233,6 +234,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             v("bind_bytes") / 1e6,
             v("outputs_wrong"),
             if last { "nhwc" } else { "nchw" },
+            best.value["copies"],
             if best.value["kept"].is_null() { "" } else { " session kept" },
         );
         fs::write(

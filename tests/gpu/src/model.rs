@@ -15,6 +15,8 @@ use faaswap_engine::{
 };
 use faaswap_protocol::{Bytes, DType, Shape, Signature};
 
+use half::f16;
+
 use crate::Result;
 
 /// Later groups' size.
@@ -71,30 +73,32 @@ pub(crate) fn inputs(signature: &Signature) -> Result<Vec<(DType, Shape, Vec<u8>
         let value = |i: usize| (i * 37 % 255) as f32 / 255.0 - 0.5;
         let bytes = match spec.dtype {
             DType::F32 => (0..count).flat_map(|i| value(i).to_le_bytes()).collect(),
-            DType::F16 => (0..count).flat_map(|i| half(value(i)).to_le_bytes()).collect(),
+            DType::F16 => (0..count).flat_map(|i| f16::from_f32(value(i)).to_le_bytes()).collect(),
             DType::I64 if spec.name == "mask" => (0..count).flat_map(|_| 1_i64.to_le_bytes()).collect(),
-            DType::I64 => (0..count as i64).flat_map(|i| (i * 13 % 1000).to_le_bytes()).collect(),
-            other => return Err(format!("no inputs of type {other} can be made up").into()),
+            DType::I64 => (0..i64::try_from(count)?).flat_map(|i| (i * 13 % 1000).to_le_bytes()).collect(),
+            other @ (DType::Bool
+            | DType::U8
+            | DType::U16
+            | DType::U32
+            | DType::U64
+            | DType::I8
+            | DType::I16
+            | DType::I32
+            | DType::Bf16
+            | DType::F64) => return Err(format!("no inputs of type {other} can be made up").into()),
         };
         Ok((spec.dtype, shape, bytes))
     };
     signature.inputs.iter().map(one).collect()
 }
 
-fn half(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let sign = ((bits >> 16) & 0x8000) as u16;
-    let exponent = ((bits >> 23) & 0xff) as i32 - 127 + 15;
-    if exponent <= 0 { sign } else { sign | ((exponent as u16) << 10) | (((bits & 0x7f_ffff) >> 13) as u16) }
-}
-
 /// The largest difference of two tensors beside the largest value.
 pub(crate) fn difference(dtype: DType, ours: &[u8], theirs: &[u8]) -> f64 {
     let floats = |bytes: &[u8]| -> Vec<f64> {
-        match dtype {
-            DType::F32 => bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
-            _ => bytes.as_chunks().0.iter().map(|b| from_half(u16::from_le_bytes(*b))).collect(),
+        if dtype == DType::F32 {
+            return bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect();
         }
+        bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f64()).collect()
     };
     let (ours, theirs) = (floats(ours), floats(theirs));
     if ours.len() != theirs.len() {
@@ -103,16 +107,6 @@ pub(crate) fn difference(dtype: DType, ours: &[u8], theirs: &[u8]) -> f64 {
     let largest = theirs.iter().fold(f64::MIN_POSITIVE, |most, x| most.max(x.abs()));
     let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
     worst.fold(0.0, |most, x| if x.is_nan() { f64::INFINITY } else { most.max(x) }) / largest
-}
-
-fn from_half(bits: u16) -> f64 {
-    let sign = if bits & 0x8000 == 0 { 1.0 } else { -1.0 };
-    let (exponent, fraction) = (i32::from((bits >> 10) & 0x1f), f64::from(bits & 0x3ff) / 1024.0);
-    sign * match exponent {
-        0 => fraction * 2_f64.powi(-14),
-        31 => f64::NAN,
-        _ => (1.0 + fraction) * 2_f64.powi(exponent - 15),
-    }
 }
 
 /// A bound model with its weights and the inputs that it is asked with.
@@ -138,7 +132,7 @@ impl Asked {
         weights: Arc<HostWeights>,
         inputs: Arc<Vec<(DType, Shape, Vec<u8>)>>,
     ) -> Result<Self> {
-        let bound = Bound::new(runtime, prepared, Arc::clone(device))?;
+        let bound = Bound::new(runtime, prepared, device)?;
         Ok(Self { bound, weights, device: Arc::clone(device), inputs })
     }
 

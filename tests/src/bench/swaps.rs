@@ -10,8 +10,8 @@ use faaswap_device::{
     Device, DeviceError, Group, HostWeights, RangeId, Stream, SwapReport,
     host::{HostConfig, HostDevice},
 };
-use faaswap_engine::{Target, 
-    Bound, Input, InputData, Place, PlainSession, Prepared,
+use faaswap_engine::{
+    Bound, Input, InputData, Place, PlainSession, Prepared, Target,
     prepare::{self, PrepareJob},
 };
 use faaswap_protocol::{Bytes, DType, Shape};
@@ -166,7 +166,7 @@ impl<'a> Chain<'a> {
         let memory = Bytes::new(prepared.manifest().weights_bytes.get() + (16 << 20));
         let config = HostConfig { link_bytes_per_second: speed, ..HostConfig::new("bench", memory) };
         let device = HostDevice::new(config).map_err(trouble)?;
-        let bound = Bound::new(&cache::runtime()?, prepared, Arc::clone(&device) as Arc<dyn Device>)?;
+        let bound = Bound::new(&cache::runtime()?, prepared, &(Arc::clone(&device) as Arc<dyn Device>))?;
         let weights = Arc::new(HostWeights::open(&prepared.weights_path()).map_err(trouble)?);
         Ok(Self { bound, device, weights, x, expected })
     }

@@ -16,7 +16,9 @@ use std::{
 use super::{
     CudaDevice,
     arena::{Arena, Purpose, with_purpose},
-    driver::{Context, Event, Graph, Pinned, Queue},
+    driver::{Context, Pinned},
+    kernels::Work,
+    queue::{Event, Graph, Queue},
 };
 use crate::{Device, DeviceError, RangeId, Stream};
 
@@ -79,15 +81,20 @@ impl Program {
         self.lane
     }
 
+    /// Copies and fills in it that are kernels of ours, and others that are not.
+    pub fn replaced(&self) -> (usize, usize) {
+        (self.graph.rewritten.replaced, self.graph.rewritten.left)
+    }
+
     /// Of how many kernels, copies and waits it is made.
     pub fn nodes(&self) -> usize {
-        self.graph.nodes
+        self.graph.rewritten.nodes
     }
 }
 
 impl fmt::Debug for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Program").field("lane", &self.lane).field("nodes", &self.graph.nodes).finish()
+        f.debug_struct("Program").field("lane", &self.lane).field("nodes", &self.graph.rewritten.nodes).finish()
     }
 }
 
@@ -189,7 +196,7 @@ impl CudaDevice {
         let before = target.scratch().live();
         binding.queue.begin_capture()?;
         let worked = with_purpose(Purpose::Scratch(lane), work);
-        let graph = binding.queue.end_capture();
+        let graph = binding.queue.end_capture(&self.memory.kernels);
         worked?;
         let graph = self.shared.noted(graph)?;
         if target.scratch().live() != before {
@@ -294,9 +301,10 @@ impl Run<'_> {
         if inputs.1 > 0 {
             let from = self.stretch(inputs.0, inputs.1)?;
             let to = self.lane.io_base + inputs.0 as u64;
+            let (from, len) = (from.expose_provenance() as u64, inputs.1.next_multiple_of(16));
             // SAFETY: pinned memory of the lane, which nobody touches until `go` ends; it waits for the copy. Both
             // stretches are padded to 256 bytes.
-            unsafe { self.device.memory.copies.copy(&self.lane.queue, to, from, inputs.1) }?;
+            unsafe { self.device.memory.kernels.queue(Work::Copy { to, from, len }, &self.lane.queue) }?;
         }
         if let Some((range, first)) = weights {
             self.device.wait_queued(range)?;

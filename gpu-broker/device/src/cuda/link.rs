@@ -14,8 +14,8 @@ use std::{
 use faaswap_protocol::Bytes;
 
 use super::{
-    driver::{Event, Queue},
     pool::Pool,
+    queue::{Event, Queue},
     shared::{Job, Range, Shared, Swap},
 };
 use crate::{DeviceError, Group, HostWeights, OnDone, RangeId, SwapReport, range::Step};

@@ -10,7 +10,10 @@ use std::{
 
 use faaswap_protocol::Bytes;
 
-use super::driver::{Addresses, Context, Event};
+use super::{
+    driver::{Addresses, Context},
+    queue::Event,
+};
 use crate::{
     DeviceError, DeviceInfo, Group, HostWeights, OnDone, RangeId, SwapReport,
     range::{State, Step},

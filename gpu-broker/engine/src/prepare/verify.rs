@@ -101,7 +101,7 @@ pub(super) fn try_prepared(
     reference: Option<&Reference>,
 ) -> Result<Option<Trial>, PrepareError> {
     let device = device_for(prepared).map_err(EngineError::from)?;
-    let bound = Bound::new(runtime, prepared, Arc::clone(&device))
+    let bound = Bound::new(runtime, prepared, &device)
         .map_err(|e| PrepareError::rejected(format!("it cannot be bound: {e}")))?;
     let Some(reference) = reference else {
         return Ok(None);
@@ -143,7 +143,7 @@ fn device_for(prepared: &Prepared) -> Result<Arc<dyn Device>, DeviceError> {
         Target::Cuda(cuda) => {
             let ordinal = u32::try_from(cuda.ordinal).map_err(|_| DeviceError::Invalid("there is no such GPU"))?;
             let memory = Some(capacity(cuda::CHUNK_DEFAULT));
-            CudaDevice::open(CudaConfig { memory, lanes: 1, ..CudaConfig::new("prepare", ordinal) })?
+            CudaDevice::open(&CudaConfig { memory, lanes: 1, ..CudaConfig::new("prepare", ordinal) })?
         }
     })
 }
@@ -161,12 +161,12 @@ pub(super) fn outlives_its_session(
     let mut manifest = Manifest::clone(prepared.manifest());
     manifest.keep_session = None;
     let alone = Prepared::untried(prepared.dir(), manifest).map_err(text)?;
-    let bound = Bound::new(runtime, &alone, Arc::clone(&device)).map_err(text)?;
+    let bound = Bound::new(runtime, &alone, &device).map_err(text)?;
     if let Some(why) = bound.kept_session() {
         return Err(why.to_owned());
     }
     for _ in 0..CHURN {
-        drop(Bound::new(runtime, &alone, Arc::clone(&device)).map_err(text)?);
+        drop(Bound::new(runtime, &alone, &device).map_err(text)?);
         let swapped = swap_in(&bound, prepared, &device).map_err(|e| e.to_string())?;
         let outputs = ask(&bound, reference).map_err(|e| e.to_string())?;
         if let Some(swapped) = swapped {

@@ -132,7 +132,7 @@ pub fn device(bytes: Bytes) -> Arc<HostDevice> {
 pub fn load(out: &Path) -> Loaded {
     let prepared = Prepared::open(out).unwrap();
     let device = device(Bytes::new(prepared.manifest().weights_bytes.get() + (4 << 20)));
-    let bound = Bound::new(&runtime(), &prepared, Arc::clone(&device) as Arc<dyn Device>).unwrap();
+    let bound = Bound::new(&runtime(), &prepared, &(Arc::clone(&device) as Arc<dyn Device>)).unwrap();
     Loaded { bound, device, weights: Arc::new(HostWeights::open(&prepared.weights_path()).unwrap()) }
 }
 

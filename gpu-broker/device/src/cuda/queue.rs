@@ -1,0 +1,235 @@
+//! Streams of work on a GPU, the events in them, and the graphs that are made of them.
+
+use std::{
+    ffi::{c_uint, c_ulonglong},
+    ptr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use cudarc::driver::sys as cu;
+
+use super::{
+    driver::{Context, check, tell},
+    kernels::Kernels,
+    rewrite::{Rewritten, rewrite},
+};
+use crate::DeviceError;
+
+/// A marker in a stream.
+pub(super) struct Event {
+    context: Arc<Context>,
+    raw: usize,
+}
+
+impl Event {
+    /// One whose waiters sleep, and that takes no times.
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        Self::with(context, cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint)
+    }
+
+    /// One that says when it was reached.
+    pub(super) fn timed(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        Self::with(context, 0)
+    }
+
+    fn with(context: &Arc<Context>, flags: c_uint) -> Result<Self, DeviceError> {
+        context.enter()?;
+        let flags = flags | cu::CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the driver writes a handle, which is ours.
+        check("cuEventCreate", unsafe { cu::cuEventCreate(&raw mut raw, flags) })?;
+        Ok(Self { context: Arc::clone(context), raw: raw.expose_provenance() })
+    }
+
+    /// Looks again and again, for so long at most; whether it is done.
+    pub(super) fn look(&self, most: Duration) -> Result<bool, DeviceError> {
+        let since = Instant::now();
+        loop {
+            // SAFETY: the handle is alive.
+            let result = unsafe { cu::cuEventQuery(self.raw()) };
+            if result != cu::CUresult::CUDA_ERROR_NOT_READY {
+                return check("cuEventQuery", result).map(|()| true);
+            }
+            if since.elapsed() >= most {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// The time between two timed events that were reached.
+    pub(super) fn since(&self, start: &Self) -> Result<Duration, DeviceError> {
+        let mut ms = 0.0_f32;
+        // SAFETY: both handles are alive; the driver writes a number.
+        check("cuEventElapsedTime", unsafe { cu::cuEventElapsedTime_v2(&raw mut ms, start.raw(), self.raw()) })?;
+        Ok(Duration::try_from_secs_f32(ms / 1e3).unwrap_or_default())
+    }
+
+    fn raw(&self) -> cu::CUevent {
+        ptr::with_exposed_provenance_mut(self.raw)
+    }
+
+    /// Sleeps until what was recorded last is done.
+    pub(super) fn wait(&self) -> Result<(), DeviceError> {
+        self.context.enter()?;
+        // SAFETY: the handle is alive.
+        check("cuEventSynchronize", unsafe { cu::cuEventSynchronize(self.raw()) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the handle is ours; a graph that waits for it keeps what it needs.
+            tell("cuEventDestroy", unsafe { cu::cuEventDestroy_v2(self.raw()) });
+        }
+    }
+}
+
+/// A queue of work on the device.
+pub(super) struct Queue {
+    context: Arc<Context>,
+    raw: usize,
+}
+
+impl Queue {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        context.enter()?;
+        let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the driver writes a handle, which is ours.
+        check("cuStreamCreate", unsafe { cu::cuStreamCreate(&raw mut raw, flags) })?;
+        Ok(Self { context: Arc::clone(context), raw: raw.expose_provenance() })
+    }
+
+    /// The driver's handle, for libraries that queue work of their own.
+    pub(super) fn handle(&self) -> usize {
+        self.raw
+    }
+
+    pub(super) fn raw(&self) -> cu::CUstream {
+        ptr::with_exposed_provenance_mut(self.raw)
+    }
+
+    pub(super) fn record(&self, event: &Event) -> Result<(), DeviceError> {
+        // SAFETY: both handles are alive and of one context.
+        check("cuEventRecord", unsafe { cu::cuEventRecord(event.raw(), self.raw()) })
+    }
+
+    /// Copies to the device, behind what is queued.
+    ///
+    /// # Safety
+    /// `len` bytes from `from` must stay readable and unchanged, and the device's addresses mapped, until it is done.
+    pub(super) unsafe fn copy_in(&self, to: u64, from: *const u8, len: usize) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise.
+        check("cuMemcpyHtoDAsync", unsafe { cu::cuMemcpyHtoDAsync_v2(to, from.cast(), len, self.raw()) })
+    }
+
+    /// Copies from the device, behind what is queued.
+    ///
+    /// # Safety
+    /// `len` bytes from `to` must stay ours alone until it is done.
+    pub(super) unsafe fn copy_out(&self, to: *mut u8, from: u64, len: usize) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise.
+        check("cuMemcpyDtoHAsync", unsafe { cu::cuMemcpyDtoHAsync_v2(to.cast(), from, len, self.raw()) })
+    }
+
+    /// Waits, asleep, for all that is queued.
+    pub(super) fn finish(&self, event: &Event) -> Result<(), DeviceError> {
+        self.record(event)?;
+        event.wait()
+    }
+
+    /// Keeps what is queued from now on as a graph, by this thread alone.
+    pub(super) fn begin_capture(&self) -> Result<(), DeviceError> {
+        let mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the handle is alive.
+        check("cuStreamBeginCapture", unsafe { cu::cuStreamBeginCapture_v2(self.raw(), mode) })
+    }
+
+    /// The graph that was kept, ready to be launched; its copies and fills are done by these kernels.
+    pub(super) fn end_capture(&self, kernels: &Kernels) -> Result<Graph, DeviceError> {
+        let mut graph = ptr::null_mut();
+        // SAFETY: the handle is alive; the driver writes a handle, which is ours.
+        check("cuStreamEndCapture", unsafe { cu::cuStreamEndCapture(self.raw(), &raw mut graph) })?;
+        let rewritten = rewrite(&self.context, graph, kernels);
+        let mut raw = ptr::null_mut();
+        let flags: c_ulonglong = 0;
+        // SAFETY: the graph is alive; the driver writes a handle, which is ours.
+        let made = unsafe { cu::cuGraphInstantiateWithFlags(&raw mut raw, graph, flags) };
+        let made = check("cuGraphInstantiate", made);
+        // SAFETY: the graph is ours and not used any more; what was instantiated stands by itself.
+        tell("cuGraphDestroy", unsafe { cu::cuGraphDestroy(graph) });
+        made?;
+        let raw = raw.expose_provenance();
+        Ok(Graph { raw, context: Arc::clone(&self.context), rewritten: rewritten? })
+    }
+}
+
+/// Makes a stream, given by its handle, wait for an event: within a graph each launch anew, else once.
+///
+/// # Safety
+/// `stream` must be the handle of a stream that is alive.
+pub(super) unsafe fn wait_on(stream: usize, event: &Event, when_captured: bool) -> Result<(), DeviceError> {
+    let flags = if when_captured { cu::CUevent_wait_flags::CU_EVENT_WAIT_EXTERNAL as c_uint } else { 0 };
+    // SAFETY: the caller's promise; the event is alive.
+    let result = unsafe { cu::cuStreamWaitEvent(ptr::with_exposed_provenance_mut(stream), event.raw(), flags) };
+    check("cuStreamWaitEvent", result)
+}
+
+/// Whether a stream, given by its handle, is kept as a graph now.
+///
+/// # Safety
+/// `stream` must be the handle of a stream that is alive.
+pub(super) unsafe fn is_captured(stream: usize) -> Result<bool, DeviceError> {
+    let mut status = cu::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: the caller's promise; the driver writes the status.
+    let result = unsafe { cu::cuStreamIsCapturing(ptr::with_exposed_provenance_mut(stream), &raw mut status) };
+    check("cuStreamIsCapturing", result)?;
+    Ok(status == cu::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE)
+}
+
+/// Copies within the device, behind what is queued on a stream given by its handle.
+///
+/// # Safety
+/// `stream` must be the handle of a stream that is alive, and both stretches mapped until the copy is done.
+pub(super) unsafe fn copy_within(stream: usize, to: usize, from: usize, len: usize) -> Result<(), DeviceError> {
+    let stream = ptr::with_exposed_provenance_mut(stream);
+    // SAFETY: the caller's promise.
+    let result = unsafe { cu::cuMemcpyDtoDAsync_v2(to as u64, from as u64, len, stream) };
+    check("cuMemcpyDtoDAsync", result)
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the handle is ours; work that is still queued is done before the driver frees it.
+            tell("cuStreamDestroy", unsafe { cu::cuStreamDestroy_v2(self.raw()) });
+        }
+    }
+}
+
+/// Work that can be launched again and again.
+pub(super) struct Graph {
+    raw: usize,
+    context: Arc<Context>,
+    pub(super) rewritten: Rewritten,
+}
+
+impl Graph {
+    pub(super) fn launch(&self, on: &Queue) -> Result<(), DeviceError> {
+        // SAFETY: both handles are alive.
+        let result = unsafe { cu::cuGraphLaunch(ptr::with_exposed_provenance_mut(self.raw), on.raw()) };
+        check("cuGraphLaunch", result)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the handle is ours; the driver waits for launches that are under way.
+            tell("cuGraphExecDestroy", unsafe { cu::cuGraphExecDestroy(ptr::with_exposed_provenance_mut(self.raw)) });
+        }
+    }
+}
