@@ -127,6 +127,8 @@ pub(crate) struct Core {
     wake_at: Option<Moment>,
     /// Tells the timer that `wake_at` has changed.
     pub(crate) alarm: Rc<Notify>,
+    /// Tells the loop that a request is about to come.
+    pub(crate) expected: Rc<Notify>,
     draining: bool,
 }
 
@@ -164,6 +166,7 @@ impl Core {
                 id_next: 1,
                 wake_at: None,
                 alarm: Rc::new(Notify::new()),
+                expected: Rc::new(Notify::new()),
                 draining: false,
             })
         });
@@ -372,6 +375,11 @@ impl Core {
         for entry in self.peers.values() {
             entry.peer.outbox.send(&faaswap_protocol::FromBroker::Draining, Vec::new());
         }
+    }
+
+    /// Whether some request has no answer yet.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.requests.is_empty()
     }
 
     /// Whether everything was answered and taken by its peer.

@@ -48,3 +48,5 @@ pub const GROUP_BYTES: u64 = 8 << 20;
 pub const SLAB_HALF_MIN: u64 = 4096;
 /// How long a lane looks for its next run before it sleeps.
 pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(60);
+/// How long the loop and a lane look for a request that was said to be about to come.
+pub const EXPECTED_LOOKS_FOR: Duration = Duration::from_micros(100);

@@ -21,7 +21,7 @@ use crate::{
     config::{DeviceSettings, Settings},
     core::{Core, DeviceEntry},
     lane::Lane,
-    limits::{HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
+    limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
     load::Loader,
     mailbox::Mailbox,
     store::{Memory, Preparer, Store},
@@ -86,6 +86,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     }
     spawn_local(listen_to_threads(Rc::clone(&core), mailbox));
     spawn_local(ring_alarms(Rc::clone(&core)));
+    spawn_local(look_for_expected(Rc::clone(&core)));
     spawn_local(keep_house(Rc::clone(&core)));
     spawn_local(answer_admin(Rc::clone(&core), questions));
     let accepting = listeners.accept(&core, &telemetry);
@@ -186,6 +187,18 @@ async fn ring_alarms(core: Rc<RefCell<Core>>) {
                 }
                 () = changed.notified() => {}
             },
+        }
+    }
+}
+
+/// Keeps the loop awake, for a moment, for a request that is about to come: to be woken takes longer than to schedule it.
+async fn look_for_expected(core: Rc<RefCell<Core>>) {
+    let expected = Rc::clone(&core.borrow().expected);
+    loop {
+        expected.notified().await;
+        let until = Instant::now() + EXPECTED_LOOKS_FOR;
+        while Instant::now() < until && !core.borrow().is_busy() {
+            tokio::task::yield_now().await;
         }
     }
 }
