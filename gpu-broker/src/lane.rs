@@ -30,8 +30,8 @@ use crate::{
     socket::Outbox,
 };
 
-/// Most orders that wait for a lane: runs that a bug gives twice over, and hints.
-const ORDERS_MAX: usize = 4;
+/// Most orders that wait for a lane: its next run, one that follows at once, and one hint.
+const ORDERS_MAX: usize = 3;
 /// Alignment of a tensor in a payload.
 #[expect(clippy::cast_possible_truncation, reason = "a small constant")]
 const PAYLOAD_ALIGN: usize = TENSOR_ALIGN as usize;
@@ -150,18 +150,22 @@ enum Order {
 #[derive(Debug)]
 pub(crate) struct Lane {
     orders: SyncSender<Order>,
+    /// Whether it was told to look and has not heard of it yet: hints leave the places to runs.
+    told: Arc<AtomicBool>,
 }
 
 impl Lane {
     pub(crate) fn start(name: &str, mailbox: Arc<Mailbox>) -> io::Result<Self> {
         // The scheduler gives a lane one run at a time; more places mean that handing over never waits.
         let (orders, queue): (_, Receiver<Order>) = sync_channel(ORDERS_MAX);
+        let told = Arc::new(AtomicBool::new(false));
+        let heard = Arc::clone(&told);
         thread::Builder::new().name(name.to_owned()).spawn(move || {
-            while let Some(run) = next(&queue) {
+            while let Some(run) = next(&queue, &heard) {
                 serve(run, &mailbox);
             }
         })?;
-        Ok(Self { orders })
+        Ok(Self { orders, told })
     }
 
     /// Hands a run over. False where the thread is gone or busy twice over, which a lane of the scheduler never is.
@@ -171,14 +175,16 @@ impl Lane {
 
     /// Wakes the thread: a run is about to come. Where orders wait already it is awake.
     pub(crate) fn look(&self) {
-        // A full queue has a run in it.
-        let _ = self.orders.try_send(Order::Look);
+        // Where there is no place for it there are runs, which keep the thread awake too.
+        if !self.told.swap(true, Ordering::AcqRel) && self.orders.try_send(Order::Look).is_err() {
+            self.told.store(false, Ordering::Release);
+        }
     }
 }
 
 /// The next run; `None` once the broker ends. Looks for a moment before it sleeps: waking a thread takes longer than
 /// what most requests wait for.
-fn next(queue: &Receiver<Order>) -> Option<Run> {
+fn next(queue: &Receiver<Order>, heard: &AtomicBool) -> Option<Run> {
     let mut until = Instant::now() + LANE_LOOKS_FOR;
     loop {
         let order = match queue.try_recv() {
@@ -192,7 +198,10 @@ fn next(queue: &Receiver<Order>) -> Option<Run> {
         };
         match order {
             Order::Run(run) => return Some(run),
-            Order::Look => until = Instant::now() + EXPECTED_LOOKS_FOR,
+            Order::Look => {
+                heard.store(false, Ordering::Release);
+                until = Instant::now() + EXPECTED_LOOKS_FOR;
+            }
         }
     }
 }

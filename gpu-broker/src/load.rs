@@ -91,6 +91,7 @@ impl Loader {
         })?;
         let mut bound = Vec::new();
         for (id, device) in fitting {
+            device.prepare_weights(&held.weights()).map_err(|e| rejected(e.into()))?;
             let made = Bound::new(&self.runtime, &prepared, &device).map_err(rejected)?;
             bound.push((id, Arc::new(BoundModel { bound: made, device, copied_at: Mutex::default() })));
         }

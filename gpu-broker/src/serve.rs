@@ -5,11 +5,8 @@ mod connection;
 
 use std::{cell::RefCell, io, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
 
-use faaswap_device::{
-    Device, DeviceError,
-    host::{HostConfig, HostDevice},
-};
-use faaswap_engine::{EngineError, Runtime, RuntimeOptions};
+use faaswap_device::{Device, DeviceError};
+use faaswap_engine::{EngineError, Runtime, RuntimeOptions, Target};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
     task::{LocalSet, spawn_local},
@@ -20,6 +17,7 @@ use crate::{
     admin,
     config::{DeviceSettings, Settings},
     core::{Core, DeviceEntry},
+    devices::{self, Opened},
     lane::Lane,
     limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
     load::Loader,
@@ -72,8 +70,11 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let settings = Arc::new(settings);
     let telemetry = Arc::new(Telemetry::new());
     let mailbox = Arc::new(Mailbox::default());
-    let loader = Arc::new(loader(&settings, program)?);
-    let devices = devices(&settings, &loader, &mailbox)?;
+    let options = RuntimeOptions { threads_per_run: settings.threads_per_run, scratch_max: settings.scratch_max };
+    let runtime = Runtime::load(&settings.onnxruntime, options)?;
+    let opened = devices::open(&settings, &runtime)?;
+    let loader = Arc::new(loader(&settings, program, runtime, &opened)?);
+    let devices = lanes(opened, &mailbox)?;
     let core = Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, devices);
     let listeners = accept::Listeners::bind(&settings)?;
     let (asks, questions) = mpsc::channel(admin::QUESTIONS_MAX);
@@ -120,50 +121,36 @@ fn raise_file_limit() {
     }
 }
 
-fn loader(settings: &Settings, program: PathBuf) -> Result<Loader, ServeError> {
-    let options = RuntimeOptions { threads_per_run: settings.threads_per_run, scratch_max: settings.scratch_max };
-    let runtime = Runtime::load(&settings.onnxruntime, options)?;
+fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Opened) -> Result<Loader, ServeError> {
     let store = Store::open(&settings.store_dir, settings.store_max)
-        .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?;
+        .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?
+        .with_flavour(opened.flavour.clone());
     let memory = Memory::open(&settings.memory_dir, settings.host_memory)
         .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
-    let library = settings.onnxruntime.clone();
-    let preparer = Preparer::new(program, library, settings.prepare_within, settings.prepare_parallel);
-    let devices = settings.devices.iter().map(|device| Ok(open_device(device)? as Arc<dyn Device>));
+    let (library, target) = (settings.onnxruntime.clone(), opened.target);
+    // A GPU has room for one model that is being prepared, beside those that are served.
+    let parallel = if target == Target::Cpu { settings.prepare_parallel } else { 1 };
+    let preparer = Preparer::new(program, library, target, settings.prepare_within, parallel);
     Ok(Loader {
         store,
         preparer,
         memory,
         runtime,
-        devices: devices.collect::<Result<_, ServeError>>()?,
+        devices: opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect(),
         uploads: Semaphore::new(UPLOADS_MAX),
         loads: Semaphore::new(LOADS_MAX),
         room: std::sync::Mutex::new(()),
     })
 }
 
-fn open_device(settings: &DeviceSettings) -> Result<Arc<HostDevice>, ServeError> {
-    let config = HostConfig {
-        name: settings.name.clone(),
-        capacity: settings.memory,
-        chunk: settings.chunk,
-        link_bytes_per_second: settings.link_mib_per_s.map(|mib| mib.saturating_mul(1 << 20)),
-        populate: true,
-    };
-    let device =
-        HostDevice::new(config).map_err(|source| ServeError::Device { name: settings.name.clone(), source })?;
-    tracing::info!(name = settings.name, memory = %device.info().capacity, lanes = settings.lanes, "device");
-    Ok(device)
-}
-
-fn devices(settings: &Settings, loader: &Loader, mailbox: &Arc<Mailbox>) -> Result<Vec<DeviceEntry>, ServeError> {
-    let entry = |(settings, device): (&DeviceSettings, &Arc<dyn Device>)| {
+fn lanes(opened: Opened, mailbox: &Arc<Mailbox>) -> Result<Vec<DeviceEntry>, ServeError> {
+    let entry = |(settings, device): (DeviceSettings, Arc<dyn Device>)| {
         let lane = |lane| Lane::start(&format!("lane-{}-{lane}", settings.name), Arc::clone(mailbox));
         let lanes = (0..settings.lanes).map(lane).collect::<io::Result<_>>();
         let lanes = lanes.map_err(ServeError::io("starting a lane"))?;
-        Ok(DeviceEntry { device: Arc::clone(device), lanes, lost: false })
+        Ok(DeviceEntry { device, lanes, lost: false })
     };
-    settings.devices.iter().zip(&loader.devices).map(entry).collect()
+    opened.devices.into_iter().map(entry).collect()
 }
 
 async fn listen_to_threads(core: Rc<RefCell<Core>>, mailbox: Arc<Mailbox>) {

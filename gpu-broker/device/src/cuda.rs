@@ -6,6 +6,7 @@
 
 mod arena;
 mod driver;
+mod gate;
 mod kernels;
 mod lane;
 mod link;
@@ -32,6 +33,7 @@ pub(crate) use self::driver::Registration;
 use self::{
     arena::{Arena, Purpose},
     driver::{Addresses, Context, Physical},
+    gate::Gate,
     kernels::Kernels,
     lane::Lane,
     link::Link,
@@ -91,6 +93,11 @@ impl CudaConfig {
             scratch_max: SCRATCH_MAX_DEFAULT,
         }
     }
+}
+
+/// Whether this machine has a CUDA driver, of whatever version.
+pub fn is_present() -> bool {
+    driver::is_present()
 }
 
 /// How many GPUs are visible; an error says what is missing.
@@ -160,9 +167,8 @@ impl CudaDevice {
         let memory = Arc::new(Memory { lanes, kernels, constants, owners: AtomicU64::new(0) });
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
-        let copies = Queue::new(&context)?;
         let shared = Arc::new(Shared::new(info, context));
-        let threads = start_threads(&shared, pool, copies)?;
+        let threads = start_threads(&shared, pool)?;
         let threads = Mutex::new(threads);
         Ok(Arc::new(Self { shared, memory, dummy, binding: Mutex::new(()), ordinal, threads }))
     }
@@ -170,6 +176,11 @@ impl CudaDevice {
     /// The driver's number of this GPU.
     pub fn ordinal(&self) -> i32 {
         self.ordinal
+    }
+
+    /// The GPU's compute capability, 90 for 9.0: kernels chosen on one suit all of a kind.
+    pub fn capability(&self) -> Result<i32, DeviceError> {
+        self.shared.context.capability()
     }
 
     /// Makes this GPU the one that the calling thread's libraries work on.
@@ -323,7 +334,7 @@ fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), Dev
     zeroed.and(addresses.unmap(0, len))
 }
 
-fn start_threads(shared: &Arc<Shared>, pool: Pool, copies: Queue) -> Result<Vec<JoinHandle<()>>, DeviceError> {
+fn start_threads(shared: &Arc<Shared>, pool: Pool) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let failed = |e: std::io::Error| DeviceError::Failed { call: "starting the link's threads", reason: e.to_string() };
     let (ends, copying) = sync_channel(link::AHEAD_MAX);
     let finishing = Arc::clone(shared);
@@ -331,7 +342,16 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, copies: Queue) -> Result<Vec<
         .name(format!("ends-{}", shared.info.name))
         .spawn(move || link::finish(&finishing, &copying))
         .map_err(failed)?;
-    let link = Link { shared: Arc::clone(shared), pool, copies, ends };
+    let context = &shared.context;
+    let link = Link {
+        shared: Arc::clone(shared),
+        pool,
+        copies: Queue::new(context)?,
+        ready: Queue::new(context)?,
+        gate: Gate::new(context)?,
+        copied: Event::new(context)?,
+        ends,
+    };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
     Ok(vec![link, finish])
@@ -340,6 +360,10 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, copies: Queue) -> Result<Vec<
 impl Device for CudaDevice {
     fn info(&self) -> &DeviceInfo {
         &self.shared.info
+    }
+
+    fn is_lost(&self) -> bool {
+        self.shared.is_lost()
     }
 
     fn memory(&self) -> DeviceMemory {

@@ -122,6 +122,9 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// What this device is.
     fn info(&self) -> &DeviceInfo;
 
+    /// Whether the device has failed for good.
+    fn is_lost(&self) -> bool;
+
     /// Memory by the device's own count.
     fn memory(&self) -> DeviceMemory;
 

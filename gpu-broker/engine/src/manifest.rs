@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 3;
+pub const MANIFEST_VERSION: u32 = 4;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -59,6 +59,8 @@ pub struct Manifest {
     pub target: Target,
     /// Why the model's program does not outlive its session on a GPU; `None` where it was seen to.
     pub keep_session: Option<String>,
+    /// Whether it has convolutions: only these have layouts to choose from.
+    pub has_convolutions: bool,
     /// What the model takes and gives.
     pub signature: Signature,
     /// Size of the flat weights.

@@ -50,8 +50,7 @@ pub(super) fn tell(call: &'static str, result: cu::CUresult) {
 
 /// Starts the driver; says what is missing where there is none.
 pub(super) fn start() -> Result<(), DeviceError> {
-    // SAFETY: looking for the library runs its initializers; it is the driver that the operator has installed.
-    if !unsafe { cu::is_culib_present() } {
+    if !is_present() {
         let reason = "libcuda.so.1 is not there: is the NVIDIA driver installed, and visible in this container?";
         return Err(DeviceError::Failed { call: "loading the CUDA driver", reason: reason.to_owned() });
     }
@@ -67,6 +66,12 @@ pub(super) fn start() -> Result<(), DeviceError> {
         return Err(DeviceError::Failed { call: "loading the CUDA driver", reason });
     }
     Ok(())
+}
+
+/// Whether the driver's library can be found at all.
+pub(super) fn is_present() -> bool {
+    // SAFETY: looking for the library runs its initializers; it is the driver that the operator has installed.
+    unsafe { cu::is_culib_present() }
 }
 
 /// How many GPUs there are.
@@ -145,6 +150,19 @@ impl Context {
             win32HandleMetaData: ptr::null_mut(),
             allocFlags: flags,
         }
+    }
+
+    /// The compute capability: 90 for 9.0.
+    pub(super) fn capability(&self) -> Result<i32, DeviceError> {
+        use cu::CUdevice_attribute as A;
+        let ask = |attribute| {
+            let mut value = 0;
+            // SAFETY: the driver writes an int; the device is one of its own.
+            let result = unsafe { cu::cuDeviceGetAttribute(&raw mut value, attribute, self.device) };
+            check("cuDeviceGetAttribute", result).map(|()| value)
+        };
+        let major = ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        Ok(major * 10 + ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
     }
 
     /// What physical memory comes in multiples of.
