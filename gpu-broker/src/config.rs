@@ -122,6 +122,8 @@ pub struct Settings {
     pub gpu_fallback: bool,
     /// Whether fp32 products on GPUs may be computed in TF32, as PyTorch's convolutions are.
     pub tf32: bool,
+    /// Whether the admin port lets devices fail, to test what happens then.
+    pub test_faults: bool,
     /// The devices that are listed.
     pub devices: Vec<DeviceSettings>,
 }
@@ -183,6 +185,7 @@ impl Settings {
             gpu_memory: from.optional_bytes("gpu_memory"),
             gpu_fallback: from.choice("gpu_fallback", false, &SWITCH),
             tf32: from.choice("tf32", true, &SWITCH),
+            test_faults: from.choice("test_faults", false, &SWITCH),
             devices: Vec::new(),
         }
     }

@@ -127,6 +127,8 @@ pub(crate) struct Core {
     wake_at: Option<Moment>,
     /// Tells the timer that `wake_at` has changed.
     pub(crate) alarm: Rc<Notify>,
+    /// Tells that no device is left that works.
+    pub(crate) broken: Rc<Notify>,
     /// Tells the loop that a request is about to come.
     pub(crate) expected: Rc<Notify>,
     draining: bool,
@@ -166,6 +168,7 @@ impl Core {
                 id_next: 1,
                 wake_at: None,
                 alarm: Rc::new(Notify::new()),
+                broken: Rc::new(Notify::new()),
                 expected: Rc::new(Notify::new()),
                 draining: false,
             })
@@ -251,8 +254,8 @@ impl Core {
         tracing::error!(%error, device = %name, "a model could not be swapped in");
         self.telemetry.swap_failed(name);
         self.events.push_back(match error {
-            DeviceError::Lost => Event::DeviceLost { device },
-            DeviceError::OutOfMemory { .. }
+            DeviceError::Lost
+            | DeviceError::OutOfMemory { .. }
             | DeviceError::Failed { .. }
             | DeviceError::State { .. }
             | DeviceError::Invalid(_) => Event::SwapInFailed { model, device },
@@ -301,6 +304,7 @@ impl Core {
                 Ended::Run { request, took, outcome } => {
                     self.run_ended(request, outcome);
                     self.happen(Event::RunDone { request, took });
+                    self.look_for_lost_devices();
                 }
                 Ended::SwapIn { model, device, result } => self.swapped_in(model, device, result),
                 Ended::SwapOut { model, device, result } => {
@@ -326,10 +330,8 @@ impl Core {
             Err(error) => {
                 self.gone_from(model, device);
                 self.swap_in_failed(model, device, &error);
-                if error == DeviceError::Lost {
-                    self.devices[usize::from(device.0)].lost = true;
-                }
                 self.happen(Event::Woken);
+                self.look_for_lost_devices();
             }
         }
     }
@@ -341,13 +343,28 @@ impl Core {
             Err(error) => {
                 tracing::error!(%error, device = %name, "a model could not be swapped out");
                 self.telemetry.swap_failed(name);
-                if error == DeviceError::Lost {
-                    self.devices[usize::from(device.0)].lost = true;
-                    self.events.push_back(Event::DeviceLost { device });
-                }
+                self.look_for_lost_devices();
             }
         }
         self.gone_from(model, device);
+    }
+
+    /// Tells the scheduler of devices that have failed for good: what ran there is refused, what waits goes elsewhere.
+    fn look_for_lost_devices(&mut self) {
+        for index in 0..self.devices.len() {
+            let entry = &mut self.devices[index];
+            if entry.lost || !entry.device.is_lost() {
+                continue;
+            }
+            entry.lost = true;
+            let name = entry.device.info().name.clone();
+            tracing::error!(device = %name, "the device is lost: its requests are refused, others take over its functions");
+            self.telemetry.device_lost(&name);
+            self.happen(Event::DeviceLost { device: device_id(index) });
+        }
+        if self.devices.iter().all(|entry| entry.lost) {
+            self.broken.notify_one();
+        }
     }
 
     fn gone_from(&mut self, model: ModelId, device: DeviceId) {
@@ -395,6 +412,7 @@ impl Core {
     /// What is done every second.
     pub(crate) fn keep_house(&mut self) {
         self.take_ended();
+        self.look_for_lost_devices();
         self.cut_off_stalled();
         self.tell_progress();
         self.unload_idle();

@@ -60,12 +60,22 @@ impl ServeError {
     }
 }
 
+/// Why the broker has stopped serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was asked to.
+    Asked,
+    /// No device is left that works. A process that starts anew can use them again: a failed context stays with its
+    /// process.
+    NoDevice,
+}
+
 /// Serves until `stop` completes, then drains. `program` prepares models: this program itself.
-pub async fn serve(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+pub async fn serve(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<End, ServeError> {
     LocalSet::new().run_until(serve_here(settings, program, stop)).await
 }
 
-async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<End, ServeError> {
     raise_file_limit();
     let settings = Arc::new(settings);
     let telemetry = Arc::new(Telemetry::new());
@@ -74,6 +84,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let runtime = Runtime::load(&settings.onnxruntime, options)?;
     let opened = devices::open(&settings, &runtime)?;
     let loader = Arc::new(loader(&settings, program, runtime, &opened)?);
+    let may_fail = loader.devices.iter().filter(|_| settings.test_faults).map(Arc::clone).collect();
     let devices = lanes(opened, &mailbox)?;
     let core = Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, devices);
     let listeners = accept::Listeners::bind(&settings)?;
@@ -83,7 +94,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
         let listener = tokio::net::TcpListener::bind(address).await;
         let listener = listener.map_err(ServeError::io(format!("admin_listen {address}")))?;
         tracing::info!(address = %listener.local_addr().unwrap_or(address), "admin port is open");
-        spawn_local(admin::serve(listener, Arc::clone(&telemetry), is_ready, asks));
+        spawn_local(admin::serve(listener, Arc::clone(&telemetry), is_ready, asks, may_fail));
     }
     spawn_local(listen_to_threads(Rc::clone(&core), mailbox));
     spawn_local(ring_alarms(Rc::clone(&core)));
@@ -94,8 +105,12 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     // Nobody waits for this where the admin port is off.
     let _ = ready.send(true);
     tracing::info!(socket = %settings.socket.display(), "ready");
-    stop.await;
-    tracing::info!("draining");
+    let broken = Rc::clone(&core.borrow().broken);
+    let end = tokio::select! {
+        () = stop => End::Asked,
+        () = broken.notified() => End::NoDevice,
+    };
+    tracing::info!(?end, "draining");
     let _ = ready.send(false);
     accepting.stop();
     core.borrow_mut().drain();
@@ -109,7 +124,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     }
     core.borrow().close_all();
     accepting.remove_socket();
-    Ok(())
+    Ok(end)
 }
 
 /// One descriptor per connection, and a few per model: the soft limit is often only 1,024.

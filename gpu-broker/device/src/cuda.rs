@@ -34,7 +34,7 @@ use self::{
     arena::{Arena, Purpose},
     driver::{Addresses, Context, Physical},
     gate::Gate,
-    kernels::Kernels,
+    kernels::{Kernels, Work},
     lane::Lane,
     link::Link,
     pool::Pool,
@@ -364,6 +364,15 @@ impl Device for CudaDevice {
 
     fn is_lost(&self) -> bool {
         self.shared.is_lost()
+    }
+
+    fn fail(&self) {
+        let queue = &self.memory.lanes[self.binding_lane()].queue;
+        // SAFETY: this work touches no memory.
+        let queued = self.enter().and_then(|()| unsafe { self.memory.kernels.queue(Work::Trap, queue) });
+        if let Err(error) = queued.and_then(|()| self.synchronize()) {
+            tracing::warn!(%error, name = self.shared.info.name, "a fault was provoked");
+        }
     }
 
     fn memory(&self) -> DeviceMemory {

@@ -132,6 +132,10 @@ impl Device for HostDevice {
         self.shared.is_lost()
     }
 
+    fn fail(&self) {
+        self.lose();
+    }
+
     fn memory(&self) -> DeviceMemory {
         let mapped = Bytes::new(AtomicU64::load(&self.shared.mapped, Ordering::SeqCst));
         DeviceMemory { capacity: self.shared.info.capacity, mapped }

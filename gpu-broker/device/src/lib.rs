@@ -125,6 +125,9 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Whether the device has failed for good.
     fn is_lost(&self) -> bool;
 
+    /// Makes the device fail for good, as hardware may: for tests of what happens then.
+    fn fail(&self);
+
     /// Memory by the device's own count.
     fn memory(&self) -> DeviceMemory;
 
