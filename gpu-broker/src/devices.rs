@@ -65,12 +65,17 @@ fn wanted(settings: &Settings) -> Result<Vec<DeviceSettings>, ServeError> {
 fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -> Result<Opened, ServeError> {
     let mut devices = Vec::with_capacity(wanted.len());
     let (mut target, mut flavour) = (Target::Cpu, std::env::consts::ARCH.to_owned());
+    let gpu = |device: &DeviceSettings| match device.kind {
+        DeviceKind::Gpu { ordinal, .. } => Some(ordinal),
+        DeviceKind::Host { .. } => None,
+    };
+    let peers: Vec<_> = wanted.iter().filter_map(gpu).collect();
     for device in wanted {
         let failed = |source| ServeError::Device { name: device.name.clone(), source };
         let opened = match device.kind {
             DeviceKind::Host { link_mib_per_s } => open_host(device, link_mib_per_s).map_err(failed)?,
             DeviceKind::Gpu { ordinal, reserve } => {
-                let gpu = open_gpu(device, ordinal, reserve, settings).map_err(failed)?;
+                let gpu = open_gpu(device, (ordinal, &peers), reserve, settings).map_err(failed)?;
                 if devices.is_empty() {
                     target = Target::Cuda(CudaTarget { tf32: settings.tf32, ..CudaTarget::new(gpu.ordinal()) });
                     flavour = format!("cuda{}-tf32-{}", gpu.capability().map_err(failed)?, settings.tf32);
@@ -100,7 +105,7 @@ fn open_host(device: &DeviceSettings, link_mib_per_s: Option<u64>) -> Result<Arc
 
 fn open_gpu(
     device: &DeviceSettings,
-    ordinal: u32,
+    (ordinal, peers): (u32, &[u32]),
     reserve: faaswap_protocol::Bytes,
     settings: &Settings,
 ) -> Result<Arc<CudaDevice>, DeviceError> {
@@ -110,6 +115,7 @@ fn open_gpu(
         reserve,
         chunk: device.chunk.unwrap_or(default.chunk),
         lanes: usize::from(device.lanes),
+        peers: peers.to_vec(),
         ..default
     })
 }

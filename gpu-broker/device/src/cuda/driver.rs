@@ -132,8 +132,12 @@ impl Context {
         Ok(String::from_utf8_lossy(&text[..end]).into_owned())
     }
 
-    fn location(&self) -> cu::CUmemLocation {
-        cu::CUmemLocation { type_: cu::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: self.device }
+    /// Whether another GPU can read this one's memory by itself.
+    pub(super) fn is_reached_by(&self, other: i32) -> Result<bool, DeviceError> {
+        let mut can = 0;
+        // SAFETY: the driver writes an int; it checks the devices.
+        let result = unsafe { cu::cuDeviceCanAccessPeer(&raw mut can, other, self.device) };
+        check("cuDeviceCanAccessPeer", result).map(|()| can != 0)
     }
 
     fn properties(&self) -> cu::CUmemAllocationProp {
@@ -146,7 +150,7 @@ impl Context {
         cu::CUmemAllocationProp {
             type_: cu::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
             requestedHandleTypes: cu::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
-            location: self.location(),
+            location: location(self.device),
             win32HandleMetaData: ptr::null_mut(),
             allocFlags: flags,
         }
@@ -204,6 +208,10 @@ impl Drop for Context {
         // SAFETY: it was retained once, by us.
         tell("cuDevicePrimaryCtxRelease", unsafe { cu::cuDevicePrimaryCtxRelease_v2(self.device) });
     }
+}
+
+fn location(device: i32) -> cu::CUmemLocation {
+    cu::CUmemLocation { type_: cu::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: device }
 }
 
 /// Physical device memory, reachable nowhere until it is mapped.
@@ -270,11 +278,21 @@ impl Addresses {
 
     /// Lets the device read and write what is mapped there.
     pub(super) fn open(&self, offset: usize, len: usize) -> Result<(), DeviceError> {
+        let flags = cu::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        self.grant(self.context.device, flags, offset, len)
+    }
+
+    /// Lets another GPU read what is mapped there.
+    pub(super) fn open_to(&self, other: i32, offset: usize, len: usize) -> Result<(), DeviceError> {
+        use cu::CUmemAccess_flags as F;
+        // Not every driver knows mappings that are read only.
+        let read_only = self.grant(other, F::CU_MEM_ACCESS_FLAGS_PROT_READ, offset, len);
+        read_only.or_else(|_| self.grant(other, F::CU_MEM_ACCESS_FLAGS_PROT_READWRITE, offset, len))
+    }
+
+    fn grant(&self, to: i32, flags: cu::CUmemAccess_flags, offset: usize, len: usize) -> Result<(), DeviceError> {
         let at = self.at(offset, len)?;
-        let access = cu::CUmemAccessDesc {
-            location: self.context.location(),
-            flags: cu::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-        };
+        let access = cu::CUmemAccessDesc { location: location(to), flags };
         // SAFETY: the table has one entry.
         check("cuMemSetAccess", unsafe { cu::cuMemSetAccess(at, len, &raw const access, 1) })
     }

@@ -18,8 +18,9 @@ use super::{
     pool::Pool,
     queue::{Event, Queue},
     shared::{Job, Range, Shared, Swap},
+    source::Source,
 };
-use crate::{DeviceError, Group, HostWeights, OnDone, RangeId, SwapReport, range::Step};
+use crate::{DeviceError, Group, OnDone, RangeId, SwapReport, range::Step};
 
 /// Most swaps whose copies are queued at a time: enough that the bus never idles between two.
 pub(super) const AHEAD_MAX: usize = 4;
@@ -29,8 +30,9 @@ pub(super) struct Copying {
     range: RangeId,
     timed: Timed,
     last: Option<Arc<Event>>,
-    /// Keeps the source mapped.
-    weights: Arc<HostWeights>,
+    /// Keeps the weights where they are read.
+    source: Source,
+    size: Bytes,
     mapping: Duration,
     done: OnDone<SwapReport>,
 }
@@ -77,7 +79,7 @@ impl Link {
         let _guard = LoseAtEnd(&shared);
         while let Some(Job { range, swap }) = shared.next_job() {
             match swap {
-                Swap::In { weights, groups, done } => self.swap_in(range, weights, &groups, done),
+                Swap::In { source, groups, done } => self.swap_in(range, source, &groups, done),
                 Swap::Out { done } => {
                     let result = self.swap_out(range);
                     done(self.shared.noted(result));
@@ -96,15 +98,16 @@ impl Link {
         self.ready.finish(event)
     }
 
-    fn swap_in(&mut self, range: RangeId, weights: Arc<HostWeights>, groups: &[Group], done: OnDone<SwapReport>) {
+    fn swap_in(&mut self, range: RangeId, source: Source, groups: &[Group], done: OnDone<SwapReport>) {
+        let size = self.shared.change(range, |range| range.weights);
         let begun = self.shared.context.enter();
         self.shared.step(range, Step::Begin);
         let mut mapping = Duration::ZERO;
-        let filled = begun.and_then(|()| self.fill(range, &weights, groups, &mut mapping));
+        let filled = begun.and_then(|()| self.fill(range, (&source, size), groups, &mut mapping));
         match self.shared.noted(filled) {
             Ok((timed, last)) => {
                 self.shared.change(range, |range| range.unfinished = true);
-                let copying = Copying { range, timed, last, weights, mapping, done };
+                let copying = Copying { range, timed, last, source, size, mapping, done };
                 if let Err(gone) = self.ends.send(copying) {
                     (gone.0.done)(Err(DeviceError::Lost));
                 }
@@ -148,14 +151,14 @@ impl Link {
     fn fill(
         &mut self,
         range: RangeId,
-        weights: &HostWeights,
+        (source, size): (&Source, Bytes),
         groups: &[Group],
         mapping: &mut Duration,
     ) -> Result<(Timed, Option<Arc<Event>>), DeviceError> {
-        let chunks = self.take_chunks(range, weights.size())?;
+        let chunks = self.take_chunks(range, size)?;
         let count = u32::try_from(chunks.len()).map_err(|_| DeviceError::Invalid("more chunks than can be counted"))?;
         let first = self.gate.promise(count);
-        let queued = self.queue_groups(range, weights, groups, &chunks, first)?;
+        let queued = self.queue_groups(range, source, groups, &chunks, first)?;
         let all = u32::try_from(groups.len()).expect("there are at most GROUPS_MAX groups");
         self.shared.change(range, |range| range.recorded = all);
         let begun = Instant::now();
@@ -172,7 +175,7 @@ impl Link {
     fn queue_groups(
         &self,
         range: RangeId,
-        weights: &HostWeights,
+        source: &Source,
         groups: &[Group],
         chunks: &[usize],
         first: u32,
@@ -184,12 +187,7 @@ impl Link {
         for (group, number) in groups.iter().zip(0_u32..) {
             let event = self.shared.books()?.event(context, range, number)?;
             for (from, to, len) in pieces(group, chunks, self.pool.chunk) {
-                let to = self.pool.address(to);
-                let from = weights.as_ptr().wrapping_add(from);
-                // SAFETY: the piece lies in the weights, which `Copying` keeps mapped and which do not change. The pool
-                // is mapped as long as the link lives, and the chunk is the range's until a swap-out, which waits for
-                // the last copy.
-                unsafe { self.copies.copy_in(to, from, len) }?;
+                self.queue_piece(source, from, self.pool.address(to), len)?;
             }
             self.copies.record(&self.copied)?;
             self.ready.wait(&self.copied)?;
@@ -203,6 +201,23 @@ impl Link {
         }
         self.copies.record(&timed.end)?;
         Ok((timed, last))
+    }
+
+    /// Queues the copy of a piece of the weights.
+    fn queue_piece(&self, source: &Source, from: usize, to: u64, len: usize) -> Result<(), DeviceError> {
+        match source {
+            Source::Host(weights) => {
+                let from = weights.as_ptr().wrapping_add(from);
+                // SAFETY: the piece lies in the weights, which `Copying` keeps mapped and which do not change. The pool
+                // is mapped as long as the link lives, and the chunk is the range's until a swap-out, which waits for
+                // the last copy.
+                unsafe { self.copies.copy_in(to, from, len) }
+            }
+            Source::Peer(lent) => lent.pieces(from, len, |from, at, len| {
+                // SAFETY: as above; the peer keeps its chunks until `Copying` gives them back.
+                unsafe { self.copies.copy_across(to + at as u64, from, len) }
+            }),
+        }
     }
 
     fn take_chunks(&mut self, range: RangeId, weights: Bytes) -> Result<Vec<usize>, DeviceError> {
@@ -278,11 +293,11 @@ fn pieces(group: &Group, chunks: &[usize], size: usize) -> Vec<(usize, (usize, u
 
 /// Waits for the ends of copies, in order, and reports them.
 pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>) {
-    for Copying { range, timed, last, weights, mapping, done } in ends {
+    for Copying { range, timed, last, source, size, mapping, done } in ends {
         let waited = last.map_or(Ok(()), |last| last.wait()).and_then(|()| timed.end.wait());
         let took = waited.and_then(|()| timed.end.since(&timed.start));
-        let copied = weights.size();
-        drop((weights, timed));
+        let copied = size;
+        drop((source, timed));
         let lost = |took| if shared.is_lost() { Err(DeviceError::Lost) } else { Ok(took) };
         let result = shared.noted(took).and_then(lost);
         if result.is_ok() {
