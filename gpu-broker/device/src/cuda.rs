@@ -111,6 +111,12 @@ pub fn count() -> Result<i32, DeviceError> {
     driver::count()
 }
 
+/// Ends everything on a GPU that is lost: its context is made anew when it is next opened. What was made in the old one
+/// must not be used any more, nor given back.
+pub fn reset(ordinal: u32) -> Result<(), DeviceError> {
+    driver::reset(ordinal)
+}
+
 /// Memory other than the pool: arenas, by purpose.
 pub(crate) struct Memory {
     lanes: Vec<Lane>,
