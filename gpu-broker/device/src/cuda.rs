@@ -44,7 +44,7 @@ pub use self::{
     shared::SWAPS_QUEUED_MAX,
 };
 use crate::{
-    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, RangeId, Stream, SwapReport,
+    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, PciAddress, RangeId, Stream, SwapReport,
     range::{State, Step, addresses, count_groups},
 };
 
@@ -450,6 +450,10 @@ impl Device for CudaDevice {
         let read = if into.is_empty() { Ok(()) } else { self.shared.context.read(base + offset, into) };
         self.shared.change(range, |range| range.readers -= 1);
         self.shared.noted(read)
+    }
+
+    fn pci_address(&self) -> Option<PciAddress> {
+        self.shared.noted(self.shared.context.pci_address()).ok()
     }
 
     fn as_cuda(&self) -> Option<&CudaDevice> {

@@ -15,10 +15,13 @@ use faaswap_protocol::Bytes;
 pub mod conformance;
 pub mod cuda;
 pub mod host;
+pub mod nvml;
+mod pci;
 mod range;
 mod table;
 mod weights;
 
+pub use pci::PciAddress;
 pub use range::GROUPS_MAX;
 pub use table::RANGES_MAX;
 pub use weights::HostWeights;
@@ -149,6 +152,11 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Makes `stream` wait until the groups `0..=group` are there; on [`Stream::CALLER`] blocks the calling thread.
     fn await_group(&self, range: RangeId, group: u32, stream: Stream) -> Result<(), DeviceError>;
+
+    /// Where it sits on its bus; `None` where it is on none.
+    fn pci_address(&self) -> Option<PciAddress> {
+        None
+    }
 
     /// The device as one that runs programs of its own; `None` where the processor runs them.
     fn as_cuda(&self) -> Option<&cuda::CudaDevice> {

@@ -8,7 +8,7 @@ use std::{ffi::c_void, ptr, sync::Arc};
 use cudarc::driver::sys as cu;
 use faaswap_protocol::Bytes;
 
-use crate::DeviceError;
+use crate::{DeviceError, PciAddress};
 
 /// A call's result as ours.
 pub(super) fn check(call: &'static str, result: cu::CUresult) -> Result<(), DeviceError> {
@@ -125,6 +125,16 @@ impl Context {
         check("cuDeviceGetName", unsafe { cu::cuDeviceGetName(text.as_mut_ptr().cast(), len, self.device) })?;
         let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
         Ok(String::from_utf8_lossy(&text[..end]).into_owned())
+    }
+
+    /// Where the GPU sits on its bus.
+    pub(super) fn pci_address(&self) -> Result<PciAddress, DeviceError> {
+        let mut text = [0_u8; 32];
+        let len = i32::try_from(text.len()).expect("32 fits");
+        // SAFETY: the driver writes at most `len` bytes, the last of them zero.
+        check("cuDeviceGetPCIBusId", unsafe { cu::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), len, self.device) })?;
+        let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
+        String::from_utf8_lossy(&text[..end]).parse()
     }
 
     fn location(&self) -> cu::CUmemLocation {
