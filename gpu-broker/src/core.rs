@@ -24,7 +24,11 @@ use faaswap_scheduler::{
 };
 use tokio::sync::Notify;
 
-pub(crate) use self::{models::Loaded, peers::Next, report::Report};
+pub(crate) use self::{
+    models::Loaded,
+    peers::Next,
+    report::{DeviceReport, Report},
+};
 use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,

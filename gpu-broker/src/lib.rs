@@ -7,6 +7,7 @@ mod admin;
 pub mod config;
 mod core;
 mod frames;
+mod gpus;
 mod lane;
 pub mod limits;
 mod load;

@@ -46,5 +46,7 @@ pub const PREPARE_ANSWER_BYTES_MAX: u64 = 64 << 10;
 pub const GROUP_BYTES: u64 = 8 << 20;
 /// Smallest response or request half that is given: less could not hold a tensor.
 pub const SLAB_HALF_MIN: u64 = 4096;
+/// How often the machine's GPUs are looked at; each look takes 40 ms a GPU, on a thread of its own.
+pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 /// How long a lane looks for its next run before it sleeps.
 pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(60);

@@ -20,6 +20,7 @@ use crate::{
     admin,
     config::{DeviceSettings, Settings},
     core::{Core, DeviceEntry},
+    gpus::Gpus,
     lane::Lane,
     limits::{HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
     load::Loader,
@@ -70,9 +71,9 @@ pub async fn serve(settings: Settings, program: PathBuf, stop: impl Future<Outpu
 async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
     raise_file_limit();
     let settings = Arc::new(settings);
-    let telemetry = Arc::new(Telemetry::new());
     let mailbox = Arc::new(Mailbox::default());
     let loader = Arc::new(loader(&settings, program)?);
+    let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&loader.devices))));
     let devices = devices(&settings, &loader, &mailbox)?;
     let core = Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, devices);
     let listeners = accept::Listeners::bind(&settings)?;

@@ -1,7 +1,12 @@
-//! What the broker counts. Every metric's name, labels and buckets stand here and nowhere else.
+//! What the broker counts. Every metric's name, labels and buckets stand here, or in `gpus` below, and nowhere else.
+
+mod gpus;
 
 use std::{
-    sync::atomic::{AtomicI64, AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -40,12 +45,16 @@ struct ByRefusal {
     outcome: &'static str,
 }
 
+use self::gpus::GpuMetrics;
+use crate::gpus::Gpus;
+
 type Level = Gauge<i64, AtomicI64>;
 
 /// All metrics of one broker.
 #[derive(Debug)]
 pub struct Telemetry {
     registry: Registry,
+    gpus: Arc<Gpus>,
     requests: Family<ByOutcome, Counter>,
     slo_met: Family<ByFunction, Counter>,
     latency: Family<ByResidency, Histogram, fn() -> Histogram>,
@@ -81,10 +90,16 @@ fn seconds() -> Histogram {
 }
 
 impl Telemetry {
-    /// Nothing counted yet.
+    /// Nothing counted yet, and no GPU watched.
     pub fn new() -> Self {
+        Self::of(Arc::default())
+    }
+
+    /// Nothing counted yet.
+    pub(crate) fn of(gpus: Arc<Gpus>) -> Self {
         let mut t = Self {
             registry: Registry::with_prefix("faaswap"),
+            gpus,
             requests: Family::default(),
             slo_met: Family::default(),
             latency: Family::new_with_constructor(seconds),
@@ -129,6 +144,12 @@ impl Telemetry {
         r.register("requests_waiting", "Requests that wait for a lane", self.waiting.clone());
         r.register("requests_in_flight", "Requests that wait or run", self.in_flight.clone());
         r.register_with_unit("host_weights", "Weights in host memory", Unit::Bytes, self.host_weights.clone());
+        r.register_collector(Box::new(GpuMetrics(Arc::clone(&self.gpus))));
+    }
+
+    /// The GPUs that are watched.
+    pub(crate) fn gpus(&self) -> &Gpus {
+        &self.gpus
     }
 
     pub(crate) fn request(&self, function: &str, outcome: &'static str) {

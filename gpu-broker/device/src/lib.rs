@@ -15,6 +15,7 @@ use faaswap_protocol::Bytes;
 pub mod conformance;
 pub mod cuda;
 pub mod host;
+pub mod links;
 pub mod nvml;
 mod pci;
 mod range;

@@ -30,7 +30,7 @@ pub(crate) struct ModelReport {
 /// One device.
 #[derive(Debug, Serialize)]
 pub(crate) struct DeviceReport {
-    name: String,
+    pub(crate) name: String,
     capacity_bytes: u64,
     charged_bytes: u64,
     mapped_bytes: u64,
