@@ -103,10 +103,14 @@ impl Context {
         Ok(Arc::new(context))
     }
 
+    pub(super) fn raw(&self) -> cu::CUcontext {
+        ptr::with_exposed_provenance_mut(self.raw)
+    }
+
     /// Makes this the calling thread's context: everything else asks for that.
     pub(super) fn enter(&self) -> Result<(), DeviceError> {
         // SAFETY: the handle is retained as long as `self` lives.
-        check("cuCtxSetCurrent", unsafe { cu::cuCtxSetCurrent(ptr::with_exposed_provenance_mut(self.raw)) })
+        check("cuCtxSetCurrent", unsafe { cu::cuCtxSetCurrent(self.raw()) })
     }
 
     /// Free and total memory by the driver's count.
