@@ -2,11 +2,14 @@
 //!
 //!     faaswap-gpu conform                    the suite that every device passes
 //!     faaswap-gpu figures MODELS OUT         each model's swaps and runs beside their references
+//!     faaswap-gpu links OUT                  each link alone and together, and what NVML sees
 //!     faaswap-gpu prepare                    one job, from standard input, in a process of its own
 
 mod conform;
 mod figures;
+mod links;
 mod model;
+mod record;
 mod stats;
 
 use std::{error::Error, process::ExitCode};
@@ -22,8 +25,9 @@ fn main() -> ExitCode {
     let done = match args[..] {
         ["conform"] => conform::run(),
         ["figures", models, out] => figures::run(models.as_ref(), out.as_ref()),
+        ["links", out] => links::run(out.as_ref()),
         ["prepare"] => model::prepare_from_stdin(),
-        _ => Err("usage: faaswap-gpu conform | figures MODELS OUT | prepare".into()),
+        _ => Err("usage: faaswap-gpu conform | figures MODELS OUT | links OUT | prepare".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
