@@ -25,7 +25,7 @@ mod weights;
 pub use pci::PciAddress;
 pub use range::GROUPS_MAX;
 pub use table::RANGES_MAX;
-pub use weights::HostWeights;
+pub use weights::{FillReport, Filler, HostWeights, READS_IN_FLIGHT_MAX};
 
 /// A reserved range of addresses on one device. Copies name the same range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -139,7 +139,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn address(&self, range: RangeId) -> Result<usize, DeviceError>;
 
     /// Queues: put memory behind the range and copy the weights, group after group. Returns once it is queued.
-    /// [`Device::await_group`] works from then on, and fails if the swap fails.
+    /// [`Device::await_group`] works from then on, and fails if the swap fails. Weights that are still being filled are
+    /// copied as far as they are there; where filling them fails, so does the swap. Swaps behind it wait meanwhile.
     fn swap_in(
         &self,
         range: RangeId,

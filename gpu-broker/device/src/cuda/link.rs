@@ -129,6 +129,8 @@ impl Link {
         self.copies.record(&timed.start)?;
         let mut last = None;
         for (group, number) in groups.iter().zip(0_u32..) {
+            let end = usize::try_from(group.offset + group.len).expect("groups lie in the weights, which are mapped");
+            weights.wait_unless_lost(end, || self.shared.is_lost())?;
             let event = self.shared.books()?.event(&context, range, number)?;
             for (from, to, len) in pieces(group, &chunks, self.pool.chunk) {
                 let to = self.pool.address(to);
