@@ -25,7 +25,7 @@ use crate::{
     limits::{HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
     load::Loader,
     mailbox::Mailbox,
-    store::{Memory, Preparer, Store},
+    store::{Memory, Preparer, Ready, Store},
     telemetry::Telemetry,
 };
 
@@ -73,7 +73,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let settings = Arc::new(settings);
     let mailbox = Arc::new(Mailbox::default());
     let loader = Arc::new(loader(&settings, program)?);
-    let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&loader.devices))));
+    let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&loader.devices)), Some(Arc::clone(&loader.memory))));
     let devices = devices(&settings, &loader, &mailbox)?;
     let core = Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, devices);
     let listeners = accept::Listeners::bind(&settings)?;
@@ -125,20 +125,33 @@ fn loader(settings: &Settings, program: PathBuf) -> Result<Loader, ServeError> {
     let runtime = Runtime::load(&settings.onnxruntime, options)?;
     let store = Store::open(&settings.store_dir, settings.store_max)
         .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?;
-    let memory = Memory::open(&settings.memory_dir, settings.host_memory)
-        .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
     let library = settings.onnxruntime.clone();
     let preparer = Preparer::new(program, library, settings.prepare_within, settings.prepare_parallel);
     let devices = settings.devices.iter().map(|device| Ok(open_device(device)? as Arc<dyn Device>));
+    let devices = devices.collect::<Result<Vec<_>, ServeError>>()?;
+    let memory = Memory::open(&settings.memory_dir, settings.host_memory, weights_ready(&devices))
+        .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
     Ok(Loader {
         store,
         preparer,
         memory,
         runtime,
-        devices: devices.collect::<Result<_, ServeError>>()?,
+        devices,
         uploads: Semaphore::new(UPLOADS_MAX),
         loads: Semaphore::new(LOADS_MAX),
         room: std::sync::Mutex::new(()),
+    })
+}
+
+/// Makes weights in host memory ready for the devices that copy them. Where one cannot, its copies are slower.
+fn weights_ready(devices: &[Arc<dyn Device>]) -> Ready {
+    let devices = devices.to_vec();
+    Box::new(move |weights| {
+        for device in &devices {
+            if let Err(error) = device.prepare_weights(weights) {
+                tracing::warn!(device = device.info().name, %error, "weights are not ready for fast copies");
+            }
+        }
     })
 }
 

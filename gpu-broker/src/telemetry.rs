@@ -1,6 +1,7 @@
 //! What the broker counts. Every metric's name, labels and buckets stand here, or in `gpus` below, and nowhere else.
 
 mod gpus;
+mod tiers;
 
 use std::{
     sync::{
@@ -45,8 +46,8 @@ struct ByRefusal {
     outcome: &'static str,
 }
 
-use self::gpus::GpuMetrics;
-use crate::gpus::Gpus;
+use self::{gpus::GpuMetrics, tiers::TierMetrics};
+use crate::{gpus::Gpus, store::Memory};
 
 type Level = Gauge<i64, AtomicI64>;
 
@@ -90,13 +91,13 @@ fn seconds() -> Histogram {
 }
 
 impl Telemetry {
-    /// Nothing counted yet, and no GPU watched.
+    /// Nothing counted yet, and neither GPUs nor tiers of memory seen.
     pub fn new() -> Self {
-        Self::of(Arc::default())
+        Self::of(Arc::default(), None)
     }
 
     /// Nothing counted yet.
-    pub(crate) fn of(gpus: Arc<Gpus>) -> Self {
+    pub(crate) fn of(gpus: Arc<Gpus>, memory: Option<Arc<Memory>>) -> Self {
         let mut t = Self {
             registry: Registry::with_prefix("faaswap"),
             gpus,
@@ -120,6 +121,9 @@ impl Telemetry {
             host_weights: Level::default(),
         };
         t.register();
+        if let Some(memory) = memory {
+            t.registry.register_collector(Box::new(TierMetrics(memory)));
+        }
         t
     }
 
