@@ -43,7 +43,7 @@ pub(crate) async fn serve(
         .route("/metrics", get(metrics))
         .route("/v1/functions", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.functions)).await))
         .route("/v1/models", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.models)).await))
-        .route("/v1/devices", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.devices)).await))
+        .route("/v1/devices", get(devices))
         .route("/v1/devices/{name}/fail", post(fail))
         .with_state(Shared { telemetry, ready, asks, may_fail });
     if let Err(error) = axum::serve(listener, app).await {
@@ -57,6 +57,11 @@ async fn readyz(State(shared): State<Shared>) -> Response {
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "starting or draining\n").into_response()
     }
+}
+
+async fn devices(State(shared): State<Shared>) -> Response {
+    let telemetry = Arc::clone(&shared.telemetry);
+    list(shared, |report| Json(telemetry.gpus().beside(report.devices))).await
 }
 
 async fn metrics(State(shared): State<Shared>) -> Response {

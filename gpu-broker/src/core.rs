@@ -24,14 +24,18 @@ use faaswap_scheduler::{
 };
 use tokio::sync::Notify;
 
-pub(crate) use self::{models::Loaded, peers::Next, report::Report};
+pub(crate) use self::{
+    models::Loaded,
+    peers::Next,
+    report::{DeviceReport, Report},
+};
 use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
     lane::{Ask, BoundModel, Lane, Peer, Run},
     load::Loader,
     mailbox::{Ended, Mailbox, Outcome},
-    store::Held,
+    store::Home,
     telemetry::{Telemetry, level},
 };
 
@@ -222,7 +226,7 @@ impl Core {
     }
 
     fn swap_in(&mut self, model: ModelId, device: DeviceId) {
-        let Some((bound, weights)) = self.bound(model, device) else {
+        let Some((bound, home)) = self.bound(model, device) else {
             self.events.push_back(Event::SwapInFailed { model, device });
             return;
         };
@@ -231,10 +235,16 @@ impl Core {
             self.events.push_back(Event::SwapInDone { model, device, took: std::time::Duration::ZERO });
             return;
         };
+        let held = home.hold().map_err(|error| DeviceError::from(&error));
+        let weights = match held.and_then(|held| bound.hold(held)) {
+            Ok(weights) => weights,
+            Err(error) => return self.swap_in_failed(model, device, &error),
+        };
         let mailbox = Arc::clone(&self.mailbox);
         let to = Arc::clone(&bound);
         let done = Box::new(move |result: Result<_, DeviceError>| {
             *to.copied_at() = Some(Instant::now());
+            to.copied(result.is_ok());
             mailbox.post(Ended::SwapIn { model, device, result });
         });
         let groups = bound.bound.groups();
@@ -245,7 +255,10 @@ impl Core {
                     model.on.push(device);
                 }
             }
-            Err(error) => self.swap_in_failed(model, device, &error),
+            Err(error) => {
+                bound.copied(false);
+                self.swap_in_failed(model, device, &error);
+            }
         }
     }
 
@@ -263,19 +276,24 @@ impl Core {
     }
 
     fn swap_out(&mut self, model: ModelId, device: DeviceId) {
-        let Some(range) = self.bound(model, device).and_then(|(bound, _)| bound.bound.range()) else { return };
+        let Some((bound, _)) = self.bound(model, device) else { return };
+        let Some(range) = bound.bound.range() else { return };
         let mailbox = Arc::clone(&self.mailbox);
-        let done = Box::new(move |result| mailbox.post(Ended::SwapOut { model, device, result }));
+        let held = bound.let_go();
+        let done = Box::new(move |result| {
+            drop(held);
+            mailbox.post(Ended::SwapOut { model, device, result });
+        });
         let asked = self.devices[usize::from(device.0)].device.swap_out(range, done);
         if let Err(error) = asked {
             self.swapped_out(model, device, Err(error));
         }
     }
 
-    fn bound(&self, model: ModelId, device: DeviceId) -> Option<(Arc<BoundModel>, Arc<faaswap_device::HostWeights>)> {
+    fn bound(&self, model: ModelId, device: DeviceId) -> Option<(Arc<BoundModel>, &Home)> {
         let loaded = &self.models.get(&model)?.loaded;
         let bound = loaded.bound.iter().find(|(on, _)| *on == device)?;
-        Some((Arc::clone(&bound.1), loaded.held.weights()))
+        Some((Arc::clone(&bound.1), &loaded.home))
     }
 
     fn run(&mut self, request: RequestKey, model: ModelId, device: DeviceId, lane: LaneId, resident: bool) {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bytes::Bytes as Buffer;
-use faaswap_device::{Device, DeviceError};
+use faaswap_device::{Device, DeviceError, HostWeights};
 use faaswap_engine::{Bound, Input, InputData, Place, RunError, RunOutput};
 use faaswap_protocol::{
     Bytes, DType, FromBroker, Refusal, RequestId, Shape, Span, TensorSlice, Timing,
@@ -28,6 +28,7 @@ use crate::{
     limits::{EXPECTED_LOOKS_FOR, LANE_LOOKS_FOR},
     mailbox::{Ended, Mailbox, Outcome},
     socket::Outbox,
+    store::Held,
 };
 
 /// Most orders that wait for a lane: its next run, one that follows at once, and one hint.
@@ -116,10 +117,41 @@ pub(crate) struct Ask {
 pub(crate) struct BoundModel {
     pub(crate) bound: Bound,
     pub(crate) device: Arc<dyn Device>,
-    pub(crate) copied_at: Mutex<Option<Instant>>,
+    copied_at: Mutex<Option<Instant>>,
+    /// Its weights in host memory, while they are copied, and while they are on the device.
+    held: Mutex<Option<Held>>,
 }
 
 impl BoundModel {
+    pub(crate) fn new(bound: Bound, device: Arc<dyn Device>) -> Self {
+        Self { bound, device, copied_at: Mutex::default(), held: Mutex::default() }
+    }
+
+    /// Keeps weights in host memory for a copy that begins, and gives them.
+    pub(crate) fn hold(&self, held: Held) -> Result<Arc<HostWeights>, DeviceError> {
+        let weights = held.weights().ok_or(DeviceError::Invalid("the weights were copied already"))?;
+        *self.held() = Some(held);
+        Ok(weights)
+    }
+
+    /// The copy has ended: well, and the weights are on the device; or else they are not.
+    pub(crate) fn copied(&self, well: bool) {
+        let mut held = self.held();
+        match held.as_mut().filter(|_| well) {
+            Some(held) => held.settle(),
+            None => *held = None,
+        }
+    }
+
+    /// Takes the note that the weights are on the device. The next swap-in may be asked for before this one has left.
+    pub(crate) fn let_go(&self) -> Option<Held> {
+        self.held().take()
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether the device under it has failed for good.
     fn is_lost(&self) -> bool {
         self.bound.range().is_some_and(|range| self.device.address(range) == Err(DeviceError::Lost))

@@ -8,6 +8,7 @@ pub mod config;
 mod core;
 mod devices;
 mod frames;
+mod gpus;
 mod lane;
 pub mod limits;
 mod load;

@@ -38,6 +38,12 @@ pub const UPLOADS_MAX: usize = 4;
 pub const UPLOAD_PARTS_QUEUED_MAX: usize = 2;
 /// Most models that are opened (read, copied to host memory, bound) at a time.
 pub const LOADS_MAX: usize = 2;
+/// Reads of weights from disk at a time; a disk that is fast needs several to be so.
+pub const WEIGHT_READS_IN_FLIGHT: usize = 4;
+/// Most models that wait to be read from disk.
+pub const FETCHES_QUEUED_MAX: usize = 1024;
+/// How long weights from disk wait for room in host memory, where others that are being copied take it.
+pub const HOST_ROOM_WITHIN: Duration = Duration::from_secs(5);
 /// Threads for work that blocks: uploads, loads, and what the runtime does itself.
 pub const BLOCKING_THREADS_MAX: usize = UPLOADS_MAX + LOADS_MAX + 4;
 /// Longest line that the preparing process may answer.
@@ -46,6 +52,8 @@ pub const PREPARE_ANSWER_BYTES_MAX: u64 = 64 << 10;
 pub const GROUP_BYTES: u64 = 8 << 20;
 /// Smallest response or request half that is given: less could not hold a tensor.
 pub const SLAB_HALF_MIN: u64 = 4096;
+/// How often the machine's GPUs are looked at; each look takes 40 ms a GPU, on a thread of its own.
+pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 /// How long a lane looks for its next run before it sleeps.
 pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(60);
 /// How long the loop and a lane look for a request that was said to be about to come.

@@ -82,20 +82,19 @@ impl Loader {
         let weights = manifest.weights_bytes;
         let fitting = self.fitting(weights)?;
         let key = format!("{}-{}", model.hex(), weights.get());
-        let held = self.memory.hold(&key, &prepared.weights_path(), weights).map_err(|error| match error {
+        let home = self.memory.home(&key, &prepared.weights_path(), weights).map_err(|error| match error {
             MemoryError::Full { needed, left } => Refusal::HostMemoryFull { needed, left },
-            MemoryError::Io { .. } | MemoryError::Map(_) => {
-                tracing::error!(%error, "weights could not be brought to host memory");
-                Refusal::HostMemoryFull { needed: weights, left: Bytes::ZERO }
-            }
+            MemoryError::Busy | MemoryError::Map(_) => Refusal::HostMemoryFull { needed: weights, left: Bytes::ZERO },
         })?;
+        if let Err(error) = home.warm() {
+            tracing::warn!(%error, "weights stay on disk until they are asked for");
+        }
         let mut bound = Vec::new();
         for (id, device) in fitting {
-            device.prepare_weights(&held.weights()).map_err(|e| rejected(e.into()))?;
             let made = Bound::new(&self.runtime, &prepared, &device).map_err(rejected)?;
-            bound.push((id, Arc::new(BoundModel { bound: made, device, copied_at: Mutex::default() })));
+            bound.push((id, Arc::new(BoundModel::new(made, device))));
         }
-        Ok(Loaded { bound, held, signature: Arc::new(manifest.signature.clone()), weights })
+        Ok(Loaded { bound, home, signature: Arc::new(manifest.signature.clone()), weights })
     }
 
     /// The devices that can hold so many weights.

@@ -18,11 +18,12 @@ use crate::{
     config::{DeviceSettings, Settings},
     core::{Core, DeviceEntry},
     devices::{self, Opened},
+    gpus::Gpus,
     lane::Lane,
     limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
     load::Loader,
     mailbox::Mailbox,
-    store::{Memory, Preparer, Store},
+    store::{Memory, Preparer, Ready, Store},
     telemetry::Telemetry,
 };
 
@@ -78,12 +79,12 @@ pub async fn serve(settings: Settings, program: PathBuf, stop: impl Future<Outpu
 async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<End, ServeError> {
     raise_file_limit();
     let settings = Arc::new(settings);
-    let telemetry = Arc::new(Telemetry::new());
     let mailbox = Arc::new(Mailbox::default());
     let options = RuntimeOptions { threads_per_run: settings.threads_per_run, scratch_max: settings.scratch_max };
     let runtime = Runtime::load(&settings.onnxruntime, options)?;
     let opened = devices::open(&settings, &runtime)?;
     let loader = Arc::new(loader(&settings, program, runtime, &opened)?);
+    let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&loader.devices)), Some(Arc::clone(&loader.memory))));
     let may_fail = loader.devices.iter().filter(|_| settings.test_faults).map(Arc::clone).collect();
     let devices = lanes(opened, &mailbox)?;
     let core = Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, devices);
@@ -140,7 +141,8 @@ fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Open
     let store = Store::open(&settings.store_dir, settings.store_max)
         .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?
         .with_flavour(opened.flavour.clone());
-    let memory = Memory::open(&settings.memory_dir, settings.host_memory)
+    let devices: Vec<_> = opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect();
+    let memory = Memory::open(&settings.memory_dir, settings.host_memory, weights_ready(&devices))
         .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
     let (library, target) = (settings.onnxruntime.clone(), opened.target);
     // A GPU has room for one model that is being prepared, beside those that are served.
@@ -151,10 +153,22 @@ fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Open
         preparer,
         memory,
         runtime,
-        devices: opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect(),
+        devices,
         uploads: Semaphore::new(UPLOADS_MAX),
         loads: Semaphore::new(LOADS_MAX),
         room: std::sync::Mutex::new(()),
+    })
+}
+
+/// Makes weights in host memory ready for the devices that copy them. Where one cannot, its copies are slower.
+fn weights_ready(devices: &[Arc<dyn Device>]) -> Ready {
+    let devices = devices.to_vec();
+    Box::new(move |weights| {
+        for device in &devices {
+            if let Err(error) = device.prepare_weights(weights) {
+                tracing::warn!(device = device.info().name, %error, "weights are not ready for fast copies");
+            }
+        }
     })
 }
 

@@ -19,7 +19,7 @@ use faaswap_protocol::{Bytes, Detail, ModelDigest, ModelFile, Refusal, limits::M
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    memory::{Held, Memory, MemoryError},
+    memory::{Held, Home, Memory, MemoryError, Ready, TierStats},
     prepare::{ChildJob, ChildLimits, Preparer, child},
     upload::{Upload, UploadError, copy_files},
 };

@@ -1,7 +1,13 @@
-//! What the broker counts. Every metric's name, labels and buckets stand here and nowhere else.
+//! What the broker counts. Every metric's name, labels and buckets stand here, or in `gpus` below, and nowhere else.
+
+mod gpus;
+mod tiers;
 
 use std::{
-    sync::atomic::{AtomicI64, AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -40,12 +46,16 @@ struct ByRefusal {
     outcome: &'static str,
 }
 
+use self::{gpus::GpuMetrics, tiers::TierMetrics};
+use crate::{gpus::Gpus, store::Memory};
+
 type Level = Gauge<i64, AtomicI64>;
 
 /// All metrics of one broker.
 #[derive(Debug)]
 pub struct Telemetry {
     registry: Registry,
+    gpus: Arc<Gpus>,
     requests: Family<ByOutcome, Counter>,
     slo_met: Family<ByFunction, Counter>,
     latency: Family<ByResidency, Histogram, fn() -> Histogram>,
@@ -82,10 +92,16 @@ fn seconds() -> Histogram {
 }
 
 impl Telemetry {
-    /// Nothing counted yet.
+    /// Nothing counted yet, and neither GPUs nor tiers of memory seen.
     pub fn new() -> Self {
+        Self::of(Arc::default(), None)
+    }
+
+    /// Nothing counted yet.
+    pub(crate) fn of(gpus: Arc<Gpus>, memory: Option<Arc<Memory>>) -> Self {
         let mut t = Self {
             registry: Registry::with_prefix("faaswap"),
+            gpus,
             requests: Family::default(),
             slo_met: Family::default(),
             latency: Family::new_with_constructor(seconds),
@@ -107,6 +123,9 @@ impl Telemetry {
             host_weights: Level::default(),
         };
         t.register();
+        if let Some(memory) = memory {
+            t.registry.register_collector(Box::new(TierMetrics(memory)));
+        }
         t
     }
 
@@ -132,6 +151,12 @@ impl Telemetry {
         r.register("requests_waiting", "Requests that wait for a lane", self.waiting.clone());
         r.register("requests_in_flight", "Requests that wait or run", self.in_flight.clone());
         r.register_with_unit("host_weights", "Weights in host memory", Unit::Bytes, self.host_weights.clone());
+        r.register_collector(Box::new(GpuMetrics(Arc::clone(&self.gpus))));
+    }
+
+    /// The GPUs that are watched.
+    pub(crate) fn gpus(&self) -> &Gpus {
+        &self.gpus
     }
 
     pub(crate) fn request(&self, function: &str, outcome: &'static str) {

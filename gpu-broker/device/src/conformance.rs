@@ -3,6 +3,8 @@
 //! A case is given a [`Harness`] and panics where the device breaks its promise. Nothing here knows how a device does
 //! it, nor how fast.
 
+mod filling;
+
 use std::{
     collections::BTreeSet,
     fmt,
@@ -53,6 +55,9 @@ pub const CASES: &[Case] = &[
     ("weights_that_can_never_fit_are_refused_when_reserving", never_fits),
     ("a_released_range_is_gone", released_range),
     ("many_threads_may_swap_at_once", many_threads),
+    ("weights_that_are_still_being_filled_come_group_by_group", filling::groups_come_as_they_are_filled),
+    ("weights_whose_filling_fails_leave_the_range_out", filling::failed_filling),
+    ("a_swap_out_may_wait_behind_weights_that_are_being_filled", filling::out_behind_filling),
 ];
 
 /// Runs all cases, naming each before it runs.

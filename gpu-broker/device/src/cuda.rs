@@ -12,7 +12,9 @@ mod kernels;
 mod lane;
 mod link;
 mod measure;
+mod peer;
 mod pool;
+mod probe;
 mod queue;
 mod rewrite;
 mod shared;
@@ -46,6 +48,7 @@ use self::{
 };
 pub use self::{
     lane::{Constants, IO_BYTES_MAX, Program, Run},
+    probe::{PROBE_WITHIN, measure_links},
     shared::SWAPS_QUEUED_MAX,
 };
 use crate::{

@@ -15,13 +15,17 @@ use faaswap_protocol::Bytes;
 pub mod conformance;
 pub mod cuda;
 pub mod host;
+pub mod links;
+pub mod nvml;
+mod pci;
 mod range;
 mod table;
 mod weights;
 
+pub use pci::PciAddress;
 pub use range::GROUPS_MAX;
 pub use table::RANGES_MAX;
-pub use weights::HostWeights;
+pub use weights::{FillReport, Filler, HostWeights, READS_IN_FLIGHT_MAX};
 
 /// A reserved range of addresses on one device. Copies name the same range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -141,7 +145,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn address(&self, range: RangeId) -> Result<usize, DeviceError>;
 
     /// Queues: put memory behind the range and copy the weights, group after group. Returns once it is queued.
-    /// [`Device::await_group`] works from then on, and fails if the swap fails.
+    /// [`Device::await_group`] works from then on, and fails if the swap fails. Weights that are still being filled are
+    /// copied as far as they are there; where filling them fails, so does the swap. Swaps behind it wait meanwhile.
     fn swap_in(
         &self,
         range: RangeId,
@@ -170,6 +175,11 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Makes `stream` wait until the groups `0..=group` are there; on [`Stream::CALLER`] blocks the calling thread.
     fn await_group(&self, range: RangeId, group: u32, stream: Stream) -> Result<(), DeviceError>;
+
+    /// Where it sits on its bus; `None` where it is on none.
+    fn pci_address(&self) -> Option<PciAddress> {
+        None
+    }
 
     /// The device as one that runs programs of its own; `None` where the processor runs them.
     fn as_cuda(&self) -> Option<&cuda::CudaDevice> {

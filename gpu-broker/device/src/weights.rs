@@ -1,21 +1,28 @@
 //! The master copy of a model's weights in host memory.
 //!
 //! A read-only shared mapping: models with the same file share its pages, and a swap-out has nothing to save. Which
-//! file it is, that it is whole and stays unchanged, is the model store's business.
+//! file it is, that it is whole and stays unchanged, is the model store's business. They may be given to a device before
+//! all of them are there: then they are filled from the start, up to a mark that rises, and swap-ins follow it.
+
+mod fill;
+mod level;
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io,
     os::fd::OwnedFd,
     path::Path,
     ptr, slice,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use faaswap_protocol::Bytes;
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags};
 
+pub use self::fill::{FillReport, Filler, READS_IN_FLIGHT_MAX};
+use self::level::Level;
 use crate::{DeviceError, cuda::Registration};
 
 /// A model's weights, mapped. The file must not change as long as this lives: shrinking it would end the process.
@@ -25,6 +32,7 @@ pub struct HostWeights {
     registered: Mutex<Option<Registration>>,
     /// `None` where there are no bytes, which cannot be mapped.
     map: Option<MmapRaw>,
+    level: Level,
 }
 
 impl HostWeights {
@@ -39,7 +47,30 @@ impl HostWeights {
         if !metadata.is_file() {
             return Err(failed(io::Error::other("not a regular file")));
         }
-        Self::map(&file.into(), Bytes::new(metadata.len()))
+        Self::map(&file.into(), Bytes::new(metadata.len()), true)
+    }
+
+    /// Weights of this size in memory of their own, to be filled.
+    pub fn to_come(size: Bytes) -> Result<(Arc<Self>, Filler), DeviceError> {
+        let file = rustix::fs::memfd_create("faaswap-weights", MemfdFlags::CLOEXEC).map_err(failed("memfd_create"))?;
+        rustix::fs::ftruncate(&file, size.get()).map_err(failed("ftruncate"))?;
+        Self::promise(file, size)
+    }
+
+    /// Weights of this size in a new file, to be filled. Takes no memory yet, and little time.
+    pub fn to_come_in(path: &Path, size: Bytes) -> Result<(Arc<Self>, Filler), DeviceError> {
+        let failed = |reason: io::Error| DeviceError::Failed {
+            call: "making a file for weights",
+            reason: format!("{}: {reason}", path.display()),
+        };
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path).map_err(failed)?;
+        file.set_len(size.get()).map_err(failed)?;
+        Self::promise(file.into(), size)
+    }
+
+    fn promise(file: OwnedFd, size: Bytes) -> Result<(Arc<Self>, Filler), DeviceError> {
+        let weights = Arc::new(Self::map(&file, size, false)?);
+        Ok((Arc::clone(&weights), Filler::new(weights, file)?))
     }
 
     /// Copies bytes into memory of their own, for weights that come from no file.
@@ -53,20 +84,24 @@ impl HostWeights {
         }
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).map_err(failed("fcntl(F_ADD_SEALS)"))?;
-        Self::map(&file, Bytes::of_len(bytes.len()))
+        Self::map(&file, Bytes::of_len(bytes.len()), true)
     }
 
-    fn map(file: &OwnedFd, size: Bytes) -> Result<Self, DeviceError> {
+    fn map(file: &OwnedFd, size: Bytes, full: bool) -> Result<Self, DeviceError> {
         if size == Bytes::ZERO {
-            return Ok(Self { registered: Mutex::default(), map: None });
+            return Ok(Self { registered: Mutex::default(), map: None, level: Level::default() });
         }
         let len = size.as_len().ok_or(DeviceError::Invalid("the weights are larger than this machine can address"))?;
-        let map = MmapOptions::new()
-            .len(len)
-            .populate()
+        let mut options = MmapOptions::new();
+        options.len(len);
+        if full {
+            options.populate();
+        }
+        let map = options
             .map_raw_read_only(file)
             .map_err(|e| DeviceError::Failed { call: "mmap of weights", reason: e.to_string() })?;
-        Ok(Self { registered: Mutex::default(), map: Some(map) })
+        let level = if full { Level::full(len) } else { Level::default() };
+        Ok(Self { registered: Mutex::default(), map: Some(map), level })
     }
 
     /// Number of bytes.
@@ -84,7 +119,41 @@ impl HostWeights {
         Bytes::of_len(self.len())
     }
 
-    /// First byte; readable for [`HostWeights::len`] bytes while this lives.
+    /// How many bytes from the start are there.
+    pub fn filled(&self) -> usize {
+        self.level.until()
+    }
+
+    /// Why the rest will not come, where it will not.
+    pub fn failed(&self) -> Option<DeviceError> {
+        self.level.failed()
+    }
+
+    /// Waits until the bytes `0..end` are there; false where they are not yet after this time.
+    pub fn wait_filled(&self, end: usize, most: Duration) -> Result<bool, DeviceError> {
+        self.level.wait(end, most)
+    }
+
+    /// Waits until the bytes `0..end` are there, or there is no more reason to.
+    pub(crate) fn wait_unless_lost(&self, end: usize, is_lost: impl Fn() -> bool) -> Result<(), DeviceError> {
+        while !self.wait_filled(end, level::LOOK_EVERY)? {
+            if is_lost() {
+                return Err(DeviceError::Lost);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts pages behind a stretch that was filled, all at once.
+    fn fault_in(&self, offset: usize, len: usize) {
+        if let Some(map) = &self.map
+            && let Err(error) = map.advise_range(Advice::PopulateRead, offset, len)
+        {
+            tracing::debug!(%error, "pages were not faulted in");
+        }
+    }
+
+    /// First byte; readable for [`HostWeights::filled`] bytes while this lives.
     pub fn as_ptr(&self) -> *const u8 {
         self.map.as_ref().map_or(ptr::dangling(), MmapRaw::as_ptr)
     }
@@ -100,10 +169,12 @@ impl HostWeights {
         Ok(())
     }
 
-    /// The bytes.
+    /// The bytes. They must all be there.
     pub fn as_slice(&self) -> &[u8] {
+        assert_eq!(self.filled(), self.len(), "the weights are not filled");
         // SAFETY: the pointer is the start of a mapping of exactly this length that is readable and lives as long as
-        // `self`, or dangling (not null) with length 0. That the file does not change is this type's contract.
+        // `self`, or dangling (not null) with length 0. Nobody writes below the mark, and that the file does not change
+        // otherwise is this type's contract.
         unsafe { slice::from_raw_parts(self.as_ptr(), self.len()) }
     }
 }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use faaswap_protocol::{Bytes, CallId, FromBroker, FunctionSpec, ModelDigest, Refusal, Signature};
 use faaswap_scheduler::{DeviceId, Event, ModelId};
 
-use super::{Core, Held, Model, PeerId, charge};
+use super::{Core, Home, Model, PeerId, charge};
 use crate::{
     lane::BoundModel,
     limits::{REJECTED_FOR, REJECTED_MAX},
@@ -37,9 +37,8 @@ impl Loading {
 /// What loading gives: everything that runs need.
 #[derive(Debug)]
 pub(crate) struct Loaded {
-    // The sessions go before the weights that they are filled from.
     pub(crate) bound: Vec<(DeviceId, Arc<BoundModel>)>,
-    pub(crate) held: Held,
+    pub(crate) home: Home,
     pub(crate) signature: Arc<Signature>,
     pub(crate) weights: Bytes,
 }

@@ -22,6 +22,8 @@ pub(crate) struct FunctionReport {
 pub(crate) struct ModelReport {
     model: String,
     weights_bytes: u64,
+    /// Whether they are in host memory; else they are on disk, or on the way.
+    in_host_memory: bool,
     functions: usize,
     /// Devices that it is on, or on the way to or from.
     on: Vec<String>,
@@ -30,7 +32,7 @@ pub(crate) struct ModelReport {
 /// One device.
 #[derive(Debug, Serialize)]
 pub(crate) struct DeviceReport {
-    name: String,
+    pub(crate) name: String,
     capacity_bytes: u64,
     charged_bytes: u64,
     mapped_bytes: u64,
@@ -63,6 +65,7 @@ impl Core {
         let models = self.models.values().map(|model| ModelReport {
             model: model.digest.to_string(),
             weights_bytes: model.loaded.weights.get(),
+            in_host_memory: model.loaded.home.is_in_memory(),
             functions: model.functions,
             on: model.on.iter().map(|device| name(usize::from(device.0))).collect(),
         });

@@ -1,24 +1,37 @@
-//! Weights in host memory: one file per model in a tmpfs, within a budget.
+//! Weights in host memory: a tier within a budget, above the store on disk.
 //!
-//! The files outlive the broker, so that a restart reads nothing from disk. Files that no model uses stay for as long
-//! as the budget allows, and leave least recently used first.
+//! One file per set of weights in a tmpfs. A registered model has a [`Home`] here whether its weights are in memory or
+//! not; [`Home::hold`] gives them, at once where they are there, else to be followed while they come from disk. Who has
+//! not been used for longest leaves. The files outlive the broker, so that a restart reads nothing from disk.
+
+mod books;
+mod fetch;
 
 use std::{
-    collections::HashMap,
-    fs::{self, File},
-    io,
+    fs, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{SyncSender, sync_channel},
+    },
+    thread,
+    time::Duration,
 };
 
 use faaswap_device::{DeviceError, HostWeights};
 use faaswap_protocol::Bytes;
-use rustix::fs::FallocateFlags;
+
+use self::{
+    books::{Books, Entry, Spare, State},
+    fetch::Fetch,
+};
+use crate::limits::FETCHES_QUEUED_MAX;
 
 /// Why weights are not in host memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The budget is used up by models in use.
+    /// They are larger than the budget, or the budget is used up by models that are being copied.
     #[error("host memory for weights is full: {needed} needed, {left} left")]
     Full {
         /// What the weights take.
@@ -26,87 +39,106 @@ pub enum MemoryError {
         /// What could be had.
         left: Bytes,
     },
-    /// The system refused.
-    #[error("{path}: {source}")]
-    Io {
-        /// Which file.
-        path: PathBuf,
-        /// What it said.
-        source: io::Error,
-    },
-    /// The file cannot be mapped.
+    /// More are on the way than may be.
+    #[error("{FETCHES_QUEUED_MAX} models are on their way from disk already")]
+    Busy,
+    /// The file cannot be made, read or mapped.
     #[error(transparent)]
     Map(#[from] DeviceError),
 }
 
-#[derive(Debug)]
-struct Entry {
-    size: Bytes,
-    users: usize,
-    used_at: u64,
+impl From<&MemoryError> for DeviceError {
+    fn from(error: &MemoryError) -> Self {
+        match error {
+            MemoryError::Map(error) => error.clone(),
+            MemoryError::Full { .. } | MemoryError::Busy => {
+                Self::Failed { call: "bringing weights to host memory", reason: error.to_string() }
+            }
+        }
+    }
 }
 
+/// What the tier has done.
 #[derive(Debug, Default)]
-struct Books {
-    files: HashMap<String, Entry>,
-    used: u64,
-    clock: u64,
+struct Stats {
+    found: AtomicU64,
+    followed: AtomicU64,
+    fetched: AtomicU64,
+    failed: AtomicU64,
+    evicted: AtomicU64,
+    read: AtomicU64,
+    read_nanos: AtomicU64,
 }
+
+/// What the tier has done since the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TierStats {
+    /// Swap-ins that found their weights in host memory.
+    pub found: u64,
+    /// Those whose weights were on the way for another one.
+    pub followed: u64,
+    /// Those that had them brought from disk.
+    pub fetched: u64,
+    /// Weights that could not be brought.
+    pub failed: u64,
+    /// Weights that left for others.
+    pub evicted: u64,
+    /// Bytes from disk.
+    pub read: Bytes,
+    /// Time that took.
+    pub reading: Duration,
+}
+
+/// Makes weights ready for fast copies, once their memory is there.
+pub type Ready = Box<dyn Fn(&HostWeights) + Send + Sync>;
 
 /// The budget and its files.
-#[derive(Debug)]
 pub struct Memory {
     dir: PathBuf,
     budget: Bytes,
     books: Mutex<Books>,
+    /// Something may have become free.
+    room: Condvar,
+    fetches: SyncSender<Fetch>,
+    stats: Stats,
+    ready: Ready,
 }
 
-/// Weights in host memory; they may leave it once this is dropped.
-#[derive(Debug)]
-pub struct Held {
-    weights: Arc<HostWeights>,
-    key: String,
-    memory: Arc<Memory>,
-}
-
-impl Held {
-    /// The mapped weights.
-    pub fn weights(&self) -> Arc<HostWeights> {
-        Arc::clone(&self.weights)
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let mut books = self.memory.books();
-        if let Some(entry) = books.files.get_mut(&self.key) {
-            entry.users -= 1;
-        }
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory").field("dir", &self.dir).field("budget", &self.budget).finish_non_exhaustive()
     }
 }
 
 impl Memory {
     /// Takes over what is in the folder; removes what is unfinished or exceeds the budget.
-    pub fn open(dir: &Path, budget: Bytes) -> io::Result<Arc<Self>> {
+    pub fn open(dir: &Path, budget: Bytes, ready: Ready) -> io::Result<Arc<Self>> {
         use std::os::unix::fs::DirBuilderExt;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let owner = rustix::fs::stat(dir)?.st_uid;
         if owner != rustix::process::getuid().as_raw() {
             return Err(io::Error::other(format!("{} belongs to user {owner}, not to us", dir.display())));
         }
-        let memory = Arc::new(Self { dir: dir.to_owned(), budget, books: Mutex::default() });
+        let mut books = Books::default();
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            let size = entry.metadata()?.len();
-            if name.ends_with(DRAFT) || memory.books().used.saturating_add(size) > budget.get() {
+            let size = Bytes::new(entry.metadata()?.len());
+            if name.ends_with(DRAFT) || !books.fits(size, budget) {
                 fs::remove_file(entry.path())?;
                 continue;
             }
-            let mut books = memory.books();
-            books.used += size;
-            books.files.insert(name, Entry { size: Bytes::new(size), users: 0, used_at: 0 });
+            books.used += size.get();
+            let generation = books.tick();
+            let (state, weights) = (State::Left, None);
+            let entry = Entry { generation, size, state, weights, copying: 0, resident: 0, used_at: 0 };
+            books.files.insert(name, entry);
         }
+        let (fetches, queue) = sync_channel(FETCHES_QUEUED_MAX);
+        let (dir, books, room, stats) = (dir.to_owned(), Mutex::new(books), Condvar::new(), Stats::default());
+        let memory = Arc::new(Self { dir, budget, books, room, fetches, stats, ready });
+        let theirs: Weak<Self> = Arc::downgrade(&memory);
+        thread::Builder::new().name("weights".to_owned()).spawn(move || fetch::run(&theirs, &queue))?;
         Ok(memory)
     }
 
@@ -115,95 +147,209 @@ impl Memory {
         (Bytes::new(self.books().used), self.budget)
     }
 
-    /// Brings weights into host memory, or finds them there. `key` names their content. Blocks while it copies.
-    pub fn hold(self: &Arc<Self>, key: &str, from: &Path, size: Bytes) -> Result<Held, MemoryError> {
-        let path = self.dir.join(key);
-        let known = {
-            let mut books = self.books();
-            books.clock += 1;
-            let now = books.clock;
-            match books.files.get_mut(key).filter(|entry| entry.size == size) {
-                Some(entry) => {
-                    (entry.users, entry.used_at) = (entry.users + 1, now);
-                    true
-                }
-                None => {
-                    self.make_room(&mut books, size)?;
-                    books.used += size.get();
-                    books.files.insert(key.to_owned(), Entry { size, users: 1, used_at: now });
-                    false
-                }
-            }
-        };
-        let brought = if known { Ok(()) } else { self.bring(&path, from, size) };
-        match brought.and_then(|()| HostWeights::open(&path).map_err(MemoryError::Map)) {
-            Ok(weights) => Ok(Held { weights: Arc::new(weights), key: key.to_owned(), memory: Arc::clone(self) }),
-            Err(error) => {
-                self.forget(key);
-                Err(error)
-            }
+    /// What the tier has done.
+    pub fn stats(&self) -> TierStats {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        TierStats {
+            found: count(&self.stats.found),
+            followed: count(&self.stats.followed),
+            fetched: count(&self.stats.fetched),
+            failed: count(&self.stats.failed),
+            evicted: count(&self.stats.evicted),
+            read: Bytes::new(count(&self.stats.read)),
+            reading: Duration::from_nanos(count(&self.stats.read_nanos)),
         }
     }
 
-    fn bring(&self, path: &Path, from: &Path, size: Bytes) -> Result<(), MemoryError> {
-        let draft = path.with_extension(DRAFT);
-        let copied = copy(from, &draft, size).and_then(|()| fs::rename(&draft, path));
-        copied.map_err(|source| {
-            // What is left of it is removed at the next start at the latest.
-            let _ = fs::remove_file(&draft);
-            MemoryError::Io { path: path.to_owned(), source }
-        })
-    }
-
-    /// Takes back what `hold` has booked.
-    fn forget(&self, key: &str) {
-        let mut books = self.books();
-        if let Some(entry) = books.files.get_mut(key) {
-            entry.users -= 1;
-            if entry.users == 0 {
-                self.drop_file(&mut books, key);
-            }
+    /// A place for a model's weights, which are in the file `from` on disk. `key` names their content. Only what could
+    /// never be in host memory is refused.
+    pub fn home(self: &Arc<Self>, key: &str, from: &Path, size: Bytes) -> Result<Home, MemoryError> {
+        if size > self.budget {
+            return Err(MemoryError::Full { needed: size, left: self.budget });
         }
+        *self.books().homes.entry(key.to_owned()).or_default() += 1;
+        Ok(Home { memory: Arc::clone(self), key: key.to_owned(), from: from.to_owned(), size })
     }
 
-    fn make_room(&self, books: &mut Books, size: Bytes) -> Result<(), MemoryError> {
-        while books.used.saturating_add(size.get()) > self.budget.get() {
-            let unused = books.files.iter().filter(|(_, entry)| entry.users == 0);
-            let Some(key) = unused.min_by_key(|(_, entry)| entry.used_at).map(|(key, _)| key.clone()) else {
-                let left = Bytes::new(self.budget.get().saturating_sub(books.used));
-                return Err(MemoryError::Full { needed: size, left });
-            };
-            self.drop_file(books, &key);
-        }
-        Ok(())
+    fn draft(&self, key: &str, generation: u64) -> PathBuf {
+        self.dir.join(format!("{key}.{generation}.{DRAFT}"))
     }
 
-    fn drop_file(&self, books: &mut Books, key: &str) {
-        if let Some(entry) = books.files.remove(key) {
-            books.used -= entry.size.get();
-            // A file that is not there takes no memory either.
-            let _ = fs::remove_file(self.dir.join(key));
-        }
-    }
-
-    fn books(&self) -> std::sync::MutexGuard<'_, Books> {
+    fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 const DRAFT: &str = "draft";
 
-/// Copies within the kernel, after all room was taken: a tmpfs that is full says so now, not when a page is touched.
-fn copy(from: &Path, to: &Path, size: Bytes) -> io::Result<()> {
-    let source = File::open(from)?;
-    let target = File::create(to)?;
-    if size == Bytes::ZERO {
-        return Ok(());
-    }
-    rustix::fs::fallocate(&target, FallocateFlags::empty(), 0, size.get())?;
-    let copied = io::copy(&mut &source, &mut &target)?;
-    if copied != size.get() {
-        return Err(io::Error::other(format!("{copied} bytes were read, {} expected", size.get())));
-    }
-    Ok(())
+/// A registered model's place in the tier.
+#[derive(Debug)]
+pub struct Home {
+    memory: Arc<Memory>,
+    key: String,
+    from: PathBuf,
+    size: Bytes,
 }
+
+impl Home {
+    /// Brings the weights to host memory if no other registered model has to leave for them. Blocks.
+    pub fn warm(&self) -> Result<(), MemoryError> {
+        if self.is_in_memory() || self.take_over() {
+            return Ok(());
+        }
+        let fetch = {
+            let mut books = self.memory.books();
+            if books.files.contains_key(&self.key) {
+                return Ok(());
+            }
+            self.promise(&mut books)?.1
+        };
+        match self.memory.fetch(fetch, Spare::Registered) {
+            // On disk it is good enough.
+            Ok(()) | Err(MemoryError::Full { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Maps what an earlier process has left. False where there is none, or it cannot be used.
+    fn take_over(&self) -> bool {
+        let left = |entry: &&mut Entry| entry.state == State::Left && entry.size == self.size;
+        if self.memory.books().files.get_mut(&self.key).filter(left).is_none() {
+            return false;
+        }
+        let opened = HostWeights::open(&self.memory.dir.join(&self.key));
+        let mut books = self.memory.books();
+        let now = books.tick();
+        let Some(entry) = books.files.get_mut(&self.key).filter(left) else { return false };
+        match opened {
+            Ok(weights) => {
+                (self.memory.ready)(&weights);
+                (entry.weights, entry.state, entry.used_at) = (Some(Arc::new(weights)), State::Here, now);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "weights of an earlier process are read anew");
+                false
+            }
+        }
+    }
+
+    /// Whether the weights are in host memory now.
+    pub fn is_in_memory(&self) -> bool {
+        self.memory.books().files.get(&self.key).is_some_and(|entry| entry.state == State::Here)
+    }
+
+    /// The weights, for a swap-in: there, or on the way. Does not block.
+    pub fn hold(&self) -> Result<Held, MemoryError> {
+        let stats = &self.memory.stats;
+        let mut books = self.memory.books();
+        let now = books.tick();
+        let usable = |entry: &&mut Entry| entry.weights.as_ref().is_some_and(|weights| weights.failed().is_none());
+        if let Some(entry) = books.files.get_mut(&self.key).filter(usable)
+            && let Some(weights) = entry.weights.clone()
+        {
+            (entry.copying, entry.used_at) = (entry.copying + 1, now);
+            let counter = if entry.state == State::Here { &stats.found } else { &stats.followed };
+            counter.fetch_add(1, Ordering::Relaxed);
+            let generation = entry.generation;
+            return Ok(self.held(weights, generation));
+        }
+        // What failed, or was left and could not be mapped, makes place for another try.
+        if books.take(&self.key).is_some_and(|entry| entry.state == State::Left) {
+            // It goes at the next start at the latest, or when the new one gets its name.
+            let _ = fs::remove_file(self.memory.dir.join(&self.key));
+        }
+        let (weights, fetch) = self.promise(&mut books)?;
+        let generation = fetch.generation;
+        if let Some(entry) = books.of(&self.key, generation) {
+            entry.copying = 1;
+        }
+        if self.memory.fetches.try_send(fetch).is_err() {
+            books.take(&self.key);
+            return Err(MemoryError::Busy);
+        }
+        drop(books);
+        stats.fetched.fetch_add(1, Ordering::Relaxed);
+        Ok(self.held(weights, generation))
+    }
+
+    fn held(&self, weights: Arc<HostWeights>, generation: u64) -> Held {
+        Held { memory: Arc::clone(&self.memory), key: self.key.clone(), generation, weights: Some(weights) }
+    }
+
+    /// Enters weights that are to come.
+    fn promise(&self, books: &mut Books) -> Result<(Arc<HostWeights>, Fetch), MemoryError> {
+        let generation = books.tick();
+        let draft = self.memory.draft(&self.key, generation);
+        let (weights, filler) = HostWeights::to_come_in(&draft, self.size)?;
+        let entry = Entry {
+            generation,
+            size: self.size,
+            state: State::Filling { charged: false },
+            weights: Some(Arc::clone(&weights)),
+            copying: 0,
+            resident: 0,
+            used_at: generation,
+        };
+        books.files.insert(self.key.clone(), entry);
+        let (key, from) = (self.key.clone(), self.from.clone());
+        Ok((weights, Fetch { key, generation, filler, from, draft }))
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        let mut books = self.memory.books();
+        if let Some(homes) = books.homes.get_mut(&self.key) {
+            *homes -= 1;
+            if *homes == 0 {
+                books.homes.remove(&self.key);
+            }
+        }
+    }
+}
+
+/// Weights that a swap-in copies, and do not leave meanwhile; then, once it is [settled](Held::settle), a note that they
+/// are on a device, and rather stay.
+#[derive(Debug)]
+pub struct Held {
+    memory: Arc<Memory>,
+    key: String,
+    generation: u64,
+    /// Absent once the copy has ended.
+    weights: Option<Arc<HostWeights>>,
+}
+
+impl Held {
+    /// The weights, as long as they are being copied.
+    pub fn weights(&self) -> Option<Arc<HostWeights>> {
+        self.weights.clone()
+    }
+
+    /// The copy has ended; the weights are on the device until this is dropped.
+    pub fn settle(&mut self) {
+        if self.weights.take().is_some() {
+            if let Some(entry) = self.memory.books().of(&self.key, self.generation) {
+                (entry.copying, entry.resident) = (entry.copying - 1, entry.resident + 1);
+            }
+            self.memory.room.notify_all();
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut books = self.memory.books();
+        let now = books.tick();
+        if let Some(entry) = books.of(&self.key, self.generation) {
+            let count = if self.weights.is_some() { &mut entry.copying } else { &mut entry.resident };
+            *count -= 1;
+            entry.used_at = now;
+        }
+        drop(books);
+        self.memory.room.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests;

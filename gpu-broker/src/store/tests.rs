@@ -67,24 +67,3 @@ fn a_full_store_drops_what_nobody_uses() {
     assert!(store.contents(&digest_of(&[2; 2000])).is_none(), "not in use");
     assert!(store.make_room(Bytes::new(4000), |_| true).is_err());
 }
-
-#[test]
-fn weights_in_host_memory_are_one_file_within_the_budget() {
-    let dir = tempfile::tempdir().expect("folder");
-    let (from, home) = (dir.path().join("weights"), dir.path().join("memory"));
-    fs::write(&from, [7; 3000]).expect("written");
-    let size = Bytes::new(3000);
-    let memory = Memory::open(&home, Bytes::new(7000)).expect("memory");
-    let one = memory.hold("a", &from, size).expect("held");
-    let same = memory.hold("a", &from, size).expect("held");
-    assert_eq!(memory.used().0, size, "shared");
-    let other = memory.hold("b", &from, size).expect("held");
-    assert!(matches!(memory.hold("c", &from, size), Err(MemoryError::Full { .. })));
-    drop((one, same));
-    let _third = memory.hold("c", &from, size).expect("an unused file makes room");
-    assert!(!home.join("a").exists() && home.join("b").exists());
-    drop(other);
-    fs::write(home.join("x.draft"), [0; 10]).expect("written");
-    let again = Memory::open(&home, Bytes::new(7000)).expect("memory");
-    assert_eq!(again.used().0, Bytes::new(6000), "files outlive the process, drafts do not");
-}

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::{
     Result,
     model::{self, Asked},
+    record::{self, Records},
     stats::{median, median_ms},
 };
 
@@ -195,6 +196,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         mapping.push(json!({"chunk_mib": mib, "map_us": map, "access_us": open, "unmap_us": unmap}));
     }
     let mut records = Vec::new();
+    let mut kept = Records::new(out, "figures", cuda.gpu_name()?)?;
     println!(
         "model                  MB  GB/s  swap/bare  run ms  /plain /graph  both ms  ratio  bind ms  MB/fn  wrong"
     );
@@ -217,6 +219,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             }
         }
         let Some((last, best)) = best else { continue };
+        kept.add(&record::of_model(name, &best.value, &torch[name]))?;
         let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
         let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);
         println!(

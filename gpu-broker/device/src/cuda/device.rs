@@ -13,7 +13,7 @@ use super::{
     source::Source,
 };
 use crate::{
-    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, RangeId, Stream, SwapReport,
+    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, PciAddress, RangeId, Stream, SwapReport,
     range::{State, Step, addresses},
 };
 
@@ -149,6 +149,10 @@ impl Device for CudaDevice {
         let read = if into.is_empty() { Ok(()) } else { self.shared.context.read(base + offset, into) };
         self.shared.change(range, |range| range.readers -= 1);
         self.shared.noted(read)
+    }
+
+    fn pci_address(&self) -> Option<PciAddress> {
+        self.shared.noted(self.shared.context.pci_address()).ok()
     }
 
     fn as_cuda(&self) -> Option<&CudaDevice> {

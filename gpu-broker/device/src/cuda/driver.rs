@@ -8,7 +8,7 @@ use std::{ffi::c_void, ptr, sync::Arc};
 use cudarc::driver::sys as cu;
 use faaswap_protocol::Bytes;
 
-use crate::DeviceError;
+use crate::{DeviceError, PciAddress};
 
 /// A call's result as ours.
 pub(super) fn check(call: &'static str, result: cu::CUresult) -> Result<(), DeviceError> {
@@ -118,10 +118,14 @@ impl Context {
         Ok(Arc::new(context))
     }
 
+    pub(super) fn raw(&self) -> cu::CUcontext {
+        ptr::with_exposed_provenance_mut(self.raw)
+    }
+
     /// Makes this the calling thread's context: everything else asks for that.
     pub(super) fn enter(&self) -> Result<(), DeviceError> {
         // SAFETY: the handle is retained as long as `self` lives.
-        check("cuCtxSetCurrent", unsafe { cu::cuCtxSetCurrent(ptr::with_exposed_provenance_mut(self.raw)) })
+        check("cuCtxSetCurrent", unsafe { cu::cuCtxSetCurrent(self.raw()) })
     }
 
     /// Free and total memory by the driver's count.
@@ -148,6 +152,16 @@ impl Context {
         // SAFETY: the driver writes an int; it checks the devices.
         let result = unsafe { cu::cuDeviceCanAccessPeer(&raw mut can, other, self.device) };
         check("cuDeviceCanAccessPeer", result).map(|()| can != 0)
+    }
+
+    /// Where the GPU sits on its bus.
+    pub(super) fn pci_address(&self) -> Result<PciAddress, DeviceError> {
+        let mut text = [0_u8; 32];
+        let len = i32::try_from(text.len()).expect("32 fits");
+        // SAFETY: the driver writes at most `len` bytes, the last of them zero.
+        check("cuDeviceGetPCIBusId", unsafe { cu::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), len, self.device) })?;
+        let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
+        String::from_utf8_lossy(&text[..end]).parse()
     }
 
     fn properties(&self) -> cu::CUmemAllocationProp {

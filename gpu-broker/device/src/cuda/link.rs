@@ -185,6 +185,7 @@ impl Link {
         self.copies.record(&timed.start)?;
         let (mut last, mut held) = (None, 0);
         for (group, number) in groups.iter().zip(0_u32..) {
+            self.wait_filled(source, group)?;
             let event = self.shared.books()?.event(context, range, number)?;
             for (from, to, len) in pieces(group, chunks, self.pool.chunk) {
                 self.queue_piece(source, from, self.pool.address(to), len)?;
@@ -201,6 +202,13 @@ impl Link {
         }
         self.copies.record(&timed.end)?;
         Ok((timed, last))
+    }
+
+    /// Waits until a group is in host memory.
+    fn wait_filled(&self, source: &Source, group: &Group) -> Result<(), DeviceError> {
+        let Source::Host(weights) = source else { return Ok(()) };
+        let end = usize::try_from(group.offset + group.len).expect("groups lie in the weights, which are mapped");
+        weights.wait_unless_lost(end, || self.shared.is_lost())
     }
 
     /// Queues the copy of a piece of the weights.

@@ -11,6 +11,11 @@ use super::{
 use crate::{DeviceError, HostWeights, RangeId, range::State};
 
 impl CudaDevice {
+    /// What the GPU is called, to stand beside figures.
+    pub fn gpu_name(&self) -> Result<String, DeviceError> {
+        self.shared.context.model_name()
+    }
+
     /// Times one plain copy of the weights into a range that is swapped in: what a swap-in is measured against.
     pub fn time_plain_copy(&self, range: RangeId, weights: &HostWeights) -> Result<Duration, DeviceError> {
         let base = {

@@ -37,6 +37,11 @@ impl Pace {
         by_time.map_or(PIECE_MAX, |n| usize::try_from(n).unwrap_or(PIECE_MAX).clamp(PIECE_MIN, PIECE_MAX))
     }
 
+    /// The link had nothing to copy for so long.
+    pub(super) fn stall(&mut self, by: Duration) {
+        self.started += by;
+    }
+
     /// Waits until so many more bytes would have come over the link.
     pub(super) fn wait_for(&mut self, bytes: usize) {
         let Some(rate) = self.bytes_per_second else { return };

@@ -134,6 +134,11 @@ impl Link {
         let mut parts = self.take_chunks(range, weights.size())?;
         for (group, arrived) in groups.iter().zip(1_u32..) {
             let end = copied + usize::try_from(group.len).expect("groups lie in the weights, which are mapped");
+            if weights.filled() < end {
+                let begun = Instant::now();
+                weights.wait_unless_lost(end, || self.shared.is_lost())?;
+                pace.stall(begun.elapsed());
+            }
             while copied < end {
                 self.check_lost()?;
                 if copied == lent_until {

@@ -1,0 +1,146 @@
+"""Records of figures: read, judged, and put in a table. Shared by `run` and `report`; the standard library only.
+
+A record says what was measured beside what: `figure, model, dtype, unit, ours, reference, reference_name, ratio, target,
+outputs_checked, outputs_wrong, device`. `ratio` is ours divided by the reference. `target` is `{"at_most": x}`,
+`{"at_least": x}` or null, and is about the ratio where there is a reference, else about our value.
+"""
+import json, pathlib, statistics
+
+KEYS = {"figure", "model", "dtype", "unit", "ours", "reference", "reference_name", "ratio", "target",
+        "outputs_checked", "outputs_wrong", "device"}
+# May be left out by who writes a record by hand.
+OPTIONAL = {"unit"}
+
+TITLES = {
+    "swap_in_bandwidth": "Swap-in bandwidth",
+    "swapped_in_request": "Swapped-in request, pipelined",
+    "resident_run_to_session": "Resident run beside a plain session",
+    "resident_run_to_eager": "Resident run beside PyTorch eager",
+    "resident_run_to_graph": "Resident run beside a PyTorch CUDA graph",
+    "request_to_new_session": "Swapped-in request beside a new session per load",
+    "request_to_pinned_load": "Swapped-in request beside model.cuda(), pinned",
+    "request_to_pageable_load": "Swapped-in request beside model.cuda(), pageable",
+    "bind": "Binding a function",
+    "device_memory_per_function": "Device memory per bound function",
+}
+
+
+class Bad(Exception):
+    """A file that is not what it should be."""
+
+
+def number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check(record):
+    """The record, or what is wrong with it."""
+    if not isinstance(record, dict):
+        raise Bad("a record is no object")
+    missing, unknown = KEYS - OPTIONAL - record.keys(), record.keys() - KEYS
+    if missing or unknown:
+        raise Bad(f"a record lacks {sorted(missing)} and has {sorted(unknown)} beside what it should")
+    for key in ("figure", "model", "dtype", "device"):
+        if not isinstance(record[key], str):
+            raise Bad(f"{key} is {record[key]!r}, no text")
+    if not number(record["ours"]):
+        raise Bad(f"ours is {record['ours']!r}, no number")
+    for key in ("reference", "ratio"):
+        if record[key] is not None and not number(record[key]):
+            raise Bad(f"{key} is {record[key]!r}, no number")
+    for key in ("outputs_checked", "outputs_wrong"):
+        if not isinstance(record[key], int) or isinstance(record[key], bool) or record[key] < 0:
+            raise Bad(f"{key} is {record[key]!r}, no count")
+    target = record["target"]
+    if target is not None and not (isinstance(target, dict) and len(target) == 1
+                                   and set(target) <= {"at_most", "at_least"} and number(*target.values())):
+        raise Bad(f"target is {target!r}")
+    return {"unit": "", **record}
+
+
+def load(path):
+    """The records of one file: a list of them, or a result with a list under `records`."""
+    try:
+        found = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise Bad(f"{path}: {error}") from error
+    records = found.get("records") if isinstance(found, dict) else found
+    if not isinstance(records, list):
+        raise Bad(f"{path}: no list of records")
+    try:
+        return [check(record) for record in records]
+    except Bad as error:
+        raise Bad(f"{path}: {error}") from error
+
+
+def judged(record):
+    """What the target is about."""
+    return record["ours"] if record["ratio"] is None else record["ratio"]
+
+
+def verdict(record):
+    """`wrong`, `met`, `missed`, or `told` where there is no target."""
+    if record["outputs_wrong"]:
+        return "wrong"
+    target = record["target"]
+    if target is None:
+        return "told"
+    value = judged(record)
+    met = value <= target["at_most"] if "at_most" in target else value >= target["at_least"]
+    return "met" if met else "missed"
+
+
+def wrong_in(value):
+    """How many wrong outputs are counted anywhere in a JSON value: also by who writes no records."""
+    if isinstance(value, dict):
+        here = value.get("outputs_wrong", 0)
+        own = here if number(here) else 0
+        return own + sum(wrong_in(part) for key, part in value.items() if key != "outputs_wrong")
+    if isinstance(value, list):
+        return sum(wrong_in(part) for part in value)
+    return 0
+
+
+def short(value):
+    """A number with three or so digits that say something."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    return f"{value:.0f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+
+
+def target_text(target):
+    if target is None:
+        return "-"
+    return f"<= {target['at_most']:g}" if "at_most" in target else f">= {target['at_least']:g}"
+
+
+def figures(records):
+    """The figures in the order of `TITLES`, then others as they come, each with its records by model and dtype."""
+    names = [name for name in TITLES if any(record["figure"] == name for record in records)]
+    names += dict.fromkeys(record["figure"] for record in records if record["figure"] not in TITLES)
+    order = lambda record: (record["model"], record["dtype"])
+    return [(name, sorted((r for r in records if r["figure"] == name), key=order)) for name in names]
+
+
+def title(figure):
+    return TITLES.get(figure, figure.replace("_", " "))
+
+
+def median(records):
+    """The median of what the target is about."""
+    return statistics.median(judged(record) for record in records)
+
+
+def table(records):
+    """All records as text, one a line."""
+    head = ("figure", "model", "dtype", "ours", "reference", "ratio", "target", "", "outputs")
+    rows = [head]
+    for name, group in figures(records):
+        for record in group:
+            outputs = f"{record['outputs_wrong']}/{record['outputs_checked']} wrong" if record["outputs_checked"] else ""
+            rows.append((name, record["model"], record["dtype"], f"{short(record['ours'])} {record['unit']}".strip(),
+                         short(record["reference"]), short(record["ratio"]), target_text(record["target"]),
+                         verdict(record), outputs))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
