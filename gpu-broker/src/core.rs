@@ -33,6 +33,7 @@ use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
     lane::{Ask, BoundModel, Lane, Peer, Run},
+    limits::QUIET_FOR,
     load::Loader,
     mailbox::{Ended, Mailbox, Outcome},
     store::Home,
@@ -131,7 +132,9 @@ pub(crate) struct Core {
     wake_at: Option<Moment>,
     /// Tells the timer that `wake_at` has changed.
     pub(crate) alarm: Rc<Notify>,
-    /// Tells that no device is left that works.
+    /// Since when there has been nothing to do.
+    quiet_since: Option<Instant>,
+    /// Tells that it is time to start anew: devices are lost, and nobody would be disturbed.
     pub(crate) broken: Rc<Notify>,
     /// Tells the loop that a request is about to come.
     pub(crate) expected: Rc<Notify>,
@@ -172,6 +175,7 @@ impl Core {
                 id_next: 1,
                 wake_at: None,
                 alarm: Rc::new(Notify::new()),
+                quiet_since: None,
                 broken: Rc::new(Notify::new()),
                 expected: Rc::new(Notify::new()),
                 draining: false,
@@ -385,6 +389,15 @@ impl Core {
         }
     }
 
+    /// Where other devices have taken over, a lost one is brought back when nobody would notice.
+    fn start_anew_when_quiet(&mut self) {
+        if self.is_busy() || !self.loading.is_empty() || !self.devices.iter().any(|entry| entry.lost) {
+            self.quiet_since = None;
+        } else if self.quiet_since.get_or_insert_with(Instant::now).elapsed() >= QUIET_FOR {
+            self.broken.notify_one();
+        }
+    }
+
     fn gone_from(&mut self, model: ModelId, device: DeviceId) {
         if let Some(model) = self.models.get_mut(&model) {
             model.on.retain(|on| *on != device);
@@ -431,6 +444,7 @@ impl Core {
     pub(crate) fn keep_house(&mut self) {
         self.take_ended();
         self.look_for_lost_devices();
+        self.start_anew_when_quiet();
         self.cut_off_stalled();
         self.tell_progress();
         self.unload_idle();

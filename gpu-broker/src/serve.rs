@@ -66,9 +66,9 @@ impl ServeError {
 pub enum End {
     /// It was asked to.
     Asked,
-    /// No device is left that works. A process that starts anew can use them again: a failed context stays with its
-    /// process.
-    NoDevice,
+    /// Devices are lost, and either none is left or nothing is to do. A process that starts anew can use them again; this
+    /// one cannot, since a GPU's failed context stays with its process (also after a reset, as was seen on an H100).
+    Anew,
 }
 
 /// Serves until `stop` completes, then drains. `program` prepares models: this program itself.
@@ -109,7 +109,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let broken = Rc::clone(&core.borrow().broken);
     let end = tokio::select! {
         () = stop => End::Asked,
-        () = broken.notified() => End::NoDevice,
+        () = broken.notified() => End::Anew,
     };
     tracing::info!(?end, "draining");
     let _ = ready.send(false);

@@ -7,7 +7,6 @@
 mod arena;
 mod device;
 mod driver;
-mod gate;
 mod kernels;
 mod lane;
 mod link;
@@ -37,7 +36,6 @@ pub(crate) use self::driver::Registration;
 use self::{
     arena::{Arena, Purpose},
     driver::{Addresses, Context, Physical},
-    gate::Gate,
     kernels::Kernels,
     lane::Lane,
     link::Link,
@@ -112,12 +110,6 @@ pub fn is_present() -> bool {
 /// How many GPUs are visible; an error says what is missing.
 pub fn count() -> Result<i32, DeviceError> {
     driver::count()
-}
-
-/// Ends everything on a GPU that is lost: its context is made anew when it is next opened. What was made in the old one
-/// must not be used any more, nor given back.
-pub fn reset(ordinal: u32) -> Result<(), DeviceError> {
-    driver::reset(ordinal)
 }
 
 /// Memory other than the pool: arenas, by purpose.
@@ -379,16 +371,8 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool) -> Result<Vec<JoinHandle<()>>
         .name(format!("ends-{}", shared.info.name))
         .spawn(move || link::finish(&finishing, &copying))
         .map_err(failed)?;
-    let context = &shared.context;
-    let link = Link {
-        shared: Arc::clone(shared),
-        pool,
-        copies: Queue::new(context)?,
-        ready: Queue::new(context)?,
-        gate: Gate::new(context)?,
-        copied: Event::new(context)?,
-        ends,
-    };
+    let copies = Queue::new(&shared.context)?;
+    let link = Link { shared: Arc::clone(shared), pool, copies, ends };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
     Ok(vec![link, finish])

@@ -87,7 +87,17 @@ pub struct Manifest {
     pub trial_max_abs_diff: Option<f64>,
 }
 
+/// A session that must be kept counts as so many percent of the run's time more: it takes device memory for good.
+const KEPT_SESSION_PERCENT: u64 = 30;
+
 impl Manifest {
+    /// How dear the model is when prepared in this way, to choose between ways: how long it runs, and more where its
+    /// session must be kept. The largest where it was not tried.
+    pub fn cost(&self) -> u64 {
+        let percent = if self.keep_session.is_some() { 100 + KEPT_SESSION_PERCENT } else { 100 };
+        self.trial_run_us.map_or(u64::MAX, |us| us.saturating_mul(percent) / 100)
+    }
+
     fn check(&self) -> Result<(), String> {
         if self.version != MANIFEST_VERSION {
             return Err(format!("its version is {}, not {MANIFEST_VERSION}", self.version));

@@ -94,7 +94,7 @@ impl Preparer {
         kept
     }
 
-    /// Prepares the model, on a GPU in each layout that may be faster; returns the folder of the fastest.
+    /// Prepares the model, on a GPU in each layout that may be faster; returns the folder of the best.
     async fn best(&self, model: PathBuf, contents: &Contents, draft: &Path) -> Result<PathBuf, Refusal> {
         let mut best: Option<(u64, PathBuf)> = None;
         for (number, target) in layouts(self.target).into_iter().enumerate() {
@@ -109,9 +109,9 @@ impl Preparer {
                 }
                 (Err(refusal), None) => return Err(refusal),
             };
-            let took = manifest.trial_run_us.unwrap_or(u64::MAX);
-            if best.as_ref().is_none_or(|(least, _)| took < *least) {
-                best = Some((took, out));
+            let cost = manifest.cost();
+            if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+                best = Some((cost, out));
             }
             if !manifest.has_convolutions {
                 break;

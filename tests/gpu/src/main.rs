@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         ["lanes", models, out] => many::lanes(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"], 3),
         ["peers", models, out] => peers::run(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"]),
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),
+        ["one", models, name] => fault::one(models.as_ref(), name),
         ["links", out] => links::run(out.as_ref()),
         ["prepare"] => model::prepare_from_stdin(),
         _ => Err(USAGE.into()),

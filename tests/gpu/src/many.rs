@@ -104,7 +104,12 @@ fn bind_all(
     let cuda = device.as_cuda().ok_or("no GPU")?;
     let (mut functions, mut times) = (Vec::new(), Vec::new());
     let (mut made, start) = (Duration::ZERO, Instant::now());
-    let (mut free, mut measured_from) = (0_u64, 0);
+    // What models share does not count: kernels that the first of each load, and the lanes' scratch memory.
+    let used = || -> Result<i64> {
+        let (free, shared) = (cuda.driver_memory()?.0, cuda.arenas().1);
+        Ok(-i64::try_from(free.get())? - i64::try_from(shared.get())?)
+    };
+    let (mut before, mut measured_from) = (0, 0);
     for i in 0..n {
         let (name, prepared) = &all[i % all.len()];
         let making = Instant::now();
@@ -119,16 +124,15 @@ fn bind_all(
         let expected = asked.ask()?;
         asked.swap_out()?;
         functions.push(Function { name: format!("{name}/{i}"), asked, expected, state: Mutex::default() });
-        // The first of each model load what all of that model share.
         if i + 1 == n.min(2 * all.len()) {
-            free = cuda.driver_memory()?.0.get();
+            before = used()?;
             measured_from = i + 1;
         }
         if (i + 1) % 50 == 0 {
             println!("  {} functions bound after {:.1} s", i + 1, (start.elapsed() - made).as_secs_f64());
         }
     }
-    let each = (free.saturating_sub(cuda.driver_memory()?.0.get())) as f64 / (n - measured_from).max(1) as f64 / 1e6;
+    let each = (used()? - before) as f64 / (n - measured_from).max(1) as f64 / 1e6;
     println!(
         "bound {n} functions in {:.1} s (median {:.1} ms), {:.1} s more for making weights; {each:.2} MB of GPU memory each",
         (start.elapsed() - made).as_secs_f64(),
@@ -227,6 +231,11 @@ pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
         threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
     });
     let took = start.elapsed().as_secs_f64();
+    for function in &functions {
+        if lock(&function.state).resident {
+            function.asked.swap_out()?;
+        }
+    }
     let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
     let (answers, wrong, swaps) = (count(&counts.answers), count(&counts.wrong), count(&counts.swaps));
     let grown = before.get() as f64 - cuda.driver_memory()?.0.get() as f64;
@@ -280,6 +289,7 @@ pub(crate) fn lanes(models: &Path, out: &Path, names: &[&str], seconds: u64) -> 
             });
             rates.push(counts.into_iter().collect::<Result<Vec<_>>>()?.iter().sum::<u64>() as f64 / seconds as f64);
         }
+        functions.iter().try_for_each(|function| function.asked.swap_out())?;
         let [one, two, four, eight] = rates[..] else { return Err("four rates".into()) };
         println!(
             "lanes: {name:20} 1: {one:6.0}/s  2: {two:6.0}/s  4: {four:6.0}/s ({:.2}x)  8: {eight:6.0}/s",

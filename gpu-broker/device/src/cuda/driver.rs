@@ -83,16 +83,6 @@ pub(super) fn count() -> Result<i32, DeviceError> {
     Ok(count)
 }
 
-/// Destroys a GPU's primary context, whoever holds it.
-pub(super) fn reset(ordinal: u32) -> Result<(), DeviceError> {
-    let ordinal = i32::try_from(ordinal).map_err(|_| DeviceError::Invalid("there is no such GPU"))?;
-    let mut device = 0;
-    // SAFETY: the driver writes an int.
-    check("cuDeviceGet", unsafe { cu::cuDeviceGet(&raw mut device, ordinal) })?;
-    // SAFETY: the driver checks the device; whoever still has handles of the context was told not to use them.
-    check("cuDevicePrimaryCtxReset", unsafe { cu::cuDevicePrimaryCtxReset_v2(device) })
-}
-
 /// One GPU's primary context, which it shares with the runtime library.
 #[derive(Debug)]
 pub(super) struct Context {

@@ -144,25 +144,6 @@ impl Queue {
         check("cuMemcpyDtoHAsync", unsafe { cu::cuMemcpyDtoHAsync_v2(to.cast(), from, len, self.raw()) })
     }
 
-    /// Makes what is queued from now on wait for what was recorded last.
-    pub(super) fn wait(&self, event: &Event) -> Result<(), DeviceError> {
-        // SAFETY: both handles are alive and of one context.
-        check("cuStreamWaitEvent", unsafe { cu::cuStreamWaitEvent(self.raw(), event.raw(), 0) })
-    }
-
-    /// Makes what is queued from now on wait until a word in pinned host memory has reached `least`, by the sign of the
-    /// difference.
-    ///
-    /// # Safety
-    /// The word must stay pinned until the wait has ended.
-    pub(super) unsafe fn wait_for_word(&self, word: *mut u32, least: u32) -> Result<(), DeviceError> {
-        let flags = cu::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as c_uint;
-        let address = word.expose_provenance() as u64;
-        // SAFETY: the caller's promise; pinned memory has the same address on the device.
-        let result = unsafe { cu::cuStreamWaitValue32_v2(self.raw(), address, least, flags) };
-        check("cuStreamWaitValue32", result)
-    }
-
     /// Waits, asleep, for all that is queued.
     pub(super) fn finish(&self, event: &Event) -> Result<(), DeviceError> {
         self.record(event)?;
