@@ -30,10 +30,10 @@ use std::{
 
 use faaswap_protocol::Bytes;
 
-pub(crate) use self::driver::Registration;
+pub(crate) use self::driver::{Context, Registration};
 use self::{
     arena::{Arena, Purpose},
-    driver::{Addresses, Context, Physical},
+    driver::{Addresses, Physical},
     kernels::Kernels,
     lane::Lane,
     link::Link,
@@ -464,8 +464,7 @@ impl Device for CudaDevice {
     }
 
     fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {
-        self.shared.context.enter()?;
-        weights.register()
+        self.shared.noted(weights.register(&self.shared.context))
     }
 }
 
