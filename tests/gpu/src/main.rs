@@ -3,6 +3,7 @@
 //!     faaswap-gpu conform                    the suite that every device passes
 //!     faaswap-gpu figures MODELS OUT         each model's swaps and runs beside their references
 //!     faaswap-gpu links OUT                  each link alone and together, and what NVML sees
+//!     faaswap-gpu tiers OUT                  weights from disk, alone and while they are swapped in
 //!     faaswap-gpu prepare                    one job, from standard input, in a process of its own
 
 mod conform;
@@ -11,6 +12,7 @@ mod links;
 mod model;
 mod record;
 mod stats;
+mod tiers;
 
 use std::{error::Error, process::ExitCode};
 
@@ -26,8 +28,9 @@ fn main() -> ExitCode {
         ["conform"] => conform::run(),
         ["figures", models, out] => figures::run(models.as_ref(), out.as_ref()),
         ["links", out] => links::run(out.as_ref()),
+        ["tiers", out] => tiers::run(out.as_ref()),
         ["prepare"] => model::prepare_from_stdin(),
-        _ => Err("usage: faaswap-gpu conform | figures MODELS OUT | links OUT | prepare".into()),
+        _ => Err("usage: faaswap-gpu conform | figures MODELS OUT | links OUT | tiers OUT | prepare".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
