@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::State,
+    extract::{Path, State},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
+use faaswap_device::Device;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, oneshot, watch},
@@ -24,6 +25,8 @@ struct Shared {
     telemetry: Arc<Telemetry>,
     ready: watch::Receiver<bool>,
     asks: mpsc::Sender<oneshot::Sender<Report>>,
+    /// Devices that may be made to fail; none unless tests are configured.
+    may_fail: Arc<[Arc<dyn Device>]>,
 }
 
 /// Serves until the process ends.
@@ -32,6 +35,7 @@ pub(crate) async fn serve(
     telemetry: Arc<Telemetry>,
     ready: watch::Receiver<bool>,
     asks: mpsc::Sender<oneshot::Sender<Report>>,
+    may_fail: Arc<[Arc<dyn Device>]>,
 ) {
     let app = Router::new()
         .route("/livez", get(async || "ok\n"))
@@ -40,7 +44,8 @@ pub(crate) async fn serve(
         .route("/v1/functions", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.functions)).await))
         .route("/v1/models", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.models)).await))
         .route("/v1/devices", get(devices))
-        .with_state(Shared { telemetry, ready, asks });
+        .route("/v1/devices/{name}/fail", post(fail))
+        .with_state(Shared { telemetry, ready, asks, may_fail });
     if let Err(error) = axum::serve(listener, app).await {
         tracing::error!(%error, "the admin port is closed");
     }
@@ -66,6 +71,18 @@ async fn metrics(State(shared): State<Shared>) -> Response {
     }
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], shared.telemetry.text()).into_response()
+}
+
+async fn fail(State(shared): State<Shared>, Path(name): Path<String>) -> Response {
+    match shared.may_fail.iter().find(|device| device.info().name == name) {
+        Some(device) => {
+            let device = Arc::clone(device);
+            // A GPU takes a moment to fail.
+            let failed = tokio::task::spawn_blocking(move || device.fail()).await;
+            if failed.is_ok() { "failed\n".into_response() } else { StatusCode::INTERNAL_SERVER_ERROR.into_response() }
+        }
+        None => (StatusCode::NOT_FOUND, "no such device, or test_faults is off\n").into_response(),
+    }
 }
 
 async fn list<T: IntoResponse>(shared: Shared, part: impl FnOnce(Report) -> T) -> Response {

@@ -9,28 +9,66 @@ use std::{
 };
 
 use config::{Config, Environment, File, FileFormat};
+use faaswap_device::cuda;
 use faaswap_protocol::Bytes;
 
 use self::read::Reader;
+
+/// Lanes of a GPU where no number is named: more run at once than one program fills, few enough to keep each quick.
+const GPU_LANES: u16 = 4;
+/// Most GPUs of a node.
+const GPUS_MAX: usize = 64;
+/// What chunks of a GPU's memory are multiples of.
+const GPU_GRANULARITY: Bytes = Bytes::mib(2);
+/// How yes and no are written.
+const SWITCH: [(&str, bool); 4] = [("true", true), ("false", false), ("on", true), ("off", false)];
 
 /// All mistakes of a configuration.
 #[derive(Debug, thiserror::Error)]
 #[error("the configuration has {} mistake(s):\n  {}", .0.len(), .0.join("\n  "))]
 pub struct ConfigError(pub Vec<String>);
 
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// The processor, with bounded memory.
+    Host {
+        /// Speed of the link; as fast as the machine can where absent.
+        link_mib_per_s: Option<u64>,
+    },
+    /// A GPU.
+    Gpu {
+        /// Which, by the driver's count.
+        ordinal: u32,
+        /// What is left to everything but weights, where no amount for them is named.
+        reserve: Bytes,
+    },
+}
+
 /// One device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceSettings {
     /// For logs and metrics.
     pub name: String,
-    /// Memory for weights.
-    pub memory: Bytes,
-    /// Unit in which it is given out.
-    pub chunk: Bytes,
-    /// Speed of the link; as fast as the machine can where absent.
-    pub link_mib_per_s: Option<u64>,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Memory for weights; absent: what is usual for its kind.
+    pub memory: Option<Bytes>,
+    /// Unit in which it is given out; absent: what is usual for its kind.
+    pub chunk: Option<Bytes>,
     /// Models that run at a time.
     pub lanes: u16,
+}
+
+/// Which devices to use where none is listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DevicesChoice {
+    /// GPUs if there are any, else the host device.
+    Auto,
+    /// All GPUs.
+    Gpu,
+    /// The host device.
+    Host,
 }
 
 /// The broker's settings.
@@ -76,11 +114,19 @@ pub struct Settings {
     pub prepare_parallel: usize,
     /// How long requests may take to end after SIGTERM.
     pub drain_within: Duration,
-    /// The devices.
+    /// Which devices to use where none is listed.
+    pub devices_choice: DevicesChoice,
+    /// Memory for weights on each GPU that names none of its own; absent: what is free, less a reserve.
+    pub gpu_memory: Option<Bytes>,
+    /// Whether to serve with the host device where no GPU can be used.
+    pub gpu_fallback: bool,
+    /// Whether fp32 products on GPUs may be computed in TF32, as PyTorch's convolutions are.
+    pub tf32: bool,
+    /// Whether the admin port lets devices fail, to test what happens then.
+    pub test_faults: bool,
+    /// The devices that are listed.
     pub devices: Vec<DeviceSettings>,
 }
-
-const DEVICE_KEYS: &[&str] = &["name", "memory", "chunk", "link_mib_per_s", "lanes"];
 
 impl Settings {
     /// Reads the file, where one is named, and the environment.
@@ -103,10 +149,7 @@ impl Settings {
         let devices = file.get_array("device").unwrap_or_default();
         let devices: Vec<_> = devices.into_iter().enumerate().map(|(i, value)| device(&mut reader, i, value)).collect();
         reader.refuse_unknown(&file, &["device"]);
-        let mut settings = Self { devices, ..settings };
-        if settings.devices.is_empty() {
-            settings.devices.push(DeviceSettings::host0());
-        }
+        let settings = Self { devices, ..settings };
         settings.check(&mut reader);
         reader.finish(settings)
     }
@@ -134,22 +177,38 @@ impl Settings {
             prepare_within: from.duration("prepare_within", Duration::from_secs(600)),
             prepare_parallel: from.count("prepare_parallel", processors().div_ceil(2), 1..=256),
             drain_within: from.duration("drain_within", Duration::from_secs(25)),
+            devices_choice: from.choice(
+                "devices",
+                DevicesChoice::Auto,
+                &[("auto", DevicesChoice::Auto), ("gpu", DevicesChoice::Gpu), ("host", DevicesChoice::Host)],
+            ),
+            gpu_memory: from.optional_bytes("gpu_memory"),
+            gpu_fallback: from.choice("gpu_fallback", false, &SWITCH),
+            tf32: from.choice("tf32", true, &SWITCH),
+            test_faults: from.choice("test_faults", false, &SWITCH),
             devices: Vec::new(),
         }
     }
 
     fn check(&self, reader: &mut Reader) {
-        let page = Bytes::of_len(rustix::param::page_size());
         for (i, device) in self.devices.iter().enumerate() {
             if self.devices[..i].iter().any(|other| other.name == device.name) {
                 reader.mistake(format!("two devices are named {}", device.name));
             }
-            if device.chunk == Bytes::ZERO || !device.chunk.get().is_multiple_of(page.get()) {
-                reader.mistake(format!("device {}: chunk must be a multiple of {page}", device.name));
-            } else if device.memory < device.chunk {
+            let unit = match device.kind {
+                DeviceKind::Host { .. } => Bytes::of_len(rustix::param::page_size()),
+                DeviceKind::Gpu { .. } => GPU_GRANULARITY,
+            };
+            if std::mem::discriminant(&device.kind) != std::mem::discriminant(&self.devices[0].kind) {
+                reader.mistake(format!("device {}: all devices of a broker must be of one kind", device.name));
+            }
+            let Some(chunk) = device.chunk.or(DeviceSettings::host0().chunk) else { continue };
+            if chunk == Bytes::ZERO || !chunk.get().is_multiple_of(unit.get()) {
+                reader.mistake(format!("device {}: chunk must be a multiple of {unit}", device.name));
+            } else if let Some(memory) = device.memory.filter(|memory| *memory < chunk) {
                 reader.mistake(format!(
-                    "device {}: memory ({}) must hold at least one chunk ({})",
-                    device.name, device.memory, device.chunk
+                    "device {}: memory ({memory}) must hold at least one chunk ({chunk})",
+                    device.name
                 ));
             }
         }
@@ -168,32 +227,52 @@ impl Settings {
 
 impl DeviceSettings {
     /// What there is where nothing was configured: the processor as a device of 1 GiB.
-    fn host0() -> Self {
+    pub(crate) fn host0() -> Self {
         Self {
             name: "host0".to_owned(),
-            memory: Bytes::mib(1024),
-            chunk: Bytes::mib(2),
-            link_mib_per_s: None,
+            kind: DeviceKind::Host { link_mib_per_s: None },
+            memory: Some(Bytes::mib(1024)),
+            chunk: Some(Bytes::mib(2)),
             lanes: 1,
         }
+    }
+
+    /// A GPU with the usual settings.
+    pub(crate) fn gpu(ordinal: u32) -> Self {
+        let kind = DeviceKind::Gpu { ordinal, reserve: cuda::RESERVE_DEFAULT };
+        Self { name: format!("cuda{ordinal}"), kind, memory: None, chunk: None, lanes: GPU_LANES }
     }
 }
 
 fn device(reader: &mut Reader, index: usize, value: config::Value) -> DeviceSettings {
-    let default = DeviceSettings::host0();
     let Ok(table) = value.into_table() else {
         reader.mistake(format!("device {index} is no table"));
-        return default;
+        return DeviceSettings::host0();
     };
     let mut from = Reader::of_table(table, format!("device {index}: "));
-    let device = DeviceSettings {
-        name: from.text("name", &format!("host{index}")),
-        memory: from.bytes("memory", default.memory),
-        chunk: from.bytes("chunk", default.chunk),
-        link_mib_per_s: from.optional_count("link_mib_per_s", 1..=1 << 30).map(|n| n as u64),
-        lanes: u16::try_from(from.count("lanes", 1, 1..=64)).unwrap_or(1),
+    let default = match from.choice("kind", false, &[("host", false), ("gpu", true)]) {
+        true => {
+            let ordinal = from.count("gpu", index, 0..=GPUS_MAX);
+            let mut gpu = DeviceSettings::gpu(u32::try_from(ordinal).unwrap_or(0));
+            if let DeviceKind::Gpu { reserve, .. } = &mut gpu.kind {
+                *reserve = from.bytes("reserve", *reserve);
+            }
+            gpu
+        }
+        false => {
+            let link_mib_per_s = from.optional_count("link_mib_per_s", 1..=1 << 30).map(|n| n as u64);
+            let name = format!("host{index}");
+            DeviceSettings { name, kind: DeviceKind::Host { link_mib_per_s }, ..DeviceSettings::host0() }
+        }
     };
-    from.refuse_unknown_in(DEVICE_KEYS);
+    let device = DeviceSettings {
+        name: from.text("name", &default.name),
+        memory: from.optional_bytes("memory").or(default.memory),
+        chunk: from.optional_bytes("chunk").or(default.chunk),
+        lanes: u16::try_from(from.count("lanes", usize::from(default.lanes), 1..=64)).unwrap_or(1),
+        kind: default.kind,
+    };
+    from.refuse_unknown_in(&[]);
     reader.take_mistakes(from);
     device
 }

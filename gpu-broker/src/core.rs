@@ -33,6 +33,7 @@ use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
     lane::{Ask, BoundModel, Lane, Peer, Run},
+    limits::QUIET_FOR,
     load::Loader,
     mailbox::{Ended, Mailbox, Outcome},
     store::Home,
@@ -131,6 +132,12 @@ pub(crate) struct Core {
     wake_at: Option<Moment>,
     /// Tells the timer that `wake_at` has changed.
     pub(crate) alarm: Rc<Notify>,
+    /// Since when there has been nothing to do.
+    quiet_since: Option<Instant>,
+    /// Tells that it is time to start anew: devices are lost, and nobody would be disturbed.
+    pub(crate) broken: Rc<Notify>,
+    /// Tells the loop that a request is about to come.
+    pub(crate) expected: Rc<Notify>,
     draining: bool,
 }
 
@@ -168,6 +175,9 @@ impl Core {
                 id_next: 1,
                 wake_at: None,
                 alarm: Rc::new(Notify::new()),
+                quiet_since: None,
+                broken: Rc::new(Notify::new()),
+                expected: Rc::new(Notify::new()),
                 draining: false,
             })
         });
@@ -261,8 +271,8 @@ impl Core {
         tracing::error!(%error, device = %name, "a model could not be swapped in");
         self.telemetry.swap_failed(name);
         self.events.push_back(match error {
-            DeviceError::Lost => Event::DeviceLost { device },
-            DeviceError::OutOfMemory { .. }
+            DeviceError::Lost
+            | DeviceError::OutOfMemory { .. }
             | DeviceError::Failed { .. }
             | DeviceError::State { .. }
             | DeviceError::Invalid(_) => Event::SwapInFailed { model, device },
@@ -316,6 +326,7 @@ impl Core {
                 Ended::Run { request, took, outcome } => {
                     self.run_ended(request, outcome);
                     self.happen(Event::RunDone { request, took });
+                    self.look_for_lost_devices();
                 }
                 Ended::SwapIn { model, device, result } => self.swapped_in(model, device, result),
                 Ended::SwapOut { model, device, result } => {
@@ -341,10 +352,8 @@ impl Core {
             Err(error) => {
                 self.gone_from(model, device);
                 self.swap_in_failed(model, device, &error);
-                if error == DeviceError::Lost {
-                    self.devices[usize::from(device.0)].lost = true;
-                }
                 self.happen(Event::Woken);
+                self.look_for_lost_devices();
             }
         }
     }
@@ -356,13 +365,37 @@ impl Core {
             Err(error) => {
                 tracing::error!(%error, device = %name, "a model could not be swapped out");
                 self.telemetry.swap_failed(name);
-                if error == DeviceError::Lost {
-                    self.devices[usize::from(device.0)].lost = true;
-                    self.events.push_back(Event::DeviceLost { device });
-                }
+                self.look_for_lost_devices();
             }
         }
         self.gone_from(model, device);
+    }
+
+    /// Tells the scheduler of devices that have failed for good: what ran there is refused, what waits goes elsewhere.
+    fn look_for_lost_devices(&mut self) {
+        for index in 0..self.devices.len() {
+            let entry = &mut self.devices[index];
+            if entry.lost || !entry.device.is_lost() {
+                continue;
+            }
+            entry.lost = true;
+            let name = entry.device.info().name.clone();
+            tracing::error!(device = %name, "the device is lost: its requests are refused, others take over its functions");
+            self.telemetry.device_lost(&name);
+            self.happen(Event::DeviceLost { device: device_id(index) });
+        }
+        if self.devices.iter().all(|entry| entry.lost) {
+            self.broken.notify_one();
+        }
+    }
+
+    /// Where other devices have taken over, a lost one is brought back when nobody would notice.
+    fn start_anew_when_quiet(&mut self) {
+        if self.is_busy() || !self.loading.is_empty() || !self.devices.iter().any(|entry| entry.lost) {
+            self.quiet_since = None;
+        } else if self.quiet_since.get_or_insert_with(Instant::now).elapsed() >= QUIET_FOR {
+            self.broken.notify_one();
+        }
     }
 
     fn gone_from(&mut self, model: ModelId, device: DeviceId) {
@@ -392,6 +425,11 @@ impl Core {
         }
     }
 
+    /// Whether some request has no answer yet.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
     /// Whether everything was answered and taken by its peer.
     pub(crate) fn is_drained(&self) -> bool {
         self.requests.is_empty() && self.peers.values().all(|entry| !entry.peer.outbox.has_waiting())
@@ -405,6 +443,8 @@ impl Core {
     /// What is done every second.
     pub(crate) fn keep_house(&mut self) {
         self.take_ended();
+        self.look_for_lost_devices();
+        self.start_anew_when_quiet();
         self.cut_off_stalled();
         self.tell_progress();
         self.unload_idle();

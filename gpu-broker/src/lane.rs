@@ -25,12 +25,14 @@ use faaswap_scheduler::RequestKey;
 use faaswap_slab::{Region, Slab, SlotAllocator};
 
 use crate::{
-    limits::LANE_LOOKS_FOR,
+    limits::{EXPECTED_LOOKS_FOR, LANE_LOOKS_FOR},
     mailbox::{Ended, Mailbox, Outcome},
     socket::Outbox,
     store::Held,
 };
 
+/// Most orders that wait for a lane: its next run, one that follows at once, and one hint.
+const ORDERS_MAX: usize = 3;
 /// Alignment of a tensor in a payload.
 #[expect(clippy::cast_possible_truncation, reason = "a small constant")]
 const PAYLOAD_ALIGN: usize = TENSOR_ALIGN as usize;
@@ -168,40 +170,70 @@ pub(crate) struct Run {
     pub(crate) resident: bool,
 }
 
+/// What a lane is told.
+#[derive(Debug)]
+enum Order {
+    Run(Run),
+    /// A run is about to come.
+    Look,
+}
+
 /// A lane's thread. It ends when this is dropped and its run has ended.
 #[derive(Debug)]
 pub(crate) struct Lane {
-    runs: SyncSender<Run>,
+    orders: SyncSender<Order>,
+    /// Whether it was told to look and has not heard of it yet: hints leave the places to runs.
+    told: Arc<AtomicBool>,
 }
 
 impl Lane {
     pub(crate) fn start(name: &str, mailbox: Arc<Mailbox>) -> io::Result<Self> {
-        // The scheduler gives a lane one run at a time; a second place means that handing over never waits.
-        let (runs, queue): (_, Receiver<Run>) = sync_channel(2);
+        // The scheduler gives a lane one run at a time; more places mean that handing over never waits.
+        let (orders, queue): (_, Receiver<Order>) = sync_channel(ORDERS_MAX);
+        let told = Arc::new(AtomicBool::new(false));
+        let heard = Arc::clone(&told);
         thread::Builder::new().name(name.to_owned()).spawn(move || {
-            while let Some(run) = next(&queue) {
+            while let Some(run) = next(&queue, &heard) {
                 serve(run, &mailbox);
             }
         })?;
-        Ok(Self { runs })
+        Ok(Self { orders, told })
     }
 
     /// Hands a run over. False where the thread is gone or busy twice over, which a lane of the scheduler never is.
     pub(crate) fn run(&self, run: Run) -> bool {
-        self.runs.try_send(run).is_ok()
+        self.orders.try_send(Order::Run(run)).is_ok()
+    }
+
+    /// Wakes the thread: a run is about to come. Where orders wait already it is awake.
+    pub(crate) fn look(&self) {
+        // Where there is no place for it there are runs, which keep the thread awake too.
+        if !self.told.swap(true, Ordering::AcqRel) && self.orders.try_send(Order::Look).is_err() {
+            self.told.store(false, Ordering::Release);
+        }
     }
 }
 
 /// The next run; `None` once the broker ends. Looks for a moment before it sleeps: waking a thread takes longer than
 /// what most requests wait for.
-fn next(queue: &Receiver<Run>) -> Option<Run> {
-    let since = Instant::now();
+fn next(queue: &Receiver<Order>, heard: &AtomicBool) -> Option<Run> {
+    let mut until = Instant::now() + LANE_LOOKS_FOR;
     loop {
-        match queue.try_recv() {
-            Ok(run) => return Some(run),
+        let order = match queue.try_recv() {
+            Ok(order) => order,
             Err(TryRecvError::Disconnected) => return None,
-            Err(TryRecvError::Empty) if since.elapsed() < LANE_LOOKS_FOR => std::hint::spin_loop(),
-            Err(TryRecvError::Empty) => return queue.recv().ok(),
+            Err(TryRecvError::Empty) if Instant::now() < until => {
+                std::hint::spin_loop();
+                continue;
+            }
+            Err(TryRecvError::Empty) => queue.recv().ok()?,
+        };
+        match order {
+            Order::Run(run) => return Some(run),
+            Order::Look => {
+                heard.store(false, Ordering::Release);
+                until = Instant::now() + EXPECTED_LOOKS_FOR;
+            }
         }
     }
 }
@@ -233,7 +265,7 @@ fn serve(run: Run, mailbox: &Mailbox) {
         Ok(outputs) => {
             let spans = taken.iter().map(|(_, span)| *span).collect();
             let outcome = Outcome::Answered { outputs: spans };
-            mailbox.post(Ended::Run { request: ask.key, took: ran, outcome });
+            mailbox.put(Ended::Run { request: ask.key, took: ran, outcome });
             let (outputs, payload) = describe(outputs, &taken);
             ask.peer.outbox.send(&FromBroker::Answer { request: ask.id, outputs, timing }, payload);
         }
@@ -245,10 +277,11 @@ fn serve(run: Run, mailbox: &Mailbox) {
                 RunError::Failed(reason) => Refusal::RunFailed { reason },
             };
             let outcome = Outcome::Refused(refusal.code());
-            mailbox.post(Ended::Run { request: ask.key, took: ran, outcome });
+            mailbox.put(Ended::Run { request: ask.key, took: ran, outcome });
             ask.peer.outbox.send(&FromBroker::Refused { request: ask.id, refusal }, Vec::new());
         }
     }
+    mailbox.ring();
 }
 
 fn as_input(input: &RunInput) -> Input<'_> {

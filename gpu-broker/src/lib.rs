@@ -6,6 +6,7 @@
 mod admin;
 pub mod config;
 mod core;
+mod devices;
 mod frames;
 mod gpus;
 mod lane;

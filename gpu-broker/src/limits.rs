@@ -54,5 +54,9 @@ pub const GROUP_BYTES: u64 = 8 << 20;
 pub const SLAB_HALF_MIN: u64 = 4096;
 /// How often the machine's GPUs are looked at; each look takes 40 ms a GPU, on a thread of its own.
 pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
+/// How long there must have been nothing to do before a broker with lost devices starts anew to have them back.
+pub const QUIET_FOR: Duration = Duration::from_secs(5);
 /// How long a lane looks for its next run before it sleeps.
 pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(60);
+/// How long the loop and a lane look for a request that was said to be about to come.
+pub const EXPECTED_LOOKS_FOR: Duration = Duration::from_micros(100);

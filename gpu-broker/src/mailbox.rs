@@ -39,7 +39,17 @@ pub(crate) struct Mailbox {
 
 impl Mailbox {
     pub(crate) fn post(&self, ended: Ended) {
+        self.put(ended);
+        self.ring();
+    }
+
+    /// Posts without waking the loop, which takes time that somebody may be waiting for: [`Mailbox::ring`] must follow.
+    pub(crate) fn put(&self, ended: Ended) {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner).push_back(ended);
+    }
+
+    /// Wakes the loop for what was put.
+    pub(crate) fn ring(&self) {
         self.wake.notify_one();
     }
 

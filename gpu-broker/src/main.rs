@@ -2,15 +2,28 @@
 
 use std::{
     io::IsTerminal,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{Command as Exec, ExitCode},
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
-use faaswap_broker::{config::Settings, limits::BLOCKING_THREADS_MAX, serve, store};
+use faaswap_broker::{
+    config::Settings,
+    limits::BLOCKING_THREADS_MAX,
+    serve::{self, End},
+    store,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::{EnvFilter, fmt};
 
+/// Counts, for itself, how often the broker has started anew because its devices had failed.
+const STARTS: &str = "FAASWAP_STARTED_ANEW";
+/// How much longer each new start waits.
+const START_PAUSE: Duration = Duration::from_secs(1);
+/// Longest that one waits.
+const START_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// The configuration is wrong: EX_USAGE of sysexits.h.
 const EXIT_CONFIG: u8 = 64;
 
@@ -69,7 +82,11 @@ fn serve_command(config: Option<&Path>, check: bool) -> ExitCode {
     }
     die_with_the_first_panic();
     match run(settings) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(End::Asked) => ExitCode::SUCCESS,
+        Ok(End::Anew) => {
+            eprintln!("the broker cannot start anew: {}", start_anew());
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("the broker cannot serve: {error}");
             ExitCode::FAILURE
@@ -77,7 +94,20 @@ fn serve_command(config: Option<&Path>, check: bool) -> ExitCode {
     }
 }
 
-fn run(settings: Settings) -> Result<(), Box<dyn std::error::Error>> {
+/// Replaces this process by a new one of the same program, with the same arguments; returns only where that fails.
+/// Weights are still in host memory and prepared models on disk. Devices that fail again and again are given time.
+fn start_anew() -> std::io::Error {
+    let starts = std::env::var(STARTS).ok().and_then(|text| text.parse::<u32>().ok()).unwrap_or(0).saturating_add(1);
+    let pause = START_PAUSE.saturating_mul(starts - 1).min(START_PAUSE_MAX);
+    tracing::error!(starts, ?pause, "no device is left that works: starting anew to have lost devices back");
+    std::thread::sleep(pause);
+    match std::env::current_exe() {
+        Ok(program) => Exec::new(program).args(std::env::args_os().skip(1)).env(STARTS, starts.to_string()).exec(),
+        Err(error) => error,
+    }
+}
+
+fn run(settings: Settings) -> Result<End, Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS_MAX)

@@ -5,11 +5,8 @@ mod connection;
 
 use std::{cell::RefCell, io, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
 
-use faaswap_device::{
-    Device, DeviceError,
-    host::{HostConfig, HostDevice},
-};
-use faaswap_engine::{EngineError, Runtime, RuntimeOptions};
+use faaswap_device::{Device, DeviceError};
+use faaswap_engine::{EngineError, Runtime, RuntimeOptions, Target};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
     task::{LocalSet, spawn_local},
@@ -20,9 +17,10 @@ use crate::{
     admin,
     config::{DeviceSettings, Settings},
     core::{Core, DeviceEntry},
+    devices::{self, Opened},
     gpus::Gpus,
     lane::Lane,
-    limits::{HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
+    limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
     load::Loader,
     mailbox::Mailbox,
     store::{Memory, Preparer, Ready, Store},
@@ -63,18 +61,32 @@ impl ServeError {
     }
 }
 
+/// Why the broker has stopped serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was asked to.
+    Asked,
+    /// Devices are lost, and either none is left or nothing is to do. A process that starts anew can use them again; this
+    /// one cannot, since a GPU's failed context stays with its process (also after a reset, as was seen on an H100).
+    Anew,
+}
+
 /// Serves until `stop` completes, then drains. `program` prepares models: this program itself.
-pub async fn serve(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+pub async fn serve(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<End, ServeError> {
     LocalSet::new().run_until(serve_here(settings, program, stop)).await
 }
 
-async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Output = ()>) -> Result<End, ServeError> {
     raise_file_limit();
     let settings = Arc::new(settings);
     let mailbox = Arc::new(Mailbox::default());
-    let loader = Arc::new(loader(&settings, program)?);
+    let options = RuntimeOptions { threads_per_run: settings.threads_per_run, scratch_max: settings.scratch_max };
+    let runtime = Runtime::load(&settings.onnxruntime, options)?;
+    let opened = devices::open(&settings, &runtime)?;
+    let loader = Arc::new(loader(&settings, program, runtime, &opened)?);
     let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&loader.devices)), Some(Arc::clone(&loader.memory))));
-    let devices = devices(&settings, &loader, &mailbox)?;
+    let may_fail = loader.devices.iter().filter(|_| settings.test_faults).map(Arc::clone).collect();
+    let devices = lanes(opened, &mailbox)?;
     let core = Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, devices);
     let listeners = accept::Listeners::bind(&settings)?;
     let (asks, questions) = mpsc::channel(admin::QUESTIONS_MAX);
@@ -83,18 +95,23 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
         let listener = tokio::net::TcpListener::bind(address).await;
         let listener = listener.map_err(ServeError::io(format!("admin_listen {address}")))?;
         tracing::info!(address = %listener.local_addr().unwrap_or(address), "admin port is open");
-        spawn_local(admin::serve(listener, Arc::clone(&telemetry), is_ready, asks));
+        spawn_local(admin::serve(listener, Arc::clone(&telemetry), is_ready, asks, may_fail));
     }
     spawn_local(listen_to_threads(Rc::clone(&core), mailbox));
     spawn_local(ring_alarms(Rc::clone(&core)));
+    spawn_local(look_for_expected(Rc::clone(&core)));
     spawn_local(keep_house(Rc::clone(&core)));
     spawn_local(answer_admin(Rc::clone(&core), questions));
     let accepting = listeners.accept(&core, &telemetry);
     // Nobody waits for this where the admin port is off.
     let _ = ready.send(true);
     tracing::info!(socket = %settings.socket.display(), "ready");
-    stop.await;
-    tracing::info!("draining");
+    let broken = Rc::clone(&core.borrow().broken);
+    let end = tokio::select! {
+        () = stop => End::Asked,
+        () = broken.notified() => End::Anew,
+    };
+    tracing::info!(?end, "draining");
     let _ = ready.send(false);
     accepting.stop();
     core.borrow_mut().drain();
@@ -108,7 +125,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     }
     core.borrow().close_all();
     accepting.remove_socket();
-    Ok(())
+    Ok(end)
 }
 
 /// One descriptor per connection, and a few per model: the soft limit is often only 1,024.
@@ -120,17 +137,17 @@ fn raise_file_limit() {
     }
 }
 
-fn loader(settings: &Settings, program: PathBuf) -> Result<Loader, ServeError> {
-    let options = RuntimeOptions { threads_per_run: settings.threads_per_run, scratch_max: settings.scratch_max };
-    let runtime = Runtime::load(&settings.onnxruntime, options)?;
+fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Opened) -> Result<Loader, ServeError> {
     let store = Store::open(&settings.store_dir, settings.store_max)
-        .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?;
-    let library = settings.onnxruntime.clone();
-    let preparer = Preparer::new(program, library, settings.prepare_within, settings.prepare_parallel);
-    let devices = settings.devices.iter().map(|device| Ok(open_device(device)? as Arc<dyn Device>));
-    let devices = devices.collect::<Result<Vec<_>, ServeError>>()?;
+        .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?
+        .with_flavour(opened.flavour.clone());
+    let devices: Vec<_> = opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect();
     let memory = Memory::open(&settings.memory_dir, settings.host_memory, weights_ready(&devices))
         .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
+    let (library, target) = (settings.onnxruntime.clone(), opened.target);
+    // A GPU has room for one model that is being prepared, beside those that are served.
+    let parallel = if target == Target::Cpu { settings.prepare_parallel } else { 1 };
+    let preparer = Preparer::new(program, library, target, settings.prepare_within, parallel);
     Ok(Loader {
         store,
         preparer,
@@ -155,28 +172,14 @@ fn weights_ready(devices: &[Arc<dyn Device>]) -> Ready {
     })
 }
 
-fn open_device(settings: &DeviceSettings) -> Result<Arc<HostDevice>, ServeError> {
-    let config = HostConfig {
-        name: settings.name.clone(),
-        capacity: settings.memory,
-        chunk: settings.chunk,
-        link_bytes_per_second: settings.link_mib_per_s.map(|mib| mib.saturating_mul(1 << 20)),
-        populate: true,
-    };
-    let device =
-        HostDevice::new(config).map_err(|source| ServeError::Device { name: settings.name.clone(), source })?;
-    tracing::info!(name = settings.name, memory = %device.info().capacity, lanes = settings.lanes, "device");
-    Ok(device)
-}
-
-fn devices(settings: &Settings, loader: &Loader, mailbox: &Arc<Mailbox>) -> Result<Vec<DeviceEntry>, ServeError> {
-    let entry = |(settings, device): (&DeviceSettings, &Arc<dyn Device>)| {
+fn lanes(opened: Opened, mailbox: &Arc<Mailbox>) -> Result<Vec<DeviceEntry>, ServeError> {
+    let entry = |(settings, device): (DeviceSettings, Arc<dyn Device>)| {
         let lane = |lane| Lane::start(&format!("lane-{}-{lane}", settings.name), Arc::clone(mailbox));
         let lanes = (0..settings.lanes).map(lane).collect::<io::Result<_>>();
         let lanes = lanes.map_err(ServeError::io("starting a lane"))?;
-        Ok(DeviceEntry { device: Arc::clone(device), lanes, lost: false })
+        Ok(DeviceEntry { device, lanes, lost: false })
     };
-    settings.devices.iter().zip(&loader.devices).map(entry).collect()
+    opened.devices.into_iter().map(entry).collect()
 }
 
 async fn listen_to_threads(core: Rc<RefCell<Core>>, mailbox: Arc<Mailbox>) {
@@ -200,6 +203,18 @@ async fn ring_alarms(core: Rc<RefCell<Core>>) {
                 }
                 () = changed.notified() => {}
             },
+        }
+    }
+}
+
+/// Keeps the loop awake, for a moment, for a request that is about to come: to be woken takes longer than to schedule it.
+async fn look_for_expected(core: Rc<RefCell<Core>>) {
+    let expected = Rc::clone(&core.borrow().expected);
+    loop {
+        expected.notified().await;
+        let until = Instant::now() + EXPECTED_LOOKS_FOR;
+        while Instant::now() < until && !core.borrow().is_busy() {
+            tokio::task::yield_now().await;
         }
     }
 }

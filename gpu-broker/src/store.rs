@@ -47,12 +47,14 @@ impl Contents {
 pub struct Store {
     dir: PathBuf,
     max: Bytes,
+    /// What prepared models are for.
+    flavour: String,
 }
 
 impl Store {
     /// Makes the folder where needed, and removes what an earlier process left unfinished.
     pub fn open(dir: &Path, max: Bytes) -> io::Result<Self> {
-        let store = Self { dir: dir.to_owned(), max };
+        let store = Self { dir: dir.to_owned(), max, flavour: std::env::consts::ARCH.to_owned() };
         fs::create_dir_all(store.dir.join("models"))?;
         fs::create_dir_all(store.dir.join("prepared"))?;
         let drafts = store.dir.join("drafts");
@@ -63,15 +65,20 @@ impl Store {
         Ok(store)
     }
 
+    /// The same store, whose prepared models are for machines of this kind.
+    pub fn with_flavour(self, flavour: String) -> Self {
+        Self { flavour, ..self }
+    }
+
     /// Folder of an uploaded model.
     pub fn model_dir(&self, model: &ModelDigest) -> PathBuf {
         self.dir.join("models").join(model.hex())
     }
 
-    /// Folder of the prepared model for this processor, this ONNX Runtime and this engine.
+    /// Folder of the prepared model for this kind of machine, this ONNX Runtime and this engine.
     pub fn prepared_dir(&self, model: &ModelDigest) -> PathBuf {
-        let arch = std::env::consts::ARCH;
-        self.dir.join("prepared").join(format!("{}-{arch}-ort{ORT_VERSION}-v{MANIFEST_VERSION}", model.hex()))
+        let (hex, flavour) = (model.hex(), &self.flavour);
+        self.dir.join("prepared").join(format!("{hex}-{flavour}-ort{ORT_VERSION}-v{MANIFEST_VERSION}"))
     }
 
     /// A folder of one's own for something unfinished.

@@ -63,6 +63,7 @@ pub struct Telemetry {
     swaps_in: Family<ByDevice, Counter>,
     swaps_out: Family<ByDevice, Counter>,
     swap_failures: Family<ByDevice, Counter>,
+    devices_lost: Family<ByDevice, Counter>,
     swapped_in: Family<ByDevice, Counter<u64, AtomicU64>>,
     swap_in: Family<ByDevice, Histogram, fn() -> Histogram>,
     device_used: Family<ByDevice, Level>,
@@ -108,6 +109,7 @@ impl Telemetry {
             swaps_in: Family::default(),
             swaps_out: Family::default(),
             swap_failures: Family::default(),
+            devices_lost: Family::default(),
             swapped_in: Family::default(),
             swap_in: Family::new_with_constructor(seconds),
             device_used: Family::default(),
@@ -137,6 +139,7 @@ impl Telemetry {
         r.register("swaps_in", "Models brought to a device", self.swaps_in.clone());
         r.register("swaps_out", "Models taken off a device", self.swaps_out.clone());
         r.register("swap_failures", "Swaps that failed", self.swap_failures.clone());
+        r.register("devices_lost", "Devices that failed for good", self.devices_lost.clone());
         r.register_with_unit("swapped_in", "Weights copied to a device", Unit::Bytes, self.swapped_in.clone());
         r.register_with_unit("swap_in", "Time to bring a model to a device", Unit::Seconds, self.swap_in.clone());
         r.register_with_unit("device_used", "Device memory charged to models", Unit::Bytes, self.device_used.clone());
@@ -191,6 +194,10 @@ impl Telemetry {
 
     pub(crate) fn swapped_out(&self, device: &str) {
         self.swaps_out.get_or_create(&ByDevice { device: device.to_owned() }).inc();
+    }
+
+    pub(crate) fn device_lost(&self, device: &str) {
+        self.devices_lost.get_or_create(&ByDevice { device: device.to_owned() }).inc();
     }
 
     pub(crate) fn swap_failed(&self, device: &str) {

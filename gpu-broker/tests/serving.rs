@@ -16,7 +16,7 @@ mod common;
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use common::{Broker, Client, digest, model::Linear, spec, wait_for};
-use faaswap_protocol::{FromBroker, Refusal, ToBroker};
+use faaswap_protocol::{FromBroker, FunctionId, Refusal, ToBroker};
 
 const TWO_SMALL_DEVICES: &str = "[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"\nlink_mib_per_s = 200\n\
                                  [[device]]\nmemory = \"768KiB\"\nchunk = \"64KiB\"\nlanes = 2";
@@ -48,6 +48,26 @@ fn every_answer_is_right_while_more_models_than_fit_swap_over_two_devices() {
     assert_eq!(residencies.len(), 2, "some were resident, some were swapped in");
     assert!(broker.metric("faaswap_swaps_in_total{device=\"host0\"}") >= 1.0);
     assert!(broker.metric("faaswap_swaps_in_total{device=\"host1\"}") >= 1.0);
+}
+
+#[test]
+fn hints_change_no_answer_whoever_gives_them_and_however_many() {
+    let broker = Broker::start(TWO_SMALL_DEVICES);
+    let model = Linear { size: 128, seed: 3 };
+    let mut client = Client::greeted(&broker);
+    let function = client.register_file("hinted", &model.write(broker.dir.path())).unwrap();
+    let input = model.input(1);
+    for hints in [0, 1, 500] {
+        for _ in 0..hints {
+            client.say(&ToBroker::Expect { function }, &[]);
+            client.say(&ToBroker::Expect { function: FunctionId(u32::MAX) }, &[]);
+        }
+        client.ask(function, &[1, 128], &input);
+        assert_eq!(client.answer().1.unwrap().floats(), model.expected(&input), "after {hints} hints");
+    }
+    let mut stranger = Client::greeted(&broker);
+    stranger.say(&ToBroker::Expect { function }, &[]);
+    assert!(stranger.is_served());
 }
 
 /// Mapped bytes and capacity of each device, now and then.
@@ -132,7 +152,7 @@ fn a_request_refused_for_its_shape_says_what_was_expected() {
     client.ask(function, &[1, 65], &[0.0; 65]);
     let refusal = client.answer().1.err().unwrap();
     assert!(refusal.to_string().contains("x FP32[-1,64] is expected, FP32 [1,65] came"), "{refusal}");
-    client.ask(faaswap_protocol::FunctionId(99), &[1, 64], &[0.0; 64]);
+    client.ask(FunctionId(99), &[1, 64], &[0.0; 64]);
     assert_eq!(client.answer().1.err(), Some(Refusal::UnknownFunction));
     client.ask(function, &[2, 64], &[0.0; 128]);
     assert_eq!(client.answer().1.unwrap().floats().len(), 128, "any batch is accepted");

@@ -88,6 +88,8 @@ pub const HEAVY_THREADS_MAX: usize = 2;
 pub const BLOCKING_THREADS_MAX: usize = 6;
 /// Request bodies of the largest size that may be in memory together.
 pub const BODIES_OF_MAX_SIZE: usize = 4;
+/// Inputs of at least so many bytes are announced to the broker before they are written.
+pub const ANNOUNCED_FROM: u64 = 128 << 10;
 /// What a client that is told to come back should wait, in seconds.
 pub const RETRY_AFTER_S: u64 = 1;
 /// Idle connections kept to the handler behind the sidecar.

@@ -155,6 +155,15 @@ impl Broker {
         Client::new(self.admin, PAGE_WITHIN).get(path)?.json()
     }
 
+    /// Makes a device fail for good; `test_faults` must be set.
+    pub fn fail_device(&self, name: &str) -> Result<()> {
+        let path = format!("/v1/devices/{name}/fail");
+        match Client::new(self.admin, PAGE_WITHIN).post(&path, &[], &[])? {
+            reply if reply.status == 200 => Ok(()),
+            reply => Err(Trouble::new(format!("{name} does not fail: {}", reply.text()))),
+        }
+    }
+
     /// The sum of a metric over all its labels; 0 where it has not been counted yet.
     pub fn metric(&self, name: &str) -> Result<f64> {
         let text = Client::new(self.admin, PAGE_WITHIN).get("/metrics")?.text();

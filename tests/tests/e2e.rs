@@ -124,6 +124,35 @@ fn a_killed_broker_costs_no_answer_and_service_resumes_by_itself() {
     assert!(on_list(&broker, "steady").is_some(), "the function has registered again");
 }
 
+#[test]
+fn functions_of_a_lost_device_go_to_the_other_and_without_any_the_broker_starts_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut broker = broker(&["16MiB", "16MiB"], &["test_faults = true"]);
+    let known = Known::new(folder.path(), "mobile", &models::matmul(SIZE, 1), 1, 1);
+    let sidecar = known.start(&broker, "mobile");
+    let process = broker.process().id();
+    known.must_answer(&sidecar);
+    for lost in ["host0", "host1"] {
+        broker.fail_device(lost).unwrap();
+        // What was running there may be refused; what comes later is not.
+        wait_for("an answer", SOON, || Ok(matches!(known.ask(&sidecar), Outcome::Answered(_)).then_some(()))).unwrap();
+        for _ in 0..20 {
+            known.must_answer(&sidecar);
+        }
+    }
+    assert_eq!(broker.process().ended(), None, "the process has replaced itself");
+    assert_eq!(broker.process().id(), process);
+    let devices = broker.admin("/v1/devices").unwrap();
+    assert!(devices.as_array().unwrap().iter().all(|device| device["lost"] == false), "{devices}");
+}
+
+#[test]
+fn devices_fail_on_request_only_where_that_is_configured() {
+    let broker = broker(&["16MiB"], &[]);
+    let refused = broker.fail_device("host0").unwrap_err();
+    assert!(refused.to_string().contains("test_faults is off"), "{refused}");
+}
+
 fn wait_for_more(count: &AtomicUsize) {
     let goal = count.load(Ordering::Relaxed) + 50;
     wait_for("more answers", SOON, || Ok((count.load(Ordering::Relaxed) >= goal).then_some(()))).unwrap();

@@ -5,6 +5,7 @@
 //! events of the link: a program may be launched as soon as all copies of its weights are *queued*.
 
 mod arena;
+mod device;
 mod driver;
 mod kernels;
 mod lane;
@@ -16,6 +17,7 @@ mod probe;
 mod queue;
 mod rewrite;
 mod shared;
+mod source;
 
 use std::{
     collections::HashMap,
@@ -40,6 +42,7 @@ use self::{
     pool::Pool,
     queue::{Event, Queue},
     shared::{Job, Range, Shared, Swap},
+    source::Source,
 };
 pub use self::{
     lane::{Constants, IO_BYTES_MAX, Program, Run},
@@ -47,8 +50,8 @@ pub use self::{
     shared::SWAPS_QUEUED_MAX,
 };
 use crate::{
-    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, PciAddress, RangeId, Stream, SwapReport,
-    range::{State, Step, addresses, count_groups},
+    DeviceError, DeviceInfo, Group, OnDone, RangeId, Stream, SwapReport,
+    range::{State, Step, count_groups},
 };
 
 /// The CUDA version that a driver must support at least, in the driver's way of writing it.
@@ -79,6 +82,8 @@ pub struct CudaConfig {
     pub lanes: usize,
     /// Most scratch memory of one lane.
     pub scratch_max: Bytes,
+    /// Other GPUs, by the driver's count, that may bring weights from this one's memory.
+    pub peers: Vec<u32>,
 }
 
 impl CudaConfig {
@@ -92,8 +97,14 @@ impl CudaConfig {
             chunk: CHUNK_DEFAULT,
             lanes: 8,
             scratch_max: SCRATCH_MAX_DEFAULT,
+            peers: Vec::new(),
         }
     }
+}
+
+/// Whether this machine has a CUDA driver, of whatever version.
+pub fn is_present() -> bool {
+    driver::is_present()
 }
 
 /// How many GPUs are visible; an error says what is missing.
@@ -146,7 +157,8 @@ impl CudaDevice {
         let chunk = config.chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
         let (free, total) = context.memory()?;
         let wanted = config.memory.unwrap_or_else(|| free.checked_sub(config.reserve).unwrap_or(Bytes::ZERO));
-        let pool = Pool::new(&context, wanted, chunk)?;
+        let peers: Vec<_> = config.peers.iter().filter_map(|&peer| i32::try_from(peer).ok()).collect();
+        let pool = Pool::new(&context, wanted, chunk, &peers)?;
         let capacity = pool.size();
         if capacity == Bytes::ZERO {
             return Err(DeviceError::OutOfMemory { needed: wanted.max(config.chunk), free });
@@ -163,9 +175,8 @@ impl CudaDevice {
         let memory = Arc::new(Memory { lanes, kernels, constants, owners: AtomicU64::new(0) });
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
-        let copies = Queue::new(&context)?;
-        let shared = Arc::new(Shared::new(info, context));
-        let threads = start_threads(&shared, pool, copies)?;
+        let shared = Arc::new(Shared::new(info, context, &pool));
+        let threads = start_threads(&shared, pool)?;
         let threads = Mutex::new(threads);
         Ok(Arc::new(Self { shared, memory, dummy, binding: Mutex::new(()), ordinal, threads }))
     }
@@ -173,6 +184,11 @@ impl CudaDevice {
     /// The driver's number of this GPU.
     pub fn ordinal(&self) -> i32 {
         self.ordinal
+    }
+
+    /// The GPU's compute capability, 90 for 9.0: kernels chosen on one suit all of a kind.
+    pub fn capability(&self) -> Result<i32, DeviceError> {
+        self.shared.context.capability()
     }
 
     /// Makes this GPU the one that the calling thread's libraries work on.
@@ -297,6 +313,27 @@ impl CudaDevice {
         self.shared.context.read(address as u64, into)
     }
 
+    fn queue_in(
+        &self,
+        range: RangeId,
+        size: Bytes,
+        source: Source,
+        groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        let count = count_groups(&groups, size)?;
+        let check = |range: &mut Range| {
+            if size != range.weights {
+                return Err(DeviceError::Invalid("the weights have another size than the range"));
+            }
+            if range.state == State::Out {
+                (range.groups, range.recorded, range.failed) = (count, 0, None);
+            }
+            Ok(())
+        };
+        self.queue(range, Step::AskIn, check, Swap::In { source, groups, done })
+    }
+
     fn queue(
         &self,
         range: RangeId,
@@ -326,7 +363,7 @@ fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), Dev
     zeroed.and(addresses.unmap(0, len))
 }
 
-fn start_threads(shared: &Arc<Shared>, pool: Pool, copies: Queue) -> Result<Vec<JoinHandle<()>>, DeviceError> {
+fn start_threads(shared: &Arc<Shared>, pool: Pool) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let failed = |e: std::io::Error| DeviceError::Failed { call: "starting the link's threads", reason: e.to_string() };
     let (ends, copying) = sync_channel(link::AHEAD_MAX);
     let finishing = Arc::clone(shared);
@@ -334,138 +371,11 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, copies: Queue) -> Result<Vec<
         .name(format!("ends-{}", shared.info.name))
         .spawn(move || link::finish(&finishing, &copying))
         .map_err(failed)?;
+    let copies = Queue::new(&shared.context)?;
     let link = Link { shared: Arc::clone(shared), pool, copies, ends };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
     Ok(vec![link, finish])
-}
-
-impl Device for CudaDevice {
-    fn info(&self) -> &DeviceInfo {
-        &self.shared.info
-    }
-
-    fn memory(&self) -> DeviceMemory {
-        let mapped = Bytes::new(self.shared.mapped.load(Ordering::SeqCst));
-        DeviceMemory { capacity: self.shared.info.capacity, mapped }
-    }
-
-    fn reserve(&self, weights: Bytes) -> Result<RangeId, DeviceError> {
-        let DeviceInfo { capacity, chunk, .. } = self.shared.info;
-        let len = addresses(weights, chunk).ok_or(DeviceError::Invalid("more weights than can be"))?;
-        if len > capacity {
-            return Err(DeviceError::OutOfMemory { needed: len, free: capacity });
-        }
-        let len = len.as_len().ok_or(DeviceError::Invalid("more weights than can be"))?;
-        drop(self.shared.books()?);
-        let addresses = Arc::new(Addresses::reserve(&self.shared.context, len)?);
-        self.shared.books()?.ranges.insert(Range {
-            addresses,
-            weights,
-            state: State::Out,
-            groups: 0,
-            recorded: 0,
-            events: Vec::new(),
-            failed: None,
-            chunks: Vec::new(),
-            lent: false,
-            unfinished: false,
-            readers: 0,
-        })
-    }
-
-    fn release(&self, range: RangeId) -> Result<(), DeviceError> {
-        let mut books = self.shared.books()?;
-        let found = books.ranges.get(range)?;
-        if found.state != State::Out || found.lent {
-            return Err(DeviceError::State { range, state: found.state.name(), wanted: State::Out.name() });
-        }
-        let removed = books.ranges.remove(range);
-        drop(books);
-        drop(removed);
-        Ok(())
-    }
-
-    fn address(&self, range: RangeId) -> Result<usize, DeviceError> {
-        let base = self.shared.books()?.ranges.get(range)?.addresses.base();
-        usize::try_from(base).map_err(|_| DeviceError::Invalid("an address that does not fit"))
-    }
-
-    fn swap_in(
-        &self,
-        range: RangeId,
-        weights: Arc<HostWeights>,
-        groups: Arc<[Group]>,
-        done: OnDone<SwapReport>,
-    ) -> Result<(), DeviceError> {
-        let (size, count) = (weights.size(), count_groups(&groups, weights.size())?);
-        let check = |range: &mut Range| {
-            if size != range.weights {
-                return Err(DeviceError::Invalid("the weights have another size than the range"));
-            }
-            if range.state == State::Out {
-                (range.groups, range.recorded, range.failed) = (count, 0, None);
-            }
-            Ok(())
-        };
-        self.queue(range, Step::AskIn, check, Swap::In { weights, groups, done })
-    }
-
-    fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError> {
-        self.queue(range, Step::AskOut, |_| Ok(()), Swap::Out { done })
-    }
-
-    fn await_group(&self, range: RangeId, group: u32, stream: Stream) -> Result<(), DeviceError> {
-        if stream == Stream::CALLER {
-            self.shared.wait_recorded(range, group)?;
-            let event = self.shared.books()?.event(&self.shared.context, range, group)?;
-            let waited = event.wait();
-            return self.shared.noted(waited);
-        }
-        // SAFETY: the engine names the stream of a kernel that is being run.
-        let captured = unsafe { queue::is_captured(stream.0) }?;
-        if !captured {
-            self.shared.wait_recorded(range, group)?;
-            if self.shared.books()?.ranges.get(range)?.lent {
-                return Ok(());
-            }
-        }
-        let event = self.shared.books()?.event(&self.shared.context, range, group)?;
-        // SAFETY: as above.
-        self.shared.noted(unsafe { queue::wait_on(stream.0, &event, captured) })
-    }
-
-    fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
-        let base = {
-            let mut books = self.shared.books()?;
-            let found = books.ranges.get(range)?;
-            if found.state != State::Resident {
-                let (state, wanted) = (found.state.name(), State::Resident.name());
-                return Err(DeviceError::State { range, state, wanted });
-            }
-            let end = offset.checked_add(Bytes::of_len(into.len()).get());
-            if end.is_none_or(|end| end > found.weights.get()) {
-                return Err(DeviceError::Invalid("the weights end before what is to be read"));
-            }
-            found.readers += 1;
-            found.addresses.base()
-        };
-        let read = if into.is_empty() { Ok(()) } else { self.shared.context.read(base + offset, into) };
-        self.shared.change(range, |range| range.readers -= 1);
-        self.shared.noted(read)
-    }
-
-    fn pci_address(&self) -> Option<PciAddress> {
-        self.shared.noted(self.shared.context.pci_address()).ok()
-    }
-
-    fn as_cuda(&self) -> Option<&CudaDevice> {
-        Some(self)
-    }
-
-    fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {
-        self.shared.noted(weights.register(&self.shared.context))
-    }
 }
 
 impl Drop for CudaDevice {

@@ -128,6 +128,14 @@ impl Device for HostDevice {
         &self.shared.info
     }
 
+    fn is_lost(&self) -> bool {
+        self.shared.is_lost()
+    }
+
+    fn fail(&self) {
+        self.lose();
+    }
+
     fn memory(&self) -> DeviceMemory {
         let mapped = Bytes::new(AtomicU64::load(&self.shared.mapped, Ordering::SeqCst));
         DeviceMemory { capacity: self.shared.info.capacity, mapped }

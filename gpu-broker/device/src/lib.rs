@@ -126,6 +126,12 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// What this device is.
     fn info(&self) -> &DeviceInfo;
 
+    /// Whether the device has failed for good.
+    fn is_lost(&self) -> bool;
+
+    /// Makes the device fail for good, as hardware may: for tests of what happens then.
+    fn fail(&self);
+
     /// Memory by the device's own count.
     fn memory(&self) -> DeviceMemory;
 
@@ -148,6 +154,21 @@ pub trait Device: Send + Sync + fmt::Debug {
         groups: Arc<[Group]>,
         done: OnDone<SwapReport>,
     ) -> Result<(), DeviceError>;
+
+    /// As [`Device::swap_in`], from another device that holds the same weights in `held`, where the two can reach each
+    /// other; from host memory where they cannot, or where `held` is not wholly there. The weights stay in `held` until
+    /// the copies have ended: a swap-out of it waits for them.
+    fn swap_in_from(
+        &self,
+        (holder, held): (&dyn Device, RangeId),
+        range: RangeId,
+        weights: Arc<HostWeights>,
+        groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        let _ = (holder, held);
+        self.swap_in(range, weights, groups, done)
+    }
 
     /// Queues: take the memory away from the range. The caller sees to it that nothing runs on it.
     fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError>;

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 3;
+pub const MANIFEST_VERSION: u32 = 4;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -59,6 +59,8 @@ pub struct Manifest {
     pub target: Target,
     /// Why the model's program does not outlive its session on a GPU; `None` where it was seen to.
     pub keep_session: Option<String>,
+    /// Whether it has convolutions: only these have layouts to choose from.
+    pub has_convolutions: bool,
     /// What the model takes and gives.
     pub signature: Signature,
     /// Size of the flat weights.
@@ -85,7 +87,17 @@ pub struct Manifest {
     pub trial_max_abs_diff: Option<f64>,
 }
 
+/// A session that must be kept counts as so many percent of the run's time more: it takes device memory for good.
+const KEPT_SESSION_PERCENT: u64 = 30;
+
 impl Manifest {
+    /// How dear the model is when prepared in this way, to choose between ways: how long it runs, and more where its
+    /// session must be kept. The largest where it was not tried.
+    pub fn cost(&self) -> u64 {
+        let percent = if self.keep_session.is_some() { 100 + KEPT_SESSION_PERCENT } else { 100 };
+        self.trial_run_us.map_or(u64::MAX, |us| us.saturating_mul(percent) / 100)
+    }
+
     fn check(&self) -> Result<(), String> {
         if self.version != MANIFEST_VERSION {
             return Err(format!("its version is {}, not {MANIFEST_VERSION}", self.version));

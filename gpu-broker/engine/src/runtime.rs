@@ -129,6 +129,11 @@ impl Runtime {
         Ok(builder.with_execution_providers([provider.build().error_on_failure()])?)
     }
 
+    /// Sees whether kernels for this target can be had at all: a GPU's need libraries of the machine's.
+    pub fn check(&self, target: Target) -> Result<(), EngineError> {
+        self.builder_for(target, None).map(drop)
+    }
+
     /// Has sessions that share allocators take their memory on this GPU from our arenas. Once per GPU.
     pub(crate) fn share_device_memory(&self, device: &Arc<dyn Device>) -> Result<(), EngineError> {
         raw::share_device_memory(&self.0.environment, device)

@@ -175,6 +175,12 @@ pub enum ToBroker {
         /// Comes back.
         nonce: u64,
     },
+    /// A request of this function is about to come: its inputs are being written. A hint without an answer; a broker
+    /// that was asleep is awake by the time the request is there.
+    Expect {
+        /// Which function.
+        function: FunctionId,
+    },
 }
 
 /// What the broker says.

@@ -101,6 +101,19 @@ impl Reader {
         self.parse(key, default, parse_bytes)
     }
 
+    pub(super) fn optional_bytes(&mut self, key: &str) -> Option<Bytes> {
+        self.parse(key, None, |text| parse_bytes(text).map(Some))
+    }
+
+    /// One of these words.
+    pub(super) fn choice<T: Copy>(&mut self, key: &str, default: T, words: &[(&str, T)]) -> T {
+        self.parse(key, default, |text| {
+            let found = words.iter().find(|(word, _)| *word == text).map(|(_, meaning)| *meaning);
+            let all = || words.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(", ");
+            found.ok_or_else(|| format!("`{text}` is none of: {}", all()))
+        })
+    }
+
     pub(super) fn duration(&mut self, key: &str, default: Duration) -> Duration {
         self.parse(key, default, parse_duration)
     }

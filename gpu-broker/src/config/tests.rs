@@ -9,9 +9,9 @@ fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError>
 }
 
 #[test]
-fn an_empty_configuration_is_one_host_device() {
+fn an_empty_configuration_takes_the_devices_that_are_there() {
     let settings = load("", &[]).expect("valid");
-    assert_eq!(settings.devices, [DeviceSettings::host0()]);
+    assert_eq!((settings.devices, settings.devices_choice), (vec![], DevicesChoice::Auto));
     assert_eq!(settings.tcp_listen, None);
     assert_eq!(settings.socket, Path::new("/run/faaswap/broker.sock"));
 }
@@ -32,13 +32,31 @@ fn devices_are_read_in_order() {
     assert_eq!(devices.len(), 2);
     let first = DeviceSettings {
         name: "host0".to_owned(),
-        memory: Bytes::mib(24),
-        chunk: Bytes::kib(256),
-        link_mib_per_s: Some(200),
+        kind: DeviceKind::Host { link_mib_per_s: Some(200) },
+        memory: Some(Bytes::mib(24)),
+        chunk: Some(Bytes::kib(256)),
         lanes: 2,
     };
     assert_eq!(devices[0], first);
     assert_eq!(devices[1].name, "b");
+}
+
+#[test]
+fn gpus_are_named_by_number_and_not_mixed_with_the_host() {
+    let text = "gpu_memory = \"20GiB\"\ntf32 = false\n[[device]]\nkind = \"gpu\"\n[[device]]\nkind = \"gpu\"\ngpu = 3\n\
+                lanes = 8\nmemory = \"60GiB\"\nchunk = \"8MiB\"";
+    let settings = load(text, &[("FAASWAP_GPU_MEMORY", "25GiB")]).expect("valid");
+    assert_eq!((settings.gpu_memory, settings.tf32), (Some(Bytes::mib(25 << 10)), false));
+    assert_eq!(settings.devices[0], DeviceSettings::gpu(0));
+    let kind = DeviceKind::Gpu { ordinal: 3, reserve: cuda::RESERVE_DEFAULT };
+    let (memory, chunk) = (Some(Bytes::mib(60 << 10)), Some(Bytes::mib(8)));
+    assert_eq!(settings.devices[1], DeviceSettings { name: "cuda3".to_owned(), kind, memory, chunk, lanes: 8 });
+    let bad = "devices = \"some\"\n[[device]]\n[[device]]\nkind = \"gpu\"\nchunk = \"1MiB\"\nlink_mib_per_s = 1";
+    let all = load(bad, &[]).expect_err("invalid").0.join("\n");
+    for expected in ["`some` is none of: auto, gpu, host", "of one kind", "multiple of 2.0 MiB", "link_mib_per_s is no"]
+    {
+        assert!(all.contains(expected), "{expected} in {all}");
+    }
 }
 
 #[test]

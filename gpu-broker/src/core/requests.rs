@@ -11,7 +11,7 @@ use faaswap_scheduler::{Event, FunctionKey, Moment, RequestKey};
 
 use super::{Core, Outcome, PeerId, Request};
 use crate::{
-    lane::{AnswerRight, Ask, InputBytes, Peer, RunInput},
+    lane::{AnswerRight, Ask, InputBytes, Lane, Peer, RunInput},
     limits::{INLINE_BYTES_MAX, UNRELEASED_MAX},
 };
 
@@ -94,6 +94,20 @@ impl Core {
         let deadline = Moment(self.now().0.saturating_add(deadline));
         self.happen(Event::Arrived { request: key, function, deadline });
         Ok(())
+    }
+
+    /// A peer writes inputs: wakes whoever will be needed, while nothing else keeps them awake.
+    pub(super) fn expect(&self, from: PeerId, function: FunctionId) {
+        if !self.requests.is_empty() {
+            return;
+        }
+        let key = self.peers.get(&from).and_then(|entry| entry.functions.get(&function));
+        let model = key.and_then(|key| self.functions.get(key)).and_then(|function| self.models.get(&function.model));
+        let Some(model) = model else { return };
+        self.expected.notify_one();
+        // All lanes are idle, and the first idle one of a device is taken.
+        let lanes = model.on.iter().filter_map(|device| self.devices.get(usize::from(device.0))?.lanes.first());
+        lanes.for_each(Lane::look);
     }
 
     pub(super) fn cancel(&mut self, from: PeerId, request: RequestId) {

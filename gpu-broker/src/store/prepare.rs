@@ -4,16 +4,16 @@
 //! line of JSON on its standard output. It may die of its limits; that is the model's refusal.
 
 use std::{
-    ffi::OsString,
     fs,
     io::{self, Read},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
+    sync::Arc,
     time::Duration,
 };
 
 use faaswap_engine::{
-    Runtime, RuntimeOptions, Target,
+    CudaTarget, Manifest, Prepared, Runtime, RuntimeOptions, Target,
     prepare::{PrepareJob, PrepareLimits, limit_this_process, run},
 };
 use faaswap_protocol::{Bytes, Detail, ModelDigest, Refusal};
@@ -25,11 +25,15 @@ use tokio::{
     time::timeout,
 };
 
-use super::Store;
+use super::{Contents, Store};
 use crate::limits::{GROUP_BYTES, PREPARE_ANSWER_BYTES_MAX};
 
 /// Memory that preparing takes whatever the model: the runtime's library, its threads, folded constants.
 const MEMORY_BASE: u64 = 4 << 30;
+/// On a GPU the libraries of CUDA come on top.
+const MEMORY_BASE_ON_GPU: u64 = 16 << 30;
+/// Variables that the child needs too: where libraries are, and which GPUs there are.
+const PASSED_ON: [&str; 4] = ["LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_CACHE_PATH"];
 /// Memory per byte of the model: as it came, as it was optimized, flat, bound for the trial.
 const MEMORY_PER_BYTE: u64 = 6;
 /// Longest end of the child's complaints that is passed on.
@@ -62,14 +66,15 @@ enum Outcome {
 pub struct Preparer {
     program: PathBuf,
     library: PathBuf,
+    target: Target,
     within: Duration,
     free: Semaphore,
 }
 
 impl Preparer {
     /// `program` is this broker's own.
-    pub fn new(program: PathBuf, library: PathBuf, within: Duration, parallel: usize) -> Self {
-        Self { program, library, within, free: Semaphore::new(parallel) }
+    pub fn new(program: PathBuf, library: PathBuf, target: Target, within: Duration, parallel: usize) -> Self {
+        Self { program, library, target, within, free: Semaphore::new(parallel) }
     }
 
     /// Prepares an uploaded model, unless that was done before. `started` is called once it is this model's turn.
@@ -82,43 +87,76 @@ impl Preparer {
         started();
         let contents = store.contents(model).ok_or_else(|| failed("its files are gone"))?;
         let draft = store.draft().map_err(|e| failed(&e.to_string()))?;
-        let graph_file = contents.files.first().map(|file| file.path.clone()).unwrap_or_default();
+        let made = self.best(store.model_dir(model), &contents, &draft).await;
+        let kept = made.and_then(|made| fs::rename(made, &home).map_err(|e| failed(&e.to_string())));
+        // What is left goes at the next start at the latest.
+        let _ = fs::remove_dir_all(&draft);
+        kept
+    }
+
+    /// Prepares the model, on a GPU in each layout that may be faster; returns the folder of the best.
+    async fn best(&self, model: PathBuf, contents: &Contents, draft: &Path) -> Result<PathBuf, Refusal> {
+        let mut best: Option<(u64, PathBuf)> = None;
+        for (number, target) in layouts(self.target).into_iter().enumerate() {
+            let out = draft.join(number.to_string());
+            let prepared = self.prepare_for(target, model.clone(), contents, &out).await;
+            let manifest = match (prepared, &best) {
+                (Ok(manifest), _) => manifest,
+                // One that works is enough.
+                (Err(refusal), Some(_)) => {
+                    tracing::info!(%refusal, "a layout cannot be had");
+                    break;
+                }
+                (Err(refusal), None) => return Err(refusal),
+            };
+            let cost = manifest.cost();
+            if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+                best = Some((cost, out));
+            }
+            if !manifest.has_convolutions {
+                break;
+            }
+        }
+        best.map(|(_, folder)| folder).ok_or_else(|| failed("there is no target"))
+    }
+
+    async fn prepare_for(
+        &self,
+        target: Target,
+        model_dir: PathBuf,
+        contents: &Contents,
+        out: &Path,
+    ) -> Result<Arc<Manifest>, Refusal> {
+        fs::create_dir(out).map_err(|e| failed(&e.to_string()))?;
         let size = contents.size().get();
+        let graph_file = contents.files.first().map(|file| file.path.clone()).unwrap_or_default();
+        let (out_dir, group_bytes) = (out.to_owned(), Bytes::new(GROUP_BYTES));
         let job = ChildJob {
-            job: PrepareJob {
-                model_dir: store.model_dir(model),
-                graph_file,
-                out_dir: draft.clone(),
-                group_bytes: Bytes::new(GROUP_BYTES),
-                target: Target::Cpu,
-            },
+            job: PrepareJob { model_dir, graph_file, out_dir, group_bytes, target },
             library: self.library.clone(),
             limits: ChildLimits {
-                memory: Bytes::new(size.saturating_mul(MEMORY_PER_BYTE).saturating_add(MEMORY_BASE)),
+                memory: Bytes::new(size.saturating_mul(MEMORY_PER_BYTE).saturating_add(memory_base(target))),
                 cpu_time: self.within,
                 file_bytes: Bytes::new(size.saturating_mul(2).saturating_add(1 << 30)),
             },
         };
         let outcome = self.run_child(&job).await;
-        let kept = match outcome {
-            Ok(Outcome::Prepared) => fs::rename(&draft, &home).map_err(|e| failed(&e.to_string())),
-            Ok(Outcome::Refused(refusal)) | Err(refusal) => Err(refusal),
-        };
-        if kept.is_err() {
-            // What is left goes at the next start at the latest.
-            let _ = fs::remove_dir_all(&draft);
+        let prepared = Prepared::open(out).map(|prepared| Arc::clone(prepared.manifest()));
+        match (outcome, prepared) {
+            (Ok(Outcome::Prepared), prepared) => prepared.map_err(|e| failed(&e.to_string())),
+            // Trying whether a program outlives its session may end the process: the manifest says that it does not.
+            (Err(_), Ok(manifest)) if target != Target::Cpu => Ok(manifest),
+            (Ok(Outcome::Refused(refusal)) | Err(refusal), _) => Err(refusal),
         }
-        kept
     }
 
     async fn run_child(&self, job: &ChildJob) -> Result<Outcome, Refusal> {
         let text = serde_json::to_vec(job).map_err(|e| failed(&e.to_string()))?;
-        let loader: Option<(OsString, OsString)> =
-            std::env::var_os("LD_LIBRARY_PATH").map(|path| ("LD_LIBRARY_PATH".into(), path));
+        let passed_on = PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
         let mut child = Command::new(&self.program)
             .arg("prepare")
             .env_clear()
-            .envs(loader)
+            .envs(passed_on)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -164,6 +202,23 @@ impl Preparer {
     }
 }
 
+/// The ways of preparing a model for a target.
+fn layouts(target: Target) -> Vec<Target> {
+    match target {
+        Target::Cpu => vec![Target::Cpu],
+        Target::Cuda(cuda) => {
+            [false, true].map(|channels_last| Target::Cuda(CudaTarget { channels_last, ..cuda })).to_vec()
+        }
+    }
+}
+
+fn memory_base(target: Target) -> u64 {
+    match target {
+        Target::Cpu => MEMORY_BASE,
+        Target::Cuda(_) => MEMORY_BASE_ON_GPU,
+    }
+}
+
 fn failed(reason: &str) -> Refusal {
     Refusal::ModelRejected { reason: Detail::from(format!("preparing it failed: {reason}")) }
 }
@@ -176,7 +231,8 @@ pub fn child() -> Result<(), String> {
     io::stdin().read_to_string(&mut text).map_err(|e| e.to_string())?;
     let job: ChildJob = serde_json::from_str(&text).map_err(|e| e.to_string())?;
     let ChildLimits { memory, cpu_time, file_bytes } = job.limits;
-    limit_this_process(&PrepareLimits { memory, cpu_time, file_bytes }).map_err(|e| e.to_string())?;
+    let on_gpu = job.job.target != Target::Cpu;
+    limit_this_process(&PrepareLimits { memory, on_gpu, cpu_time, file_bytes }).map_err(|e| e.to_string())?;
     let runtime = Runtime::load(&job.library, RuntimeOptions::default()).map_err(|e| e.to_string())?;
     let outcome = match run(&runtime, &job.job) {
         Ok(_) => Outcome::Prepared,

@@ -29,7 +29,7 @@ use super::{
     room::{NoPlace, Place, Room, Waiting},
     socket::{Frames, LinkError, Socket, Writer},
 };
-use crate::limits::{PING_EVERY, PING_IDLE_EVERY, SILENCE_MAX};
+use crate::limits::{ANNOUNCED_FROM, PING_EVERY, PING_IDLE_EVERY, SILENCE_MAX};
 
 type Reply = Result<InferAnswer, Refusal>;
 
@@ -149,6 +149,7 @@ impl Link {
         let payload = match (&self.slab, slot) {
             (Some(slab), Some(slot)) => {
                 let region = slab.request_region(slot).map_err(|_| Attempt::Lost)?;
+                self.announce(layout.total);
                 fill(&region, request, &layout).map_err(|_| Attempt::Lost)?;
                 Vec::new()
             }
@@ -211,6 +212,13 @@ impl Link {
             return Err(Attempt::TooLarge { needed: max + 1, size: max });
         }
         Ok(answer)
+    }
+
+    /// Lets the broker wake up while inputs are written, where that takes long enough.
+    fn announce(&self, bytes: u64) {
+        if bytes >= ANNOUNCED_FROM {
+            self.tell(&ToBroker::Expect { function: self.function });
+        }
     }
 
     /// Sends a message that nobody waits for; on a connection that is over it goes nowhere.

@@ -346,6 +346,7 @@ impl Peer {
                 Ok(())
             }
             ToBroker::Ping { nonce } => self.say(FromBroker::Pong { nonce }).await,
+            ToBroker::Expect { .. } => Ok(()),
             ToBroker::Unregister { .. } => Ok(()),
         }
     }

@@ -180,8 +180,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
     let prepared = prepare_all(&all, &models.join("prepared"));
     println!("prepared {} in {:.0} s", prepared.len(), start.elapsed().as_secs_f64());
     let start = Instant::now();
-    let device: Arc<dyn Device> =
-        CudaDevice::open(&CudaConfig { memory: Some(MEMORY), ..CudaConfig::new("cuda0", 0) })?;
+    let device: Arc<dyn Device> = CudaDevice::open(&CudaConfig { memory: Some(MEMORY), ..model::config(0)? })?;
     println!("opened {} in {:.2} s", device.info().capacity, start.elapsed().as_secs_f64());
     let cuda = device.as_cuda().ok_or("no GPU")?;
     let mut mapping = Vec::new();

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, mpsc},
 };
 
-use faaswap_device::{Device, DeviceError, HostWeights, SwapReport};
+use faaswap_device::{Device, DeviceError, HostWeights, SwapReport, cuda::CudaConfig};
 use faaswap_engine::{
     Bound, CudaTarget, Input, InputData, Place, Prepared, Runtime, RuntimeOptions, Target,
     prepare::{self, PrepareJob},
@@ -183,4 +183,28 @@ pub(crate) fn found(models: &Path) -> Result<Vec<(String, PathBuf)>> {
     }
     found.sort();
     Ok(found)
+}
+
+/// The usual device, with a chunk size of `FAASWAP_GPU_CHUNK_MIB` where that is set.
+pub(crate) fn config(ordinal: u32) -> Result<CudaConfig> {
+    let mut config = CudaConfig::new(format!("cuda{ordinal}"), ordinal);
+    if let Ok(mib) = std::env::var("FAASWAP_GPU_CHUNK_MIB") {
+        config.chunk = Bytes::mib(mib.parse()?);
+    }
+    Ok(config)
+}
+
+/// The prepared models in a folder, each in its better layout, by name.
+pub(crate) fn prepared(folder: &Path) -> Result<Vec<(String, Prepared)>> {
+    let mut best: std::collections::BTreeMap<String, Prepared> = std::collections::BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let full = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let (Some((name, _)), Ok(found)) = (full.rsplit_once('-'), Prepared::open(&path)) else { continue };
+        let cost = |of: &Prepared| of.manifest().cost();
+        if best.get(name).is_none_or(|known| cost(&found) < cost(known)) {
+            best.insert(name.to_owned(), found);
+        }
+    }
+    Ok(best.into_iter().collect())
 }

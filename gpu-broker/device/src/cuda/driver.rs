@@ -54,8 +54,7 @@ pub(super) fn tell(call: &'static str, result: cu::CUresult) {
 
 /// Starts the driver; says what is missing where there is none.
 pub(super) fn start() -> Result<(), DeviceError> {
-    // SAFETY: looking for the library runs its initializers; it is the driver that the operator has installed.
-    if !unsafe { cu::is_culib_present() } {
+    if !is_present() {
         let reason = "libcuda.so.1 is not there: is the NVIDIA driver installed, and visible in this container?";
         return Err(DeviceError::Failed { call: "loading the CUDA driver", reason: reason.to_owned() });
     }
@@ -71,6 +70,12 @@ pub(super) fn start() -> Result<(), DeviceError> {
         return Err(DeviceError::Failed { call: "loading the CUDA driver", reason });
     }
     Ok(())
+}
+
+/// Whether the driver's library can be found at all.
+pub(super) fn is_present() -> bool {
+    // SAFETY: looking for the library runs its initializers; it is the driver that the operator has installed.
+    unsafe { cu::is_culib_present() }
 }
 
 /// How many GPUs there are.
@@ -135,6 +140,14 @@ impl Context {
         Ok(String::from_utf8_lossy(&text[..end]).into_owned())
     }
 
+    /// Whether another GPU can read this one's memory by itself.
+    pub(super) fn is_reached_by(&self, other: i32) -> Result<bool, DeviceError> {
+        let mut can = 0;
+        // SAFETY: the driver writes an int; it checks the devices.
+        let result = unsafe { cu::cuDeviceCanAccessPeer(&raw mut can, other, self.device) };
+        check("cuDeviceCanAccessPeer", result).map(|()| can != 0)
+    }
+
     /// Where the GPU sits on its bus.
     pub(super) fn pci_address(&self) -> Result<PciAddress, DeviceError> {
         let mut text = [0_u8; 32];
@@ -143,10 +156,6 @@ impl Context {
         check("cuDeviceGetPCIBusId", unsafe { cu::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), len, self.device) })?;
         let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
         String::from_utf8_lossy(&text[..end]).parse()
-    }
-
-    fn location(&self) -> cu::CUmemLocation {
-        cu::CUmemLocation { type_: cu::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: self.device }
     }
 
     fn properties(&self) -> cu::CUmemAllocationProp {
@@ -159,10 +168,23 @@ impl Context {
         cu::CUmemAllocationProp {
             type_: cu::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
             requestedHandleTypes: cu::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
-            location: self.location(),
+            location: location(self.device),
             win32HandleMetaData: ptr::null_mut(),
             allocFlags: flags,
         }
+    }
+
+    /// The compute capability: 90 for 9.0.
+    pub(super) fn capability(&self) -> Result<i32, DeviceError> {
+        use cu::CUdevice_attribute as A;
+        let ask = |attribute| {
+            let mut value = 0;
+            // SAFETY: the driver writes an int; the device is one of its own.
+            let result = unsafe { cu::cuDeviceGetAttribute(&raw mut value, attribute, self.device) };
+            check("cuDeviceGetAttribute", result).map(|()| value)
+        };
+        let major = ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        Ok(major * 10 + ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
     }
 
     /// What physical memory comes in multiples of.
@@ -204,6 +226,10 @@ impl Drop for Context {
         // SAFETY: it was retained once, by us.
         tell("cuDevicePrimaryCtxRelease", unsafe { cu::cuDevicePrimaryCtxRelease_v2(self.device) });
     }
+}
+
+fn location(device: i32) -> cu::CUmemLocation {
+    cu::CUmemLocation { type_: cu::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: device }
 }
 
 /// Physical device memory, reachable nowhere until it is mapped.
@@ -270,11 +296,21 @@ impl Addresses {
 
     /// Lets the device read and write what is mapped there.
     pub(super) fn open(&self, offset: usize, len: usize) -> Result<(), DeviceError> {
+        let flags = cu::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        self.grant(self.context.device, flags, offset, len)
+    }
+
+    /// Lets another GPU read what is mapped there.
+    pub(super) fn open_to(&self, other: i32, offset: usize, len: usize) -> Result<(), DeviceError> {
+        use cu::CUmemAccess_flags as F;
+        // Not every driver knows mappings that are read only.
+        let read_only = self.grant(other, F::CU_MEM_ACCESS_FLAGS_PROT_READ, offset, len);
+        read_only.or_else(|_| self.grant(other, F::CU_MEM_ACCESS_FLAGS_PROT_READWRITE, offset, len))
+    }
+
+    fn grant(&self, to: i32, flags: cu::CUmemAccess_flags, offset: usize, len: usize) -> Result<(), DeviceError> {
         let at = self.at(offset, len)?;
-        let access = cu::CUmemAccessDesc {
-            location: self.context.location(),
-            flags: cu::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-        };
+        let access = cu::CUmemAccessDesc { location: location(to), flags };
         // SAFETY: the table has one entry.
         check("cuMemSetAccess", unsafe { cu::cuMemSetAccess(at, len, &raw const access, 1) })
     }

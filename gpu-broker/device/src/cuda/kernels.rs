@@ -24,6 +24,8 @@ pub(super) enum Work {
     Copy { to: u64, from: u64, len: usize },
     /// Writes a word of 4 bytes, or one byte, again and again.
     Fill { to: u64, value: u32, len: usize, words: bool },
+    /// Fails, and the whole context with it: for tests of what happens then.
+    Trap,
 }
 
 /// A kernel with its three arguments.
@@ -37,11 +39,11 @@ struct Call {
 pub(super) struct Kernels {
     context: Arc<Context>,
     module: usize,
-    /// `copy16`, `copy1`, `fill4`, `fill1`.
-    functions: [usize; 4],
+    /// In the order of [`NAMES`].
+    functions: [usize; NAMES.len()],
 }
 
-const NAMES: [&CStr; 4] = [c"copy16", c"copy1", c"fill4", c"fill1"];
+const NAMES: [&CStr; 5] = [c"copy16", c"copy1", c"fill4", c"fill1", c"trap"];
 /// Every thread takes the units at its own place and then at every so many further on.
 const PTX: &CStr = c"
 .version 7.0
@@ -165,6 +167,11 @@ next:
 done:
     ret;
 }
+.visible .entry trap(.param .u64 to, .param .u64 from, .param .u64 n)
+{
+    trap;
+    ret;
+}
 ";
 const THREADS: u32 = 256;
 /// Enough to keep the bus busy, few enough to leave the GPU to others.
@@ -176,7 +183,8 @@ impl Kernels {
         let mut module = ptr::null_mut();
         // SAFETY: the text is PTX and ends with zero; the driver compiles it and writes a handle, which is ours.
         check("cuModuleLoadData", unsafe { cu::cuModuleLoadData(&raw mut module, PTX.as_ptr().cast()) })?;
-        let mut kernels = Self { context: Arc::clone(context), module: module.expose_provenance(), functions: [0; 4] };
+        let mut kernels =
+            Self { context: Arc::clone(context), module: module.expose_provenance(), functions: [0; NAMES.len()] };
         for (place, name) in kernels.functions.iter_mut().zip(NAMES) {
             let mut function = ptr::null_mut();
             // SAFETY: the module is alive, the name ends with zero; the function lives as long as its module.
@@ -195,6 +203,7 @@ impl Kernels {
             Work::Copy { to, from, len } => (1, [to, from, len as u64]),
             Work::Fill { to, value, len, words: true } => (2, [to, u64::from(value), len as u64 / 4]),
             Work::Fill { to, value, len, words: false } => (3, [to, u64::from(value), len as u64]),
+            Work::Trap => (4, [0; 3]),
         };
         Call { function: self.functions[function], arguments }
     }

@@ -14,11 +14,13 @@ pub(super) struct Pool {
     /// In order, so that what is taken at once mostly lies in a row.
     free: BTreeSet<usize>,
     pub(super) chunk: usize,
+    /// Other GPUs that can read what is in it.
+    pub(super) readers: Vec<i32>,
 }
 
 impl Pool {
-    /// Takes as much memory as is wanted, or as there is.
-    pub(super) fn new(context: &Arc<Context>, wanted: Bytes, chunk: usize) -> Result<Self, DeviceError> {
+    /// Takes as much memory as is wanted, or as there is. GPUs in `peers` that can reach it may read it.
+    pub(super) fn new(context: &Arc<Context>, wanted: Bytes, chunk: usize, peers: &[i32]) -> Result<Self, DeviceError> {
         let wanted = wanted.as_len().ok_or(DeviceError::Invalid("more device memory than can be"))? / chunk;
         let mut memory = Vec::with_capacity(wanted);
         while memory.len() < wanted {
@@ -29,12 +31,18 @@ impl Pool {
             }
         }
         let window = Addresses::reserve(context, memory.len().max(1) * chunk)?;
-        let pool = Self { free: (0..memory.len()).collect(), memory, window, chunk };
+        let mut pool = Self { free: (0..memory.len()).collect(), memory, window, chunk, readers: Vec::new() };
         for (place, memory) in pool.memory.iter().enumerate() {
             pool.window.map(place * chunk, memory, chunk)?;
         }
         if !pool.memory.is_empty() {
             pool.window.open(0, pool.memory.len() * chunk)?;
+            for &peer in peers.iter().filter(|&&peer| peer != context.device) {
+                if context.is_reached_by(peer)? {
+                    pool.window.open_to(peer, 0, pool.memory.len() * chunk)?;
+                    pool.readers.push(peer);
+                }
+            }
         }
         Ok(pool)
     }

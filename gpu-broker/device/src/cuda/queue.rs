@@ -126,6 +126,15 @@ impl Queue {
         check("cuMemcpyHtoDAsync", unsafe { cu::cuMemcpyHtoDAsync_v2(to, from.cast(), len, self.raw()) })
     }
 
+    /// Copies from another device whose memory this one can reach, behind what is queued.
+    ///
+    /// # Safety
+    /// Both stretches must stay mapped, and what is read unchanged, until it is done.
+    pub(super) unsafe fn copy_across(&self, to: u64, from: u64, len: usize) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise.
+        check("cuMemcpyDtoDAsync", unsafe { cu::cuMemcpyDtoDAsync_v2(to, from, len, self.raw()) })
+    }
+
     /// Copies from the device, behind what is queued.
     ///
     /// # Safety

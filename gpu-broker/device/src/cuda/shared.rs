@@ -12,10 +12,12 @@ use faaswap_protocol::Bytes;
 
 use super::{
     driver::{Addresses, Context},
+    pool::Pool,
     queue::Event,
+    source::{Lent, Source},
 };
 use crate::{
-    DeviceError, DeviceInfo, Group, HostWeights, OnDone, RangeId, SwapReport,
+    DeviceError, DeviceInfo, Group, OnDone, RangeId, SwapReport,
     range::{State, Step},
     table::Table,
 };
@@ -24,7 +26,7 @@ use crate::{
 pub const SWAPS_QUEUED_MAX: usize = 4096;
 
 pub(super) enum Swap {
-    In { weights: Arc<HostWeights>, groups: Arc<[Group]>, done: OnDone<SwapReport> },
+    In { source: Source, groups: Arc<[Group]>, done: OnDone<SwapReport> },
     Out { done: OnDone<()> },
 }
 
@@ -88,6 +90,10 @@ pub(super) struct Shared {
     pub(super) info: DeviceInfo,
     pub(super) context: Arc<Context>,
     pub(super) mapped: AtomicU64,
+    /// Where the pool's first chunk is, for copies.
+    window: u64,
+    /// Other GPUs that can read the pool.
+    readers: Vec<i32>,
     books: Mutex<Books>,
     news: Condvar,
     work: Condvar,
@@ -95,16 +101,31 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(info: DeviceInfo, context: Arc<Context>) -> Self {
+    pub(super) fn new(info: DeviceInfo, context: Arc<Context>, pool: &Pool) -> Self {
         Self {
             info,
             context,
             mapped: AtomicU64::new(0),
+            window: pool.address((0, 0)),
+            readers: pool.readers.clone(),
             books: Mutex::default(),
             news: Condvar::new(),
             work: Condvar::new(),
             lost: AtomicBool::new(false),
         }
+    }
+
+    /// Lends weights that are wholly here to another GPU; `None` where they are not, or where it cannot reach them.
+    pub(super) fn lend(self: &Arc<Self>, id: RangeId, to: i32) -> Option<Lent> {
+        let chunk = self.info.chunk.as_len()?;
+        let mut books = self.books().ok()?;
+        let range = books.ranges.get(id).ok()?;
+        if range.state != State::Resident || range.unfinished || !self.readers.contains(&to) {
+            return None;
+        }
+        range.readers += 1;
+        let chunks = range.chunks.iter().map(|at| self.window + (at * chunk) as u64).collect();
+        Some(Lent::new(Arc::clone(self), id, chunks, chunk))
     }
 
     pub(super) fn books(&self) -> Result<MutexGuard<'_, Books>, DeviceError> {

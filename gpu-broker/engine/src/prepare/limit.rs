@@ -16,6 +16,8 @@ pub struct PrepareLimits {
     /// Address space. About four times the model and 2 GiB more are needed: the runtime's library, the model as it
     /// came, as it was optimized, and as it was bound for its trial run.
     pub memory: Bytes,
+    /// Whether a GPU's driver is used: it reserves addresses without end, so that only memory with data is limited.
+    pub on_gpu: bool,
     /// Processor time; the process is killed when it is used up.
     pub cpu_time: Duration,
     /// Largest file that may be written. The optimized weights and the flat weights are about as large as the model.
@@ -25,16 +27,17 @@ pub struct PrepareLimits {
 /// Sets the limits on the calling process. There is no way back.
 pub fn limit_this_process(limits: &PrepareLimits) -> Result<(), EngineError> {
     let cpu = limits.cpu_time.as_secs().max(1);
+    let address_space = if limits.on_gpu { None } else { Some(limits.memory.get()) };
     let all = [
-        ("address space", Resource::As, limits.memory.get()),
         ("data memory", Resource::Data, limits.memory.get()),
         ("processor time", Resource::Cpu, cpu),
         ("file size", Resource::Fsize, limits.file_bytes.get()),
         ("open files", Resource::Nofile, OPEN_FILES_MAX),
         ("core dumps", Resource::Core, 0),
     ];
-    for (what, resource, most) in all {
-        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+    let all = all.map(|(what, resource, most)| (what, resource, Some(most)));
+    for (what, resource, most) in all.into_iter().chain([("address space", Resource::As, address_space)]) {
+        let limit = Rlimit { current: most, maximum: most };
         setrlimit(resource, limit).map_err(|e| EngineError::Limit { what, source: io::Error::from(e) })?;
     }
     Ok(())

@@ -109,6 +109,7 @@ fn rewrite(
     let group_of = |offset: u64, len: u64| groups::group_at(&groups, offset + len - 1);
     let group_of: HashMap<_, _> = initializers.iter().map(|w| (w.name.clone(), group_of(w.offset, w.len))).collect();
     let placed = awaits::place(graph, &group_of);
+    let has_convolutions = graph.node.iter().any(|node| node.op_type().contains("Conv"));
     let signature = refine(signature, graph);
     let inputs_in_place = shared::inputs_in_place(graph, signature.inputs.iter().map(|spec| spec.name.as_str()));
     let outputs_in_place = shared::outputs_in_place(graph, signature.outputs.iter().map(|spec| spec.name.as_str()));
@@ -118,6 +119,7 @@ fn rewrite(
         version: MANIFEST_VERSION,
         ort_version: runtime.version().to_owned(),
         target: job.target,
+        has_convolutions,
         keep_session: on_gpu.then(|| "its program was not seen to outlive its session".to_owned()),
         signature,
         weights_bytes: Bytes::new(weights_bytes),

@@ -1,0 +1,121 @@
+//! Opens the node's devices: its GPUs, or the processor as a device where there are none.
+//!
+//! A broker's devices are of one kind, since a model is prepared for one kind. Which one is the configuration's choice;
+//! where it makes none, GPUs are taken if there are any.
+
+use std::sync::Arc;
+
+use faaswap_device::{
+    Device, DeviceError,
+    cuda::{self, CudaConfig, CudaDevice},
+    host::{HostConfig, HostDevice},
+};
+use faaswap_engine::{CudaTarget, Runtime, Target};
+
+use crate::{
+    config::{DeviceKind, DeviceSettings, DevicesChoice, Settings},
+    serve::ServeError,
+};
+
+/// The devices, and what models are prepared for.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) devices: Vec<(DeviceSettings, Arc<dyn Device>)>,
+    pub(crate) target: Target,
+    /// Names the kind of machine that prepared models are for.
+    pub(crate) flavour: String,
+}
+
+/// Opens what is configured, or what is there.
+pub(crate) fn open(settings: &Settings, runtime: &Runtime) -> Result<Opened, ServeError> {
+    let wanted = wanted(settings)?;
+    let gpus = wanted.iter().any(|device| matches!(device.kind, DeviceKind::Gpu { .. }));
+    match open_all(&wanted, settings, runtime) {
+        Err(error) if gpus && settings.gpu_fallback => {
+            tracing::error!(%error, "no GPU can be used: serving with the host device, as gpu_fallback wants");
+            open_all(&[DeviceSettings::host0()], settings, runtime)
+        }
+        opened => opened,
+    }
+}
+
+/// What is configured; where nothing is, a device for each GPU, or the host device.
+fn wanted(settings: &Settings) -> Result<Vec<DeviceSettings>, ServeError> {
+    if !settings.devices.is_empty() {
+        return Ok(settings.devices.clone());
+    }
+    match settings.devices_choice {
+        DevicesChoice::Host => return Ok(vec![DeviceSettings::host0()]),
+        DevicesChoice::Auto if !cuda::is_present() => {
+            tracing::info!("no CUDA driver is here: the processor is the device");
+            return Ok(vec![DeviceSettings::host0()]);
+        }
+        DevicesChoice::Auto | DevicesChoice::Gpu => {}
+    }
+    let failed = |source| ServeError::Device { name: "gpu".to_owned(), source };
+    match cuda::count() {
+        Ok(count) if count > 0 => Ok((0..count.unsigned_abs()).map(DeviceSettings::gpu).collect()),
+        Ok(_) if settings.devices_choice == DevicesChoice::Auto => Ok(vec![DeviceSettings::host0()]),
+        Ok(_) => Err(failed(DeviceError::Invalid("the CUDA driver sees no GPU: is one assigned to this container?"))),
+        Err(_) if settings.gpu_fallback => Ok(vec![DeviceSettings::host0()]),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -> Result<Opened, ServeError> {
+    let mut devices = Vec::with_capacity(wanted.len());
+    let (mut target, mut flavour) = (Target::Cpu, std::env::consts::ARCH.to_owned());
+    let gpu = |device: &DeviceSettings| match device.kind {
+        DeviceKind::Gpu { ordinal, .. } => Some(ordinal),
+        DeviceKind::Host { .. } => None,
+    };
+    let peers: Vec<_> = wanted.iter().filter_map(gpu).collect();
+    for device in wanted {
+        let failed = |source| ServeError::Device { name: device.name.clone(), source };
+        let opened = match device.kind {
+            DeviceKind::Host { link_mib_per_s } => open_host(device, link_mib_per_s).map_err(failed)?,
+            DeviceKind::Gpu { ordinal, reserve } => {
+                let gpu = open_gpu(device, (ordinal, &peers), reserve, settings).map_err(failed)?;
+                if devices.is_empty() {
+                    target = Target::Cuda(CudaTarget { tf32: settings.tf32, ..CudaTarget::new(gpu.ordinal()) });
+                    flavour = format!("cuda{}-tf32-{}", gpu.capability().map_err(failed)?, settings.tf32);
+                    runtime.check(target)?;
+                }
+                gpu as Arc<dyn Device>
+            }
+        };
+        let (memory, lanes) = (opened.info().capacity, device.lanes);
+        tracing::info!(name = device.name, %memory, lanes, "device");
+        devices.push((device.clone(), opened));
+    }
+    Ok(Opened { devices, target, flavour })
+}
+
+fn open_host(device: &DeviceSettings, link_mib_per_s: Option<u64>) -> Result<Arc<dyn Device>, DeviceError> {
+    let host = DeviceSettings::host0();
+    let config = HostConfig {
+        name: device.name.clone(),
+        capacity: device.memory.or(host.memory).unwrap_or_default(),
+        chunk: device.chunk.or(host.chunk).unwrap_or_default(),
+        link_bytes_per_second: link_mib_per_s.map(|mib| mib.saturating_mul(1 << 20)),
+        populate: true,
+    };
+    Ok(HostDevice::new(config)?)
+}
+
+fn open_gpu(
+    device: &DeviceSettings,
+    (ordinal, peers): (u32, &[u32]),
+    reserve: faaswap_protocol::Bytes,
+    settings: &Settings,
+) -> Result<Arc<CudaDevice>, DeviceError> {
+    let default = CudaConfig::new(device.name.clone(), ordinal);
+    CudaDevice::open(&CudaConfig {
+        memory: device.memory.or(settings.gpu_memory),
+        reserve,
+        chunk: device.chunk.unwrap_or(default.chunk),
+        lanes: usize::from(device.lanes),
+        peers: peers.to_vec(),
+        ..default
+    })
+}

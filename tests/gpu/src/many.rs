@@ -1,0 +1,301 @@
+//! Many functions on one GPU: bound, swapped, run in lanes at once, under constant eviction, every output checked.
+//!
+//! Functions of one model have weights of their own, so that an answer from another one's weights is seen. What an
+//! answer must be is what the function said when it was first run, alone; and that is close to what a plain session says.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use faaswap_device::{
+    Device, HostWeights,
+    cuda::{CudaConfig, CudaDevice},
+};
+use faaswap_engine::{Prepared, Runtime};
+use faaswap_protocol::{Bytes, DType};
+use serde_json::json;
+
+use crate::{
+    Result,
+    model::{self, Asked},
+    random::Random,
+    stats::median_ms,
+};
+
+/// How a run of it is arranged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) functions: usize,
+    pub(crate) seconds: u64,
+    /// Weights on the GPU.
+    pub(crate) memory: Bytes,
+    pub(crate) threads: usize,
+}
+
+/// A function: its program, and what it must answer.
+struct Function {
+    name: String,
+    asked: Asked,
+    expected: Vec<u8>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    resident: bool,
+}
+
+/// What is on the GPU, by when it was last used.
+struct Books {
+    free: u64,
+    clock: u64,
+    resident: BTreeMap<u64, usize>,
+}
+
+#[derive(Default)]
+struct Counts {
+    answers: AtomicU64,
+    wrong: AtomicU64,
+    swaps: AtomicU64,
+    failed: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The weights with the lowest bit of every element turned by a pattern of `variant`; 0 leaves them as they are.
+fn variant(prepared: &Prepared, variant: u64) -> Result<HostWeights> {
+    let original = HostWeights::open(&prepared.weights_path())?;
+    if variant == 0 {
+        return Ok(original);
+    }
+    let mut bytes = original.as_slice().to_vec();
+    let mut random = Random::new(variant);
+    for weight in &prepared.manifest().initializers {
+        let width = match faaswap_engine::onnx::dtype_of(weight.element) {
+            Some(DType::F32) => 4,
+            Some(DType::F16) => 2,
+            Some(_) | None => continue,
+        };
+        let (start, len) = (usize::try_from(weight.offset)?, usize::try_from(weight.len)?);
+        for element in bytes[start..start + len].chunks_exact_mut(width * 64) {
+            let turn = random.next();
+            element.iter_mut().step_by(width).enumerate().for_each(|(i, low)| *low ^= (turn >> i & 1) as u8);
+        }
+    }
+    Ok(HostWeights::from_bytes(&bytes)?)
+}
+
+/// Binds all functions; says how long that takes, and how much memory.
+fn bind_all(
+    runtime: &Runtime,
+    device: &Arc<dyn Device>,
+    all: &[(String, Prepared)],
+    n: usize,
+) -> Result<Vec<Function>> {
+    let cuda = device.as_cuda().ok_or("no GPU")?;
+    let (mut functions, mut times) = (Vec::new(), Vec::new());
+    let (mut made, start) = (Duration::ZERO, Instant::now());
+    // What models share does not count: kernels that the first of each load, and the lanes' scratch memory.
+    let used = || -> Result<i64> {
+        let (free, shared) = (cuda.driver_memory()?.0, cuda.arenas().1);
+        Ok(-i64::try_from(free.get())? - i64::try_from(shared.get())?)
+    };
+    let (mut before, mut measured_from) = (0, 0);
+    for i in 0..n {
+        let (name, prepared) = &all[i % all.len()];
+        let making = Instant::now();
+        let weights = Arc::new(variant(prepared, (i / all.len()) as u64)?);
+        device.prepare_weights(&weights)?;
+        made += making.elapsed();
+        let inputs = Arc::new(model::inputs(&prepared.manifest().signature)?);
+        let begun = Instant::now();
+        let asked = Asked::with(runtime, prepared, device, weights, inputs)?;
+        times.push(begun.elapsed());
+        asked.swap_in()?;
+        let expected = asked.ask()?;
+        asked.swap_out()?;
+        functions.push(Function { name: format!("{name}/{i}"), asked, expected, state: Mutex::default() });
+        if i + 1 == n.min(2 * all.len()) {
+            before = used()?;
+            measured_from = i + 1;
+        }
+        if (i + 1) % 50 == 0 {
+            println!("  {} functions bound after {:.1} s", i + 1, (start.elapsed() - made).as_secs_f64());
+        }
+    }
+    let each = (used()? - before) as f64 / (n - measured_from).max(1) as f64 / 1e6;
+    println!(
+        "bound {n} functions in {:.1} s (median {:.1} ms), {:.1} s more for making weights; {each:.2} MB of GPU memory each",
+        (start.elapsed() - made).as_secs_f64(),
+        median_ms(&mut times),
+        made.as_secs_f64()
+    );
+    Ok(functions)
+}
+
+/// Brings a function that is locked by the caller, evicting others that nobody has locked, least recently used first.
+/// Whether weights had to be brought; the copies may still be under way.
+fn bring(functions: &[Function], books: &Mutex<Books>, which: usize, state: &mut State) -> Result<Option<bool>> {
+    let mut books = lock(books);
+    books.clock += 1;
+    let now = books.clock;
+    books.resident.retain(|_, of| *of != which);
+    if !state.resident {
+        let needed = charge(&functions[which]);
+        let candidates: Vec<_> = books.resident.iter().map(|(at, of)| (*at, *of)).collect();
+        for (at, of) in candidates {
+            if books.free >= needed {
+                break;
+            }
+            let Ok(mut victim) = functions[of].state.try_lock() else { continue };
+            let range = functions[of].asked.bound.range().ok_or("no weights")?;
+            functions[of].asked.device.swap_out(range, Box::new(|_| {}))?;
+            victim.resident = false;
+            books.resident.remove(&at);
+            books.free += charge(&functions[of]);
+        }
+        if books.free < needed {
+            return Ok(None);
+        }
+        books.free -= needed;
+        let swap = &functions[which].asked;
+        let range = swap.bound.range().ok_or("no weights")?;
+        swap.device.swap_in(range, Arc::clone(&swap.weights), swap.bound.groups(), Box::new(|_| {}))?;
+    }
+    books.resident.insert(now, which);
+    let brought = !std::mem::replace(&mut state.resident, true);
+    Ok(Some(brought))
+}
+
+fn charge(function: &Function) -> u64 {
+    let chunk = function.asked.device.info().chunk.get();
+    function.asked.weights.size().get().next_multiple_of(chunk)
+}
+
+fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64, until: Instant) -> Result<()> {
+    let mut random = Random::new(seed);
+    while Instant::now() < until {
+        let which = usize::try_from(random.next() % functions.len() as u64)?;
+        let Ok(mut state) = functions[which].state.try_lock() else { continue };
+        let Some(brought) = bring(functions, books, which, &mut state)? else {
+            // All memory is under functions that run.
+            drop(state);
+            thread::yield_now();
+            continue;
+        };
+        counts.swaps.fetch_add(u64::from(brought), Ordering::Relaxed);
+        match functions[which].asked.ask() {
+            Ok(answer) => {
+                counts.answers.fetch_add(1, Ordering::Relaxed);
+                if answer != functions[which].expected && counts.wrong.fetch_add(1, Ordering::Relaxed) < 5 {
+                    println!("WRONG: {} answered another output than at first", functions[which].name);
+                }
+            }
+            Err(error) => {
+                if counts.failed.fetch_add(1, Ordering::Relaxed) < 5 {
+                    println!("FAILED: {}: {error}", functions[which].name);
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Constant eviction over all functions, in as many lanes as there are threads.
+pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
+    let runtime = model::runtime()?;
+    let prepared = model::prepared(&models.join("prepared"))?;
+    let device: Arc<dyn Device> =
+        CudaDevice::open(&CudaConfig { memory: Some(plan.memory), lanes: 8, ..model::config(0)? })?;
+    let cuda = device.as_cuda().ok_or("no GPU")?;
+    let functions = bind_all(&runtime, &device, &prepared, plan.functions)?;
+    let books = Mutex::new(Books { free: device.info().capacity.get(), clock: 0, resident: BTreeMap::new() });
+    let counts = Counts::default();
+    let (before, start) = (cuda.driver_memory()?.0, Instant::now());
+    let until = start + Duration::from_secs(plan.seconds);
+    let all: Vec<Result<()>> = thread::scope(|scope| {
+        let (functions, books, counts) = (&functions, &books, &counts);
+        let threads: Vec<_> = (0..plan.threads)
+            .map(|i| scope.spawn(move || work(functions, books, counts, i as u64 + 1, until)))
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
+    });
+    let took = start.elapsed().as_secs_f64();
+    for function in &functions {
+        if lock(&function.state).resident {
+            function.asked.swap_out()?;
+        }
+    }
+    let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
+    let (answers, wrong, swaps) = (count(&counts.answers), count(&counts.wrong), count(&counts.swaps));
+    let grown = before.get() as f64 - cuda.driver_memory()?.0.get() as f64;
+    println!(
+        "stress: {answers} answers of {} functions in {took:.0} s ({:.0}/s), {swaps} swap-ins, {wrong} wrong, {} failed, \
+         GPU memory grew by {:.1} MB",
+        functions.len(),
+        answers as f64 / took,
+        count(&counts.failed),
+        grown / 1e6
+    );
+    std::fs::write(
+        out.join("stress.json"),
+        serde_json::to_vec_pretty(&json!({"functions": functions.len(), "answers": answers, "wrong": wrong,
+            "swaps_in": swaps, "seconds": took, "memory_grown_bytes": grown}))?,
+    )?;
+    all.into_iter().collect::<Result<Vec<()>>>()?;
+    if wrong > 0 { Err(format!("{wrong} of {answers} outputs are wrong").into()) } else { Ok(()) }
+}
+
+/// Requests per second of resident functions of one model, by how many run at once.
+pub(crate) fn lanes(models: &Path, out: &Path, names: &[&str], seconds: u64) -> Result<()> {
+    let runtime = model::runtime()?;
+    let mut records = Vec::new();
+    for name in names {
+        let all = model::prepared(&models.join("prepared"))?;
+        let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
+        let memory = Bytes::new((prepared.manifest().weights_bytes.get() + (64 << 20)) * 8);
+        let device: Arc<dyn Device> =
+            CudaDevice::open(&CudaConfig { memory: Some(memory), lanes: 8, ..model::config(0)? })?;
+        let functions = bind_all(&runtime, &device, &[((*name).to_owned(), prepared)], 8)?;
+        for function in &functions {
+            function.asked.swap_in()?;
+        }
+        let mut rates = Vec::new();
+        for at_once in [1_usize, 2, 4, 8] {
+            let until = Instant::now() + Duration::from_secs(seconds);
+            let counts: Vec<Result<u64>> = thread::scope(|scope| {
+                let one = |function: &Function| -> Result<u64> {
+                    let mut n = 0;
+                    while Instant::now() < until {
+                        if function.asked.ask()? != function.expected {
+                            return Err(format!("{}: wrong output in {at_once} lanes", function.name).into());
+                        }
+                        n += 1;
+                    }
+                    Ok(n)
+                };
+                let threads: Vec<_> = functions[..at_once].iter().map(|f| scope.spawn(move || one(f))).collect();
+                threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
+            });
+            rates.push(counts.into_iter().collect::<Result<Vec<_>>>()?.iter().sum::<u64>() as f64 / seconds as f64);
+        }
+        functions.iter().try_for_each(|function| function.asked.swap_out())?;
+        let [one, two, four, eight] = rates[..] else { return Err("four rates".into()) };
+        println!(
+            "lanes: {name:20} 1: {one:6.0}/s  2: {two:6.0}/s  4: {four:6.0}/s ({:.2}x)  8: {eight:6.0}/s",
+            four / one
+        );
+        records.push(json!({"model": name, "per_s": rates}));
+    }
+    Ok(std::fs::write(out.join("lanes.json"), serde_json::to_vec_pretty(&records)?)?)
+}

@@ -1,0 +1,72 @@
+//! Two GPUs: a model that one holds is brought to the other from there, and runs there while it comes.
+
+use std::{path::Path, sync::Arc, sync::mpsc, time::Instant};
+
+use faaswap_device::{
+    Device,
+    cuda::{self, CudaConfig, CudaDevice},
+};
+use faaswap_protocol::Bytes;
+use serde_json::json;
+
+use crate::{
+    Result,
+    model::{self, Asked},
+    stats::median,
+};
+
+const ROUNDS: usize = 15;
+
+/// Each model: bare speed from GPU to GPU as a swap, and a request that overlaps it beside a resident one.
+pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
+    if cuda::count()? < 2 {
+        println!("peers: this needs two GPUs");
+        return Ok(());
+    }
+    let runtime = model::runtime()?;
+    let mut records = Vec::new();
+    for name in names {
+        let all = model::prepared(&models.join("prepared"))?;
+        let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
+        let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + (64 << 20)));
+        let open = |ordinal: u32| -> Result<Arc<dyn Device>> {
+            let config = CudaConfig { memory, lanes: 1, peers: vec![0, 1], ..model::config(ordinal)? };
+            Ok(CudaDevice::open(&config)?)
+        };
+        let (holder, other) = (open(0)?, open(1)?);
+        let held = Asked::new(&runtime, &prepared, &holder)?;
+        let asked = Asked::with(&runtime, &prepared, &other, Arc::clone(&held.weights), Arc::clone(&held.inputs))?;
+        held.swap_in()?;
+        let expected = held.ask()?;
+        let (from, to) = (held.bound.range().ok_or("no weights")?, asked.bound.range().ok_or("no weights")?);
+        let (mut copies, mut requests, mut resident, mut wrong) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for _ in 0..ROUNDS {
+            let (tell, done) = mpsc::channel();
+            let report = Box::new(move |result| drop(tell.send(result)));
+            let start = Instant::now();
+            let weights = Arc::clone(&asked.weights);
+            other.swap_in_from((holder.as_ref(), from), to, weights, asked.bound.groups(), report)?;
+            wrong += usize::from(asked.ask()? != expected);
+            requests.push(start.elapsed().as_secs_f64() * 1e3);
+            copies.push(done.recv()??.took.as_secs_f64() * 1e3);
+            let start = Instant::now();
+            wrong += usize::from(asked.ask()? != expected);
+            resident.push(start.elapsed().as_secs_f64() * 1e3);
+            asked.swap_out()?;
+        }
+        let bytes = asked.weights.size().get() as f64;
+        let (copy, request, resident) = (median(&mut copies), median(&mut requests), median(&mut resident));
+        println!(
+            "peers: {name:20} {:6.1} GB/s, request {request:.3} ms, resident {resident:.3} ms ({:.3}x), {wrong} wrong",
+            bytes / 1e6 / copy,
+            request / resident
+        );
+        records.push(json!({"model": name, "gb_per_s": bytes / 1e6 / copy, "request_ms": request,
+            "resident_ms": resident, "wrong": wrong, "checked": 2 * ROUNDS}));
+        std::fs::write(out.join("peers.json"), serde_json::to_vec_pretty(&records)?)?;
+        if wrong > 0 {
+            return Err(format!("{name}: {wrong} wrong outputs after a swap from the other GPU").into());
+        }
+    }
+    Ok(())
+}
