@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use faaswap_device::{
     Device, PciAddress,
+    links::{self, LinkMap},
     nvml::{Observation, Pair, Watch},
 };
 use serde::Serialize;
@@ -17,19 +18,34 @@ use crate::{core::DeviceReport, limits::GPUS_LOOKED_AT_EVERY};
 pub(crate) struct Gpus {
     watch: Option<Watch>,
     names: Vec<(PciAddress, String)>,
+    links: LinkMap,
 }
 
 impl Gpus {
-    /// Watches the GPUs of the machine, if NVML is there.
+    /// Measures the links of the devices, and watches the GPUs of the machine, if NVML is there. Takes a second at most.
     pub(crate) fn watch(devices: &[Arc<dyn Device>]) -> Self {
         let name = |device: &Arc<dyn Device>| Some((device.pci_address()?, device.info().name.clone()));
-        Self { watch: Watch::start(GPUS_LOOKED_AT_EVERY), names: devices.iter().filter_map(name).collect() }
+        let links = links::measure(devices).unwrap_or_else(|error| {
+            tracing::warn!(%error, "links are not measured");
+            LinkMap::default()
+        });
+        for (gpu, rate) in links.gpus.iter().zip(&links.alone) {
+            let gb_per_s = rate.map(|rate| rate.0 / 1e9);
+            tracing::info!(%gpu, gb_per_s, contending = ?links.groups(), "link from host memory");
+        }
+        let names = devices.iter().filter_map(name).collect();
+        Self { watch: Watch::start(GPUS_LOOKED_AT_EVERY), names, links }
     }
 
     /// Each GPU as it was seen last, with the name of our device on it.
     pub(crate) fn seen(&self) -> Vec<(Option<&str>, Observation)> {
         let latest = self.watch.as_ref().map(Watch::latest).unwrap_or_default();
         latest.iter().map(|seen| (self.name(seen.pci), seen.clone())).collect()
+    }
+
+    /// What was measured of the links.
+    pub(crate) fn links(&self) -> &LinkMap {
+        &self.links
     }
 
     fn name(&self, pci: PciAddress) -> Option<&str> {
@@ -43,7 +59,9 @@ impl Gpus {
         let with_gpu = |device: DeviceReport| {
             let seen = seen.iter().find(|(name, _)| *name == Some(device.name.as_str()));
             let gpu = seen.map(|(_, seen)| GpuReport::new(seen, pairs, |pci| self.name(pci)));
-            WithGpu { device, gpu }
+            let at = self.names.iter().find(|(_, name)| *name == device.name).map(|(pci, _)| *pci);
+            let link = at.and_then(|pci| HostLinkReport::new(pci, &self.links, |pci| self.name(pci)));
+            WithGpu { device, gpu, link }
         };
         devices.into_iter().map(with_gpu).collect()
     }
@@ -56,6 +74,48 @@ pub(crate) struct WithGpu {
     device: DeviceReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu: Option<GpuReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link: Option<HostLinkReport>,
+}
+
+/// What was measured of a GPU's link at the start, in bytes per second.
+#[derive(Debug, Serialize)]
+struct HostLinkReport {
+    from_host: Option<f64>,
+    beside: Vec<BesideReport>,
+}
+
+/// The same with another GPU in play.
+#[derive(Debug, Serialize)]
+struct BesideReport {
+    /// The other GPU, and the name of our device on it.
+    gpu: String,
+    device: Option<String>,
+    /// From host memory while the other copies too.
+    from_host: Option<f64>,
+    contends: Option<bool>,
+    /// From the other GPU.
+    from_gpu: Option<f64>,
+    from_gpu_direct: Option<bool>,
+}
+
+impl HostLinkReport {
+    fn new<'n>(pci: PciAddress, links: &LinkMap, name: impl Fn(PciAddress) -> Option<&'n str>) -> Option<Self> {
+        let here = links.gpus.iter().position(|gpu| *gpu == pci)?;
+        let beside = |there: usize| {
+            let peer = links.peers[there][here];
+            BesideReport {
+                gpu: links.gpus[there].to_string(),
+                device: name(links.gpus[there]).map(str::to_owned),
+                from_host: links.together[here][there].map(|rate| rate.0),
+                contends: links.contend(here, there),
+                from_gpu: peer.map(|peer| peer.rate.0),
+                from_gpu_direct: peer.map(|peer| peer.direct),
+            }
+        };
+        let others = (0..links.gpus.len()).filter(|there| *there != here);
+        Some(Self { from_host: links.alone[here].map(|rate| rate.0), beside: others.map(beside).collect() })
+    }
 }
 
 /// A GPU. What the driver does not tell is null.
@@ -155,13 +215,30 @@ impl LinkReport {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
-    use faaswap_device::nvml::{Ancestor, Foreign, Level, Throttles};
+    use faaswap_device::{
+        links::{PeerLink, Rate},
+        nvml::{Ancestor, Foreign, Level, Throttles},
+    };
     use serde_json::json;
 
     use super::*;
 
     fn at(bus: u32) -> PciAddress {
         PciAddress { domain: 0, bus, device: 0 }
+    }
+
+    #[test]
+    fn a_link_shows_what_was_measured_from_its_own_side() {
+        let mut links = LinkMap::blank(vec![at(1), at(3)]);
+        (links.alone[0], links.alone[1]) = (Some(Rate(50.0)), Some(Rate(52.0)));
+        (links.together[0][1], links.together[1][0]) = (Some(Rate(26.0)), Some(Rate(27.0)));
+        links.peers[1][0] = Some(PeerLink { rate: Rate(400.0), direct: true });
+        let name = |pci: PciAddress| (pci == at(3)).then_some("cuda1");
+        let report = serde_json::to_value(HostLinkReport::new(at(1), &links, name)).unwrap();
+        let beside = json!({"gpu": "0000:03:00.0", "device": "cuda1", "from_host": 26.0, "contends": true,
+                            "from_gpu": 400.0, "from_gpu_direct": true});
+        assert_eq!(report, json!({"from_host": 50.0, "beside": [beside]}));
+        assert!(HostLinkReport::new(at(2), &links, name).is_none(), "it was not measured");
     }
 
     #[test]

@@ -21,6 +21,8 @@ TITLES = {
     "request_to_pinned_load": "Swapped-in request beside model.cuda(), pinned",
     "request_to_pageable_load": "Swapped-in request beside model.cuda(), pageable",
     "bind": "Binding a function",
+    "disk_to_host_bandwidth": "Reading weights from disk",
+    "swap_in_from_disk": "Swap-in of weights that are read from disk meanwhile",
     "device_memory_per_function": "Device memory per bound function",
 }
 

@@ -211,7 +211,9 @@ fn toml(
     set("socket", &folder.join("broker.sock").to_string_lossy());
     set("store_dir", &folder.join("store").to_string_lossy());
     set("memory_dir", &memory.to_string_lossy());
-    set("host_memory", "2GiB");
+    if !options.settings.iter().any(|line| line.starts_with("host_memory")) {
+        set("host_memory", "2GiB");
+    }
     set("onnxruntime", &cache::onnxruntime()?.to_string_lossy());
     set("admin_listen", &admin.to_string());
     set("tcp_listen", &tcp.map_or_else(|| "off".to_owned(), |tcp| tcp.to_string()));

@@ -32,10 +32,10 @@ use std::{
 
 use faaswap_protocol::Bytes;
 
-pub(crate) use self::driver::Registration;
+pub(crate) use self::driver::{Context, Registration};
 use self::{
     arena::{Arena, Purpose},
-    driver::{Addresses, Context, Physical},
+    driver::{Addresses, Physical},
     kernels::Kernels,
     lane::Lane,
     link::Link,

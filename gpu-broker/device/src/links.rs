@@ -1,12 +1,24 @@
 //! How fast the links of several GPUs are, alone and together: plain figures, and what follows from them.
 //!
-//! Measured by `cuda::measure_links`. What is not measured (no time was left, or the copy failed) is absent.
+//! Measured by [`measure`], once, at the start. What is not measured (no time was left, or the copy failed) is absent.
 
-use crate::PciAddress;
+use std::sync::Arc;
+
+use crate::{Device, DeviceError, PciAddress, cuda};
 
 /// Two links contend where one of them, used together with the other, keeps less than this share of its speed. Links
 /// that end at different host bridges keep 0.85 and more, for host memory is shared; those behind one switch about half.
 pub const CONTENDS_BELOW: f64 = 0.8;
+
+/// Measures the links of those devices that have one, in less than a second. Call it before anything is swapped.
+pub fn measure(devices: &[Arc<dyn Device>]) -> Result<LinkMap, DeviceError> {
+    let gpus = devices.iter().filter_map(|device| device.as_cuda());
+    let ordinals: Vec<u32> = gpus.filter_map(|gpu| u32::try_from(gpu.ordinal()).ok()).collect();
+    if ordinals.is_empty() {
+        return Ok(LinkMap::default());
+    }
+    cuda::measure_links(&ordinals)
+}
 
 /// Bytes per second.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
@@ -76,7 +88,10 @@ impl LinkMap {
 
 #[cfg(test)]
 mod tests {
+    use faaswap_protocol::Bytes;
+
     use super::*;
+    use crate::host::{HostConfig, HostDevice};
 
     fn map(n: u32) -> LinkMap {
         let mut map = LinkMap::blank((0..n).map(|bus| PciAddress { domain: 0, bus, device: 0 }).collect());
@@ -109,6 +124,12 @@ mod tests {
         }
         together(&mut map, 0, 4, [45e9, 45e9]);
         assert_eq!(map.groups(), [vec![0, 3, 4], vec![1], vec![2]]);
+    }
+
+    #[test]
+    fn a_host_device_has_no_link_to_measure() {
+        let device = HostDevice::new(HostConfig::new("host0", Bytes::mib(2))).expect("memory is there");
+        assert_eq!(measure(&[device]), Ok(LinkMap::default()));
     }
 
     #[test]

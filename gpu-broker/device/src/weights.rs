@@ -23,7 +23,10 @@ use rustix::fs::{MemfdFlags, SealFlags};
 
 pub use self::fill::{FillReport, Filler, READS_IN_FLIGHT_MAX};
 use self::level::Level;
-use crate::{DeviceError, cuda::Registration};
+use crate::{
+    DeviceError,
+    cuda::{Context, Registration},
+};
 
 /// A model's weights, mapped. The file must not change as long as this lives: shrinking it would end the process.
 #[derive(Debug)]
@@ -158,13 +161,13 @@ impl HostWeights {
         self.map.as_ref().map_or(ptr::dangling(), MmapRaw::as_ptr)
     }
 
-    /// Lets GPUs read the weights by themselves, at the speed of the bus. Takes 25 to 40 ms per GB; done once. The
-    /// calling thread has a GPU's context.
-    pub(crate) fn register(&self) -> Result<(), DeviceError> {
+    /// Lets GPUs read the weights by themselves, at the speed of the bus. Takes 25 to 40 ms per GB; done once, with any
+    /// GPU's context.
+    pub(crate) fn register(&self, context: &Arc<Context>) -> Result<(), DeviceError> {
         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
         if registered.is_none() && !self.is_empty() {
             // SAFETY: the mapping has this length and goes after the registration, which is declared before it.
-            *registered = Some(unsafe { Registration::new(self.as_ptr(), self.len()) }?);
+            *registered = Some(unsafe { Registration::new(context, self.as_ptr(), self.len()) }?);
         }
         Ok(())
     }

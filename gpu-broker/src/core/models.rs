@@ -80,9 +80,6 @@ impl Core {
                 }
             }
             Err(refusal) => {
-                if matches!(refusal, Refusal::HostMemoryFull { .. }) {
-                    self.unload_all_idle();
-                }
                 if !refusal.is_passing() {
                     self.reject(digest, refusal.clone());
                 }
@@ -139,15 +136,8 @@ impl Core {
     /// Unloads what nobody has used for the configured time.
     pub(super) fn unload_idle(&mut self) {
         let keep = self.settings.keep_warm;
-        self.unload_where(|since| since.elapsed() >= keep);
-    }
-
-    fn unload_all_idle(&mut self) {
-        self.unload_where(|_| true);
-    }
-
-    fn unload_where(&mut self, over: impl Fn(Instant) -> bool) {
-        let idle = |model: &Model| !model.leaving && model.idle_since.is_some_and(&over);
+        let over = |since: Instant| since.elapsed() >= keep;
+        let idle = |model: &Model| !model.leaving && model.idle_since.is_some_and(over);
         let gone: Vec<_> = self.models.iter().filter(|(_, model)| idle(model)).map(|(id, _)| *id).collect();
         for id in gone {
             if let Some(model) = self.models.get_mut(&id) {

@@ -1,9 +1,12 @@
 //! What is counted of GPUs. Read when it is asked for, so that a GPU that is gone leaves no stale figure; what the driver
-//! does not tell is left out.
+//! does not tell is left out. The links' speeds are those of the start.
 
 use std::{fmt, sync::Arc};
 
-use faaswap_device::nvml::{Level, Observation, Throttle};
+use faaswap_device::{
+    links::LinkMap,
+    nvml::{Level, Observation, Throttle},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet},
@@ -27,6 +30,16 @@ struct ByReason {
     gpu: String,
     device: String,
     reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByLink {
+    /// The GPU at its end.
+    gpu: String,
+    /// Where it begins: `host`, or a GPU's PCI address.
+    from: String,
+    /// The GPU whose host link was used at the same time; empty for none.
+    beside: String,
 }
 
 /// A figure of one GPU, if the driver tells it.
@@ -85,7 +98,8 @@ impl Collector for GpuMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
         let seen = self.0.seen();
         let seen: Vec<_> = seen.iter().map(|(device, seen)| (by_gpu(*device, seen), seen)).collect();
-        write(&seen, &mut encoder)
+        write(&seen, &mut encoder)?;
+        links(self.0.links(), &mut encoder)
     }
 }
 
@@ -136,6 +150,31 @@ fn throttles(seen: &[(ByGpu, &Observation)], encoder: &mut DescriptorEncoder) ->
     Ok(())
 }
 
+/// The speed of each link alone, of host links beside each other, and between GPUs.
+fn links(map: &LinkMap, encoder: &mut DescriptorEncoder) -> Result<(), fmt::Error> {
+    let unit = Unit::Other("bytes_per_second".to_owned());
+    let mut known = Vec::new();
+    for (at, gpu) in map.gpus.iter().enumerate() {
+        let labels = |from: String, beside: String| ByLink { gpu: gpu.to_string(), from, beside };
+        let alone = map.alone[at].map(|rate| (labels("host".to_owned(), String::new()), rate));
+        known.extend(alone);
+        for (there, other) in map.gpus.iter().enumerate() {
+            let beside = map.together[at][there].map(|rate| (labels("host".to_owned(), other.to_string()), rate));
+            let peer = map.peers[there][at].map(|peer| (labels(other.to_string(), String::new()), peer.rate));
+            known.extend(beside.into_iter().chain(peer));
+        }
+    }
+    if known.is_empty() {
+        return Ok(());
+    }
+    let help = "Speed of a link to a GPU as measured at the start";
+    let mut metric = encoder.encode_descriptor("gpu_link", help, Some(&unit), MetricType::Gauge)?;
+    for (labels, rate) in known {
+        metric.encode_family(&labels)?.encode_gauge(&rate.0)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
@@ -144,6 +183,7 @@ mod tests {
 
     use faaswap_device::{
         PciAddress,
+        links::{PeerLink, Rate},
         nvml::{MemoryUse, Throttles, Xids},
     };
     use faaswap_protocol::Bytes;
@@ -152,19 +192,20 @@ mod tests {
     use super::*;
 
     #[derive(Debug)]
-    struct Fixed(Vec<(ByGpu, Observation)>);
+    struct Fixed(Vec<(ByGpu, Observation)>, LinkMap);
 
     impl Collector for Fixed {
         fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
             let seen: Vec<_> = self.0.iter().map(|(labels, seen)| (labels.clone(), seen)).collect();
-            write(&seen, &mut encoder)
+            write(&seen, &mut encoder)?;
+            links(&self.1, &mut encoder)
         }
     }
 
-    fn text(seen: Vec<(Option<&str>, Observation)>) -> String {
+    fn text(seen: Vec<(Option<&str>, Observation)>, map: LinkMap) -> String {
         let mut registry = Registry::with_prefix("faaswap");
         let seen = seen.into_iter().map(|(device, seen)| (by_gpu(device, &seen), seen)).collect();
-        registry.register_collector(Box::new(Fixed(seen)));
+        registry.register_collector(Box::new(Fixed(seen, map)));
         let mut text = String::new();
         encode(&mut text, &registry).unwrap();
         text
@@ -185,7 +226,8 @@ mod tests {
             power_milliwatts: Some(71_250),
             ..gpu(1)
         };
-        let text = text(vec![(Some("cuda0"), ours), (None, Observation { lost: true, ..gpu(0xab) })]);
+        let text =
+            text(vec![(Some("cuda0"), ours), (None, Observation { lost: true, ..gpu(0xab) })], LinkMap::default());
         for line in [
             "# UNIT faaswap_gpu_memory_used_bytes bytes",
             "faaswap_gpu_memory_used_bytes{gpu=\"0000:01:00.0\",device=\"cuda0\"} 30.0",
@@ -202,6 +244,22 @@ mod tests {
     }
 
     #[test]
+    fn a_link_is_shown_alone_beside_others_and_from_gpu_to_gpu() {
+        let mut map = LinkMap::blank(vec![gpu(1).pci, gpu(2).pci]);
+        map.alone[0] = Some(Rate(5e10));
+        map.together[0][1] = Some(Rate(2.5e10));
+        map.peers[1][0] = Some(PeerLink { rate: Rate(4e11), direct: true });
+        let text = text(Vec::new(), map);
+        for line in [
+            "faaswap_gpu_link_bytes_per_second{gpu=\"0000:01:00.0\",from=\"host\",beside=\"\"} 50000000000.0",
+            "faaswap_gpu_link_bytes_per_second{gpu=\"0000:01:00.0\",from=\"host\",beside=\"0000:02:00.0\"} 25000000000.0",
+            "faaswap_gpu_link_bytes_per_second{gpu=\"0000:01:00.0\",from=\"0000:02:00.0\",beside=\"\"} 400000000000.0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+        }
+    }
+
+    #[test]
     fn no_two_figures_have_one_name() {
         let all = GAUGES.iter().map(|(name, ..)| name).chain(COUNTERS.iter().map(|(name, ..)| name));
         assert_eq!(all.clone().collect::<BTreeSet<_>>().len(), all.count());
@@ -209,6 +267,6 @@ mod tests {
 
     #[test]
     fn a_machine_without_gpus_shows_none() {
-        assert_eq!(text(Vec::new()), "# EOF\n");
+        assert_eq!(text(Vec::new(), LinkMap::default()), "# EOF\n");
     }
 }

@@ -7,6 +7,7 @@
 //!     faaswap-gpu peers MODELS OUT           weights from one GPU to the other
 //!     faaswap-gpu fault MODELS               a kernel that traps, and the GPU used again
 //!     faaswap-gpu links OUT                  each link alone and together, and what NVML sees
+//!     faaswap-gpu tiers OUT                  weights from disk, alone and while they are swapped in
 //!     faaswap-gpu prepare                    one job, from standard input, in a process of its own
 
 mod conform;
@@ -19,11 +20,12 @@ mod peers;
 mod random;
 mod record;
 mod stats;
+mod tiers;
 
 use std::{error::Error, process::ExitCode};
 
 const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | \
-                     peers MODELS OUT | fault MODELS | links OUT | prepare";
+                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | prepare";
 
 /// Functions of all prepared models in turn, on less memory than the weights take; shorter where variables say so.
 fn stress_plan() -> many::Plan {
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),
         ["one", models, name] => fault::one(models.as_ref(), name),
         ["links", out] => links::run(out.as_ref()),
+        ["tiers", out] => tiers::run(out.as_ref()),
         ["prepare"] => model::prepare_from_stdin(),
         _ => Err(USAGE.into()),
     };

@@ -160,7 +160,6 @@ impl Device for CudaDevice {
     }
 
     fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {
-        self.shared.context.enter()?;
-        weights.register()
+        self.shared.noted(weights.register(&self.shared.context))
     }
 }

@@ -3,7 +3,11 @@
 //! Everything else of the CUDA device is built of these. An error that the driver calls sticky means that the context,
 //! and with it the device, is lost.
 
-use std::{ffi::c_void, ptr, sync::Arc};
+use std::{
+    ffi::c_void,
+    ptr,
+    sync::{Arc, Weak},
+};
 
 use cudarc::driver::sys as cu;
 use faaswap_protocol::Bytes;
@@ -85,7 +89,7 @@ pub(super) fn count() -> Result<i32, DeviceError> {
 
 /// One GPU's primary context, which it shares with the runtime library.
 #[derive(Debug)]
-pub(super) struct Context {
+pub(crate) struct Context {
     raw: usize,
     pub(super) device: i32,
 }
@@ -370,25 +374,33 @@ impl Drop for Pinned {
 
 /// Host memory of others that devices may read by themselves, as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Registration(usize);
+pub(crate) struct Registration {
+    address: usize,
+    /// Its owner may be dropped by any thread, and not before the device; a context that is gone has taken it along.
+    context: Weak<Context>,
+}
 
 impl Registration {
     /// Registers memory for all devices, which read it only.
     ///
     /// # Safety
     /// `len` bytes from `address` must stay mapped until this is dropped.
-    pub(crate) unsafe fn new(address: *const u8, len: usize) -> Result<Self, DeviceError> {
+    pub(crate) unsafe fn new(context: &Arc<Context>, address: *const u8, len: usize) -> Result<Self, DeviceError> {
+        context.enter()?;
         let flags = cu::CU_MEMHOSTREGISTER_PORTABLE | cu::CU_MEMHOSTREGISTER_READ_ONLY;
         // SAFETY: the caller's promise.
         let result = unsafe { cu::cuMemHostRegister_v2(address.cast_mut().cast(), len, flags) };
         check("cuMemHostRegister", result)?;
-        Ok(Self(address.expose_provenance()))
+        Ok(Self { address: address.expose_provenance(), context: Arc::downgrade(context) })
     }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // SAFETY: it was registered by us, once, and is still mapped.
-        tell("cuMemHostUnregister", unsafe { cu::cuMemHostUnregister(ptr::with_exposed_provenance_mut(self.0)) });
+        if self.context.upgrade().is_some_and(|context| context.enter().is_ok()) {
+            let address = ptr::with_exposed_provenance_mut(self.address);
+            // SAFETY: it was registered by us, once, and is still mapped.
+            tell("cuMemHostUnregister", unsafe { cu::cuMemHostUnregister(address) });
+        }
     }
 }

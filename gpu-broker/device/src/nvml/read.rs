@@ -138,7 +138,7 @@ fn clock(device: &Device<'_>, which: Clock) -> Option<Level> {
 }
 
 fn pcie(device: &Device<'_>) -> Pcie {
-    // NVML counts in kilobytes of 1,000 (`nvmlDeviceGetPcieThroughput`: "KB/s").
+    // NVML's documentation says "KB/s" and no more; taken to be 1,000 bytes.
     let rate = |counter| device.pcie_throughput(counter).ok().map(|kb| Bytes::new(u64::from(kb) * 1000));
     Pcie {
         sent_per_second: rate(PcieUtilCounter::Send),

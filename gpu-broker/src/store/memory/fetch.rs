@@ -45,12 +45,16 @@ impl Memory {
         let Fetch { key, generation, filler, from, draft } = fetch;
         match self.bring(&key, generation, filler, (&from, &draft), spare) {
             Ok(report) => {
-                tracing::info!(weights = key, size = %report.read, took = ?report.took, direct = report.direct, "read from disk");
+                tracing::debug!(weights = key, size = %report.read, took = ?report.took, direct = report.direct, "read from disk");
                 Ok(())
             }
             Err(error) => {
-                self.stats.failed.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(weights = key, %error, "weights could not be brought to host memory");
+                if spare == Spare::Registered && matches!(error, MemoryError::Full { .. }) {
+                    tracing::debug!(weights = key, "others are in host memory");
+                } else {
+                    self.stats.failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(weights = key, %error, "weights could not be brought to host memory");
+                }
                 let mut books = self.books();
                 let ours = books.of(&key, generation).is_some();
                 let gone = if ours { books.take(&key) } else { None };

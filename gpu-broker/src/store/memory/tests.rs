@@ -196,6 +196,7 @@ fn registering_brings_weights_only_where_nobody_else_has_to_leave() {
     }
     assert_eq!(node.files(), ["a", "b"]);
     assert!(a.is_in_memory() && !c.is_in_memory());
+    assert_eq!(node.memory.stats().failed, 0, "nobody had asked for it");
     drop(a);
     c.warm().unwrap();
     assert_eq!(node.files(), ["b", "c"], "nobody misses what no model is registered with");
