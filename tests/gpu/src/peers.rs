@@ -54,6 +54,20 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
             resident.push(start.elapsed().as_secs_f64() * 1e3);
             asked.swap_out()?;
         }
+        let (mut one, mut two) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            one.push(asked.swap_in()?.took.as_secs_f64() * 1e3);
+            asked.swap_out()?;
+            let (tell, done) = mpsc::channel();
+            let report = Box::new(move |result| drop(tell.send(result)));
+            let (weights, groups) = (Arc::clone(&asked.weights), asked.bound.groups());
+            other.swap_in_over_both(holder.as_ref(), to, weights, groups, report)?;
+            wrong += usize::from(asked.ask()? != expected);
+            two.push(done.recv()??.took.as_secs_f64() * 1e3);
+            asked.swap_out()?;
+        }
+        let (one, two) = (median(&mut one), median(&mut two));
+        println!("peers: {name:20} over one link {one:.3} ms, over two {two:.3} ms ({:.3}x)", two / one);
         let bytes = asked.weights.size().get() as f64;
         let (copy, request, resident) = (median(&mut copies), median(&mut requests), median(&mut resident));
         println!(
@@ -62,7 +76,7 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
             request / resident
         );
         records.push(json!({"model": name, "gb_per_s": bytes / 1e6 / copy, "request_ms": request,
-            "resident_ms": resident, "wrong": wrong, "checked": 2 * ROUNDS}));
+            "resident_ms": resident, "one_link_ms": one, "two_links_ms": two, "wrong": wrong, "checked": 3 * ROUNDS}));
         std::fs::write(out.join("peers.json"), serde_json::to_vec_pretty(&records)?)?;
         if wrong > 0 {
             return Err(format!("{name}: {wrong} wrong outputs after a swap from the other GPU").into());
