@@ -16,6 +16,8 @@ use self::read::Reader;
 
 /// Lanes of a GPU where no number is named: more run at once than one program fills, few enough to keep each quick.
 const GPU_LANES: u16 = 4;
+/// How rarely weights are read back: a large model's take tens of milliseconds of a link's other direction.
+const VERIFY_EVERY: usize = 1000;
 /// Most GPUs of a node.
 const GPUS_MAX: usize = 64;
 /// What chunks of a GPU's memory are multiples of.
@@ -122,6 +124,8 @@ pub struct Settings {
     pub gpu_fallback: bool,
     /// Whether fp32 products on GPUs may be computed in TF32, as PyTorch's convolutions are.
     pub tf32: bool,
+    /// One swap-in in so many is read back from its device and compared; 0 for none.
+    pub verify_every: u64,
     /// Whether the admin port lets devices fail, to test what happens then.
     pub test_faults: bool,
     /// The devices that are listed.
@@ -185,6 +189,7 @@ impl Settings {
             gpu_memory: from.optional_bytes("gpu_memory"),
             gpu_fallback: from.choice("gpu_fallback", false, &SWITCH),
             tf32: from.choice("tf32", true, &SWITCH),
+            verify_every: from.count("verify_every", VERIFY_EVERY, 0..=usize::MAX) as u64,
             test_faults: from.choice("test_faults", false, &SWITCH),
             devices: Vec::new(),
         }

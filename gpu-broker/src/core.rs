@@ -13,7 +13,7 @@ use std::{
     cell::RefCell,
     collections::{HashMap, VecDeque},
     rc::{Rc, Weak},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Instant,
 };
 
@@ -38,6 +38,7 @@ use crate::{
     mailbox::{Ended, Mailbox, Outcome},
     store::Home,
     telemetry::{Telemetry, level},
+    verify::{Stay, Verifier},
 };
 
 /// A device with its lanes.
@@ -116,6 +117,7 @@ pub(crate) struct Core {
     telemetry: Arc<Telemetry>,
     mailbox: Arc<Mailbox>,
     loader: Arc<Loader>,
+    verifier: Arc<Verifier>,
     started: Instant,
     scheduler: Scheduler,
     events: VecDeque<Event>,
@@ -147,6 +149,7 @@ impl Core {
         telemetry: Arc<Telemetry>,
         mailbox: Arc<Mailbox>,
         loader: Arc<Loader>,
+        verifier: Arc<Verifier>,
         devices: Vec<DeviceEntry>,
     ) -> Rc<RefCell<Self>> {
         let scheduler = Scheduler::new(SchedulerConfig {
@@ -160,6 +163,7 @@ impl Core {
                 telemetry,
                 mailbox,
                 loader,
+                verifier,
                 started: Instant::now(),
                 scheduler,
                 events: VecDeque::new(),
@@ -246,9 +250,18 @@ impl Core {
         };
         let mailbox = Arc::clone(&self.mailbox);
         let to = Arc::clone(&bound);
+        let stay = self.verifier.wants_next().then(|| Stay {
+            device: Arc::clone(&bound.device),
+            range,
+            weights: Arc::clone(&weights),
+        });
+        let verifier = Arc::clone(&self.verifier);
         let done = Box::new(move |result: Result<_, DeviceError>| {
             *to.copied_at() = Some(Instant::now());
             to.copied(result.is_ok());
+            if let Some(stay) = stay.filter(|_| result.is_ok()) {
+                verifier.look_at(stay);
+            }
             mailbox.post(Ended::SwapIn { model, device, result });
         });
         let groups = bound.bound.groups();
@@ -459,6 +472,8 @@ impl Core {
         t.models.set(level(self.models.len()));
         t.waiting.set(level(self.scheduler.waiting_len()));
         t.in_flight.set(level(self.requests.len()));
+        let seen = &self.verifier.seen;
+        t.verified(seen.same.load(Ordering::Relaxed), seen.damaged.load(Ordering::Relaxed));
         t.host_weights.set(i64::try_from(self.loader.memory.used().0.get()).unwrap_or(i64::MAX));
         for (index, entry) in self.devices.iter().enumerate() {
             let (used, _) = self.scheduler.charged(device_id(index)).unwrap_or_default();

@@ -17,3 +17,4 @@ pub mod serve;
 mod socket;
 pub mod store;
 pub mod telemetry;
+mod verify;

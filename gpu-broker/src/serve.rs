@@ -25,6 +25,7 @@ use crate::{
     mailbox::Mailbox,
     store::{Memory, Preparer, Ready, Store},
     telemetry::Telemetry,
+    verify::Verifier,
 };
 
 /// How often it is looked whether the last answers were taken.
@@ -87,7 +88,9 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&loader.devices)), Some(Arc::clone(&loader.memory))));
     let may_fail = loader.devices.iter().filter(|_| settings.test_faults).map(Arc::clone).collect();
     let devices = lanes(opened, &mailbox)?;
-    let core = Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, devices);
+    let verifier = Verifier::start(settings.verify_every).map_err(ServeError::io("starting a thread"))?;
+    let core =
+        Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, verifier, devices);
     let listeners = accept::Listeners::bind(&settings)?;
     let (asks, questions) = mpsc::channel(admin::QUESTIONS_MAX);
     let (ready, is_ready) = watch::channel(false);

@@ -64,6 +64,8 @@ pub struct Telemetry {
     swaps_out: Family<ByDevice, Counter>,
     swap_failures: Family<ByDevice, Counter>,
     devices_lost: Family<ByDevice, Counter>,
+    weights_same: Level,
+    weights_damaged: Level,
     swapped_in: Family<ByDevice, Counter<u64, AtomicU64>>,
     swap_in: Family<ByDevice, Histogram, fn() -> Histogram>,
     device_used: Family<ByDevice, Level>,
@@ -110,6 +112,8 @@ impl Telemetry {
             swaps_out: Family::default(),
             swap_failures: Family::default(),
             devices_lost: Family::default(),
+            weights_same: Level::default(),
+            weights_damaged: Level::default(),
             swapped_in: Family::default(),
             swap_in: Family::new_with_constructor(seconds),
             device_used: Family::default(),
@@ -139,6 +143,8 @@ impl Telemetry {
         r.register("swaps_in", "Models brought to a device", self.swaps_in.clone());
         r.register("swaps_out", "Models taken off a device", self.swaps_out.clone());
         r.register("swap_failures", "Swaps that failed", self.swap_failures.clone());
+        r.register("weights_verified", "Swap-ins that were read back and found right", self.weights_same.clone());
+        r.register("weights_damaged", "Swap-ins that were read back and found wrong", self.weights_damaged.clone());
         r.register("devices_lost", "Devices that failed for good", self.devices_lost.clone());
         r.register_with_unit("swapped_in", "Weights copied to a device", Unit::Bytes, self.swapped_in.clone());
         r.register_with_unit("swap_in", "Time to bring a model to a device", Unit::Seconds, self.swap_in.clone());
@@ -194,6 +200,11 @@ impl Telemetry {
 
     pub(crate) fn swapped_out(&self, device: &str) {
         self.swaps_out.get_or_create(&ByDevice { device: device.to_owned() }).inc();
+    }
+
+    pub(crate) fn verified(&self, same: u64, damaged: u64) {
+        self.weights_same.set(i64::try_from(same).unwrap_or(i64::MAX));
+        self.weights_damaged.set(i64::try_from(damaged).unwrap_or(i64::MAX));
     }
 
     pub(crate) fn device_lost(&self, device: &str) {

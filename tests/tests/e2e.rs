@@ -255,7 +255,7 @@ fn six_functions_swap_over_two_devices_that_hold_one_each_and_no_answer_is_wrong
     const FUNCTIONS: usize = 6;
     const ROUNDS: usize = 25;
     let folder = tempfile::tempdir().unwrap();
-    let broker = broker(&["5MiB", "5MiB"], &[]);
+    let broker = broker(&["5MiB", "5MiB"], &["verify_every = 1"]);
     let names: Vec<_> = (0..FUNCTIONS).map(|i| format!("swap/{i}")).collect();
     let known: Vec<_> = names
         .iter()
@@ -277,6 +277,8 @@ fn six_functions_swap_over_two_devices_that_hold_one_each_and_no_answer_is_wrong
     });
     let swaps = broker.metric("faaswap_swaps_in_total").unwrap();
     assert!(swaps >= 6.0, "six models cannot have been on two devices with {swaps} swap-ins");
+    assert!(broker.metric("faaswap_weights_verified").unwrap() >= 1.0, "weights were read back");
+    assert_eq!(broker.metric("faaswap_weights_damaged").unwrap(), 0.0);
     let devices = broker.admin("/v1/devices").unwrap();
     for device in devices.as_array().unwrap() {
         assert!(device["charged_bytes"].as_u64() <= device["capacity_bytes"].as_u64(), "{device}");

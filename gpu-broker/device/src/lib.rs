@@ -129,7 +129,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Whether the device has failed for good.
     fn is_lost(&self) -> bool;
 
-    /// Makes the device fail for good, as hardware may: for tests of what happens then.
+    /// Gives the device up: it fails for good, as hardware may. Where it cannot be trusted, and for tests.
     fn fail(&self);
 
     /// Memory by the device's own count.
