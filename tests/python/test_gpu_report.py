@@ -170,6 +170,8 @@ def test_a_run_does_every_step_that_it_can_and_gathers_the_records(tmp_path):
     assert outcomes(result) == {"conform": "passed", "figures": "passed", "soak": "passed"}
     assert [r["model"] for r in result["records"]] == ["a-fp16", "a-fp32"], "only what was chosen"
     assert "swapped_in_request" in ended.stdout
+    _, result = run(tmp_path, "--skip", "export,soak", "--models", "a")
+    assert outcomes(result) == {"conform": "passed", "figures": "passed"}
     _, result = run(tmp_path, "--only", "figures", "--dtypes", "fp32")
     assert [r["model"] for r in result["records"]] == ["a-fp32", "b-fp32"], "a choice is made anew each time"
 
@@ -191,6 +193,6 @@ def test_a_run_that_has_no_time_left_keeps_what_it_has(tmp_path):
 
 
 def test_a_run_that_is_asked_for_what_there_is_not_says_so(tmp_path):
-    for wrong in (["--only", "nonsense"], ["--dtypes", "fp8"], ["--within", "soon"]):
+    for wrong in (["--only", "nonsense"], ["--skip", "nonsense"], ["--dtypes", "fp8"], ["--within", "soon"]):
         ended, result = run(tmp_path, *wrong)
         assert ended.returncode == 64 and result is None and ended.stderr, wrong

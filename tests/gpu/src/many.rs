@@ -26,6 +26,7 @@ use crate::{
     Result,
     model::{self, Asked},
     random::Random,
+    record::{Record, Records, Target},
     stats::median_ms,
 };
 
@@ -252,6 +253,11 @@ pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
         serde_json::to_vec_pretty(&json!({"functions": functions.len(), "answers": answers, "wrong": wrong,
             "swaps_in": swaps, "seconds": took, "memory_grown_bytes": grown}))?,
     )?;
+    Records::new(out, "stress", cuda.gpu_name()?)?.add(&[
+        Record::of("stress_wrong_outputs", "all", (wrong as f64, "outputs"), None, Target::AtMost(0.0))
+            .counting(answers, wrong),
+        Record::of("stress_memory_growth", "all", (grown / 1e6, "MB"), None, Target::Told),
+    ])?;
     all.into_iter().collect::<Result<Vec<()>>>()?;
     if wrong > 0 { Err(format!("{wrong} of {answers} outputs are wrong").into()) } else { Ok(()) }
 }
@@ -259,7 +265,7 @@ pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
 /// Requests per second of resident functions of one model, by how many run at once.
 pub(crate) fn lanes(models: &Path, out: &Path, names: &[&str], seconds: u64) -> Result<()> {
     let runtime = model::runtime()?;
-    let mut records = Vec::new();
+    let (mut records, mut kept) = (Vec::new(), Vec::new());
     for name in names {
         let all = model::prepared(&models.join("prepared"))?;
         let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
@@ -270,7 +276,7 @@ pub(crate) fn lanes(models: &Path, out: &Path, names: &[&str], seconds: u64) -> 
         for function in &functions {
             function.asked.swap_in()?;
         }
-        let mut rates = Vec::new();
+        let (mut rates, mut answers) = (Vec::new(), 0);
         for at_once in [1_usize, 2, 4, 8] {
             let until = Instant::now() + Duration::from_secs(seconds);
             let counts: Vec<Result<u64>> = thread::scope(|scope| {
@@ -287,7 +293,9 @@ pub(crate) fn lanes(models: &Path, out: &Path, names: &[&str], seconds: u64) -> 
                 let threads: Vec<_> = functions[..at_once].iter().map(|f| scope.spawn(move || one(f))).collect();
                 threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
             });
-            rates.push(counts.into_iter().collect::<Result<Vec<_>>>()?.iter().sum::<u64>() as f64 / seconds as f64);
+            let count: u64 = counts.into_iter().collect::<Result<Vec<_>>>()?.iter().sum();
+            answers += count;
+            rates.push(count as f64 / seconds as f64);
         }
         functions.iter().try_for_each(|function| function.asked.swap_out())?;
         let [one, two, four, eight] = rates[..] else { return Err("four rates".into()) };
@@ -296,6 +304,10 @@ pub(crate) fn lanes(models: &Path, out: &Path, names: &[&str], seconds: u64) -> 
             four / one
         );
         records.push(json!({"model": name, "per_s": rates}));
+        let target = if name.starts_with("bert") { Target::AtLeast(1.6) } else { Target::AtLeast(2.2) };
+        let record = Record::of("four_lanes", name, (four, "requests/s"), Some((one, "one lane")), target);
+        kept.push(record.counting(answers, 0));
+        Records::new(out, "lanes", device.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&kept)?;
     }
     Ok(std::fs::write(out.join("lanes.json"), serde_json::to_vec_pretty(&records)?)?)
 }

@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::{
     Result,
     model::{self, Asked},
+    record::{Record, Records, Target},
     stats::median,
 };
 
@@ -24,7 +25,7 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
         return Ok(());
     }
     let runtime = model::runtime()?;
-    let mut records = Vec::new();
+    let (mut records, mut kept) = (Vec::new(), Vec::new());
     for name in names {
         let all = model::prepared(&models.join("prepared"))?;
         let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
@@ -34,6 +35,8 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
             Ok(CudaDevice::open(&config)?)
         };
         let (holder, other) = (open(0)?, open(1)?);
+        let plain =
+            cuda::measure_links(&[0, 1])?.peers[0][1].map(|peer| (peer.rate.0 / 1e9, "plain copy between GPUs"));
         let held = Asked::new(&runtime, &prepared, &holder)?;
         let asked = Asked::with(&runtime, &prepared, &other, Arc::clone(&held.weights), Arc::clone(&held.inputs))?;
         held.swap_in()?;
@@ -77,6 +80,15 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
         );
         records.push(json!({"model": name, "gb_per_s": bytes / 1e6 / copy, "request_ms": request,
             "resident_ms": resident, "one_link_ms": one, "two_links_ms": two, "wrong": wrong, "checked": 3 * ROUNDS}));
+        let target = if name.starts_with("bert") { Target::AtMost(1.15) } else { Target::Told };
+        let request = (request, "ms");
+        let request = Record::of("peer_swap_request", name, request, Some((resident, "resident request")), target);
+        let speed = (bytes / 1e6 / copy, "GB/s");
+        kept.push(Record::of("peer_swap_bandwidth", name, speed, plain, Target::AtLeast(0.85)));
+        kept.push(request.counting(3 * ROUNDS as u64, wrong as u64));
+        let target = if name.starts_with("bert") { Target::AtMost(0.60) } else { Target::Told };
+        kept.push(Record::of("two_link_load", name, (two, "ms"), Some((one, "one link")), target));
+        Records::new(out, "peers", holder.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&kept)?;
         std::fs::write(out.join("peers.json"), serde_json::to_vec_pretty(&records)?)?;
         if wrong > 0 {
             return Err(format!("{name}: {wrong} wrong outputs after a swap from the other GPU").into());

@@ -137,6 +137,24 @@ pub(crate) struct Record {
 }
 
 impl Record {
+    /// A figure of the model `name-dtype`, or of all models where there is no dtype.
+    pub(crate) fn of(
+        figure: &str,
+        name: &str,
+        (ours, unit): (f64, &'static str),
+        reference: Option<(f64, &'static str)>,
+        target: Target,
+    ) -> Self {
+        let (model, dtype) = name.rsplit_once('-').unwrap_or((name, "both"));
+        let (figure, model, dtype) = (figure.to_owned(), model.to_owned(), dtype.to_owned());
+        Self { figure, model, dtype, unit, ours, reference, target, outputs_checked: 0, outputs_wrong: 0 }
+    }
+
+    /// With outputs that were compared for it.
+    pub(crate) fn counting(self, outputs_checked: u64, outputs_wrong: u64) -> Self {
+        Self { outputs_checked, outputs_wrong, ..self }
+    }
+
     fn json(&self, device: &str) -> Value {
         let target = match self.target {
             Target::AtMost(most) => json!({"at_most": most}),
