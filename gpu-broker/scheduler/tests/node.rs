@@ -7,7 +7,7 @@ use std::{
 
 use faaswap_protocol::{Bytes, Late, Priority, Refusal, Slo};
 use faaswap_scheduler::{
-    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig, invariants,
+    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig, Source, invariants,
 };
 use proptest::prelude::*;
 
@@ -34,7 +34,7 @@ impl Node {
     /// `devices` gives capacity and lanes, `models` the charge of each; function n runs model n.
     fn new(devices: &[(u64, u16)], models: &[u64], late: Late) -> Self {
         let mut node = Self {
-            scheduler: Scheduler::new(SchedulerConfig { function_queue_max: 8, node_queue_max: 32 }),
+            scheduler: Scheduler::new(SchedulerConfig { function_queue_max: 8, node_queue_max: 32, ..SchedulerConfig::default() }),
             now: ms(0),
             mapped: BTreeMap::new(),
             running: BTreeMap::new(),
@@ -73,7 +73,7 @@ impl Node {
                 assert!(self.mapped.entry(device).or_default().remove(&model), "{model:?} is not on {device:?}");
                 assert!(!self.running.values().any(|&(d, _, m)| (d, m) == (device, model)), "{model:?} is in flight");
             }
-            Action::SwapIn { model, device } => {
+            Action::SwapIn { model, device, source: _ } => {
                 assert!(self.mapped.entry(device).or_default().insert(model), "{model:?} is on {device:?} already");
                 self.copies.push_back((device, model));
             }
@@ -117,7 +117,7 @@ fn run(request: u64, model: u32, device: u16, lane: u16, resident: bool) -> Acti
 }
 
 fn swap_in(model: u32, device: u16) -> Action {
-    Action::SwapIn { model: ModelId(model), device: DeviceId(device) }
+    Action::SwapIn { model: ModelId(model), device: DeviceId(device), source: Source::Host }
 }
 
 fn swap_out(model: u32, device: u16) -> Action {
