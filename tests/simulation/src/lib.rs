@@ -1,0 +1,9 @@
+//! A discrete-event simulation of nodes around the real scheduler: what it decides here, it decides in the broker.
+//!
+//! Everything follows from a seed. Costs are published ones for the paper's hardware and measured ones for ours.
+
+pub mod catalog;
+pub mod outcome;
+pub mod random;
+pub mod workload;
+pub mod world;
