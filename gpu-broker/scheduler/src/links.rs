@@ -23,6 +23,8 @@ struct Paths {
     host: Estimate,
     /// What is left of the host path while that device is copied to, in thousandths.
     beside: Vec<u64>,
+    /// Devices whose copies slow this one's down.
+    sharers: Vec<usize>,
     /// From that device; zero where there is no path.
     peers: Vec<Estimate>,
     /// When the copies that were asked for will have ended.
@@ -58,7 +60,7 @@ impl Links {
         let count = (place + 1).max(self.to.len());
         while self.to.len() < count {
             let host = Estimate::prior(HOST_PRIOR_BYTES_PER_S);
-            self.to.push(Paths { host, beside: Vec::new(), peers: Vec::new(), free_at: At::START });
+            self.to.push(Paths { host, beside: Vec::new(), sharers: Vec::new(), peers: Vec::new(), free_at: At::START });
         }
         for paths in &mut self.to {
             paths.beside.resize(count, 1000);
@@ -73,7 +75,10 @@ impl Links {
 
     pub(crate) fn beside_measured(&mut self, to: usize, beside: usize, bytes_per_s: u64) {
         let alone = self.to[to].host.value();
-        self.to[to].beside[beside] = scale(bytes_per_s.max(BYTES_PER_S_MIN), 1000, alone).clamp(50, 1000);
+        let paths = &mut self.to[to];
+        paths.beside[beside] = scale(bytes_per_s.max(BYTES_PER_S_MIN), 1000, alone).clamp(50, 1000);
+        let shares = |other: &usize| *other != to && paths.beside[*other] < SHARES_BELOW;
+        paths.sharers = (0..paths.beside.len()).filter(shares).collect();
     }
 
     pub(crate) fn peer_measured(&mut self, from: usize, to: usize, bytes_per_s: u64) {
@@ -108,10 +113,10 @@ impl Links {
         let start = paths.free_at.max(now);
         let alone = span(weights.get(), paths.host.value());
         let (mut shared_until, mut loss) = (At::START, 0);
-        for (other, &left) in paths.beside.iter().enumerate() {
-            if other != to && left < SHARES_BELOW && copying(other) {
+        for &other in &paths.sharers {
+            if copying(other) {
                 shared_until = shared_until.max(self.to[other].free_at);
-                loss += 1_000_000 / left.max(1) - 1000;
+                loss += 1_000_000 / paths.beside[other].max(1) - 1000;
             }
         }
         // At the shared speed until the others have ended, at full speed from then on.

@@ -39,10 +39,21 @@ pub enum PolicyKind {
     },
 }
 
+/// What happened, as far as it decides how much is to be looked at again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trigger {
+    /// Nothing that a decision depends on.
+    Nothing,
+    /// A request of this function has come.
+    Arrived(Slot),
+    /// Lanes, links or memory may be free, or time has passed.
+    Changed,
+}
+
 /// What a policy is asked. Three implementations: ours, the published one, and chance.
 pub(crate) trait Policy {
     /// Brings and starts what should be brought and started now; gives when to look again if nothing happens.
-    fn fill(&mut self, books: &mut Books, actions: &mut Vec<Action>) -> At;
+    fn fill(&mut self, books: &mut Books, trigger: Trigger, actions: &mut Vec<Action>) -> At;
 
     /// Whether a request that has come may wait; asked before it is queued.
     fn admit(&mut self, books: &Books, function: Slot, deadline: At) -> Result<(), Refusal> {

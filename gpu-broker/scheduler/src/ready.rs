@@ -77,6 +77,11 @@ impl Function {
         }
     }
 
+    /// Its place by its fresh requests.
+    pub(crate) fn rank(&self) -> Option<Rank> {
+        self.listed[0]
+    }
+
     pub(crate) fn waiting_len(&self) -> usize {
         self.fresh.len() + self.stale.len()
     }
@@ -113,9 +118,9 @@ impl Ready {
     }
 
     /// Functions with something waiting in these classes, best first.
-    pub(crate) fn in_tiers(&self, tiers: Range<Tier>) -> impl Iterator<Item = (Tier, Slot)> {
+    pub(crate) fn in_tiers(&self, tiers: Range<Tier>) -> impl Iterator<Item = (Rank, Slot)> {
         let bound = |tier| ((tier, At::START), Slot::FIRST);
-        self.ranks.range(bound(tiers.start)..bound(tiers.end)).map(|((tier, _), slot)| (*tier, *slot))
+        self.ranks.range(bound(tiers.start)..bound(tiers.end)).copied()
     }
 
     pub(crate) fn push(&mut self, function: &mut Function, waiting: Waiting) {

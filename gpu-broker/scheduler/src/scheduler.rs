@@ -7,7 +7,7 @@ use crate::{
     decision::{Decision, Decisions},
     event::{Action, DeviceId, Event, FunctionKey, Moment, RequestKey},
     limits::WAKE_MIN,
-    policy::{Chosen, PolicyKind},
+    policy::{Chosen, PolicyKind, Trigger},
     time::At,
 };
 
@@ -50,9 +50,9 @@ impl Scheduler {
     /// Equal histories give equal actions: that is what makes a failure replayable.
     pub fn step(&mut self, now: Moment, event: Event, actions: &mut Vec<Action>) {
         self.books.advance(now);
-        self.take_in(event, actions);
+        let trigger = self.take_in(event, actions);
         self.books.refuse_late(actions);
-        let look_again = self.policy.as_policy().fill(&mut self.books, actions);
+        let look_again = self.policy.as_policy().fill(&mut self.books, trigger, actions);
         self.ask_to_be_woken(look_again, actions);
     }
 
@@ -72,7 +72,7 @@ impl Scheduler {
         Decisions::iter(&self.books.decisions)
     }
 
-    fn take_in(&mut self, event: Event, actions: &mut Vec<Action>) {
+    fn take_in(&mut self, event: Event, actions: &mut Vec<Action>) -> Trigger {
         let books = &mut self.books;
         match event {
             Event::DeviceAdded { device, capacity, lanes } => books.add_device(device, capacity, lanes),
@@ -93,7 +93,9 @@ impl Scheduler {
                     self.policy.as_policy().expect(books, slot);
                 }
             }
-            Event::Arrived { request, function, deadline } => self.arrive(request, function, deadline.into(), actions),
+            Event::Arrived { request, function, deadline } => {
+                return self.arrive(request, function, deadline.into(), actions);
+            }
             Event::Cancelled { request } => {
                 // A run cannot be called back; its answer goes to whoever still listens.
                 if books.requests.get(&request).is_some_and(|found| matches!(found.stage, Stage::Waiting)) {
@@ -112,7 +114,7 @@ impl Scheduler {
                 }
             }
             // The memory was uncharged when the swap-out was decided, see `device`.
-            Event::SwapOutDone { .. } => {}
+            Event::SwapOutDone { .. } => return Trigger::Nothing,
             // The wish was granted: a further one must be said again.
             Event::Woken => self.wake_at = At::NEVER,
             Event::RunDone { request, took } => {
@@ -122,20 +124,33 @@ impl Scheduler {
             }
             Event::DrainBegun => books.draining = true,
         }
+        Trigger::Changed
     }
 
-    fn arrive(&mut self, request: RequestKey, function: FunctionKey, deadline: At, actions: &mut Vec<Action>) {
+    fn arrive(
+        &mut self,
+        request: RequestKey,
+        function: FunctionKey,
+        deadline: At,
+        actions: &mut Vec<Action>,
+    ) -> Trigger {
         if self.books.requests.contains_key(&request) {
             // The first of that name gets the answer: two answers to one name would be worse than none.
-            return;
+            return Trigger::Nothing;
         }
         let admitted = self.books.admit(request, function, deadline).and_then(|slot| {
             self.policy.as_policy().admit(&self.books, slot, deadline)?;
             Ok(slot)
         });
         match admitted {
-            Ok(slot) => self.books.enqueue(request, slot, deadline),
-            Err(refusal) => actions.push(Action::Refuse { request, refusal }),
+            Ok(slot) => {
+                self.books.enqueue(request, slot, deadline);
+                Trigger::Arrived(slot)
+            }
+            Err(refusal) => {
+                actions.push(Action::Refuse { request, refusal });
+                Trigger::Nothing
+            }
         }
     }
 

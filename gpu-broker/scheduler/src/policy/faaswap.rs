@@ -7,7 +7,7 @@
 use faaswap_protocol::{Late, Refusal};
 
 use super::{
-    Policy,
+    Policy, Trigger,
     ahead::Ahead,
     plan::Plan,
     predict::{Prediction, Question},
@@ -17,11 +17,13 @@ use crate::{
     decision::{Choice, Decision},
     event::Action,
     limits::{CONTROL_EVERY, LOOKED_AT_MAX, STARVED_AFTER, STARVED_TURN},
-    ready::{Tier, Waiting},
+    ready::{Function, Rank, Tier, Waiting},
     slots::Slot,
     time::{At, Span},
 };
 
+/// Functions for which a pass keeps lanes and links; those behind them only get what is idle and fits at once.
+const PROMISED_TO_MAX: usize = 16;
 /// Requests of one function that one pass looks at.
 const OF_ONE_FUNCTION_MAX: usize = 4;
 /// A copy may be asked for while one to the same device ends within this time.
@@ -45,7 +47,11 @@ enum Outcome {
 pub(crate) struct Faaswap {
     plan: Plan,
     ahead: Ahead,
-    looked_at: Vec<(Tier, Slot)>,
+    looked_at: Vec<(Rank, Slot)>,
+    /// The rank of the last function that the last pass looked at: an arrival behind it changes nothing before it.
+    reached: Option<Rank>,
+    /// When that pass wanted to look again.
+    wake: At,
     /// Starts since a starved request had its turn.
     starts: u32,
     control_at: At,
@@ -59,6 +65,8 @@ impl Faaswap {
             plan: Plan::default(),
             ahead: Ahead::default(),
             looked_at: Vec::new(),
+            reached: None,
+            wake: At::NEVER,
             starts: 0,
             control_at: At::START,
             ended: 0,
@@ -83,21 +91,35 @@ impl Faaswap {
     fn pass(&mut self, books: &mut Books, actions: &mut Vec<Action>) -> At {
         let mut wake = At::NEVER;
         self.plan.begin(books);
+        self.reached = None;
         self.serve_the_starved(books, actions);
         // What is given up on the way is looked at again among the late.
         for tiers in [Tier::High..Tier::Late, Tier::Late..Tier::End] {
             let mut looked_at = std::mem::take(&mut self.looked_at);
             looked_at.clear();
             looked_at.extend(books.ready.in_tiers(tiers).take(LOOKED_AT_MAX));
-            for &(tier, slot) in &looked_at {
-                if !can_act(books) {
+            for (at, &(rank, slot)) in looked_at.iter().enumerate() {
+                let means = Means::of(books);
+                if !means.any() {
                     break;
                 }
-                wake = wake.min(self.look_at(books, tier, slot, actions));
+                self.reached = Some(rank);
+                if means.suffice(books, rank.0, slot) && (at < PROMISED_TO_MAX || runs_at_once(books, slot)) {
+                    wake = wake.min(self.look_at(books, rank.0, slot, actions));
+                }
             }
             self.looked_at = looked_at;
         }
         wake
+    }
+
+    /// Whether a request that has just come is less urgent than all that the last pass looked at.
+    ///
+    /// What that pass promised then stands, and only the newcomer needs a look.
+    fn is_behind(&self, books: &Books, slot: Slot) -> bool {
+        let rank = books.functions.get(slot).filter(|function| function.waiting_len() == 1).and_then(Function::rank);
+        let (Some(reached), Some(rank)) = (self.reached, rank) else { return false };
+        reached < rank && rank.0 == Tier::High
     }
 
     /// Looks at the requests of one function.
@@ -297,15 +319,21 @@ impl Faaswap {
 }
 
 impl Policy for Faaswap {
-    fn fill(&mut self, books: &mut Books, actions: &mut Vec<Action>) -> At {
+    fn fill(&mut self, books: &mut Books, trigger: Trigger, actions: &mut Vec<Action>) -> At {
         self.control(books);
-        if books.ready.waiting_len() == 0 {
-            return self.ahead.look(books, actions);
-        }
-        if !can_act(books) {
-            return At::NEVER;
-        }
-        self.pass(books, actions)
+        self.wake = match trigger {
+            Trigger::Nothing => self.wake,
+            _ if books.ready.waiting_len() == 0 => self.ahead.look(books, actions),
+            _ if !Means::of(books).any() => {
+                self.reached = None;
+                At::NEVER
+            }
+            Trigger::Arrived(slot) if self.is_behind(books, slot) => {
+                self.wake.min(self.look_at(books, Tier::High, slot, actions))
+            }
+            Trigger::Arrived(_) | Trigger::Changed => self.pass(books, actions),
+        };
+        self.wake
     }
 
     fn ended(&mut self, books: &mut Books, ended: Ended) {
@@ -323,12 +351,45 @@ impl Policy for Faaswap {
     }
 }
 
-/// Whether there is a lane or a link to give.
-fn can_act(books: &Books) -> bool {
-    let ends_soon = |place: usize| books.links.free_at(place) <= books.now + COPY_ENDS_SOON;
-    books.devices.iter().enumerate().any(|(place, device)| {
-        !device.lost && (device.has_idle_lane() || device.copies.is_empty() || ends_soon(place))
-    })
+/// What there is to give.
+#[derive(Clone, Copy)]
+struct Means {
+    lane: bool,
+    link: bool,
+    /// No link is in use.
+    quiet: bool,
+}
+
+impl Means {
+    fn of(books: &Books) -> Self {
+        let mut means = Self { lane: false, link: false, quiet: true };
+        for (place, device) in books.devices.iter().enumerate().filter(|(_, device)| !device.lost) {
+            let idle = device.copies.is_empty();
+            means.lane |= device.has_idle_lane();
+            means.link |= idle || books.links.free_at(place) <= books.now + COPY_ENDS_SOON;
+            means.quiet &= idle;
+        }
+        means
+    }
+
+    fn any(self) -> bool {
+        self.lane || self.link
+    }
+
+    /// Whether anything could be done for this function: a lane for what is held, a link for what is not.
+    fn suffice(self, books: &Books, tier: Tier, slot: Slot) -> bool {
+        let model = books.functions.get(slot).and_then(|function| books.models.get(function.model));
+        let Some(model) = model else { return false };
+        let link = if tier < Tier::Late { self.link } else { self.quiet };
+        if model.stays.is_empty() { link } else { self.lane || (link && tier < Tier::Late) }
+    }
+}
+
+/// Whether a model is on a device with an idle lane.
+fn runs_at_once(books: &Books, slot: Slot) -> bool {
+    let model = books.functions.get(slot).and_then(|function| books.models.get(function.model));
+    let idle = |device: usize| books.devices.get(device).is_some_and(|on| !on.lost && on.has_idle_lane());
+    model.is_some_and(|model| model.stays.iter().any(|stay| idle(stay.device)))
 }
 
 fn remember(books: &mut Books, slot: Slot, waiting: Waiting, best: Prediction, compared: u16, choice: Choice) {

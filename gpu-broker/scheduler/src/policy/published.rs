@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use super::Policy;
+use super::{Policy, Trigger};
 use crate::{
     books::Books,
     event::{Action, Source},
@@ -127,7 +127,7 @@ fn boundary(books: &Books, slot: Slot) -> i64 {
 }
 
 impl Policy for Published {
-    fn fill(&mut self, books: &mut Books, actions: &mut Vec<Action>) -> At {
+    fn fill(&mut self, books: &mut Books, _: Trigger, actions: &mut Vec<Action>) -> At {
         self.update(books);
         if books.ready.waiting_len() == 0 || !any_idle(books) {
             return At::NEVER;

@@ -1,6 +1,6 @@
 //! Chance, for comparison: any request, any idle device.
 
-use super::{Policy, published};
+use super::{Policy, Trigger, published};
 use crate::{
     books::Books,
     event::{Action, Source},
@@ -33,7 +33,7 @@ impl Chance {
 }
 
 impl Policy for Chance {
-    fn fill(&mut self, books: &mut Books, actions: &mut Vec<Action>) -> At {
+    fn fill(&mut self, books: &mut Books, _: Trigger, actions: &mut Vec<Action>) -> At {
         if books.ready.waiting_len() == 0 || !published::any_idle(books) {
             return At::NEVER;
         }
