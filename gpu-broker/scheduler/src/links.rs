@@ -92,6 +92,11 @@ impl Links {
         to != beside && self.to[to].beside[beside] < SHARES_BELOW
     }
 
+    /// Devices whose copies slow this one's down.
+    pub(crate) fn sharers(&self, to: usize) -> &[usize] {
+        &self.to[to].sharers
+    }
+
     /// Bytes a second from one device to another, where there is a path that is faster than the host's.
     pub(crate) fn peer_speed(&self, from: usize, to: usize) -> Option<u64> {
         let speed = self.to[to].peers[from].value();

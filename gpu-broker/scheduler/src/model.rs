@@ -35,6 +35,8 @@ pub(crate) enum Weights {
         /// When it is expected to have ended.
         expected: At,
         source: Source,
+        /// When it must have ended for the request that it was brought for.
+        need_by: At,
         /// Another copy shared its path: its time says nothing about the path alone.
         contended: bool,
     },

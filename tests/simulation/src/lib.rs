@@ -5,6 +5,10 @@
 pub mod catalog;
 pub mod optimum;
 pub mod outcome;
+pub mod plot;
 pub mod random;
+pub mod report;
+pub mod scenario;
+pub mod search;
 pub mod workload;
 pub mod world;

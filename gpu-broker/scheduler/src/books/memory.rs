@@ -9,7 +9,7 @@ use crate::{
     links::Copy,
     model::{Stay, StayId, Weights},
     slots::Slot,
-    time::At,
+    time::{At, Span},
 };
 
 /// Most models that leave for one that comes.
@@ -24,7 +24,15 @@ impl Books {
     }
 
     /// Brings weights to a device, after others have left where that is needed. `false`: there is no room.
-    pub(crate) fn bring(&mut self, model: Slot, device: usize, source: Source, actions: &mut Vec<Action>) -> bool {
+    ///
+    /// `need_by` is when they must be there; copies on shared paths are expected so much later.
+    pub(crate) fn bring(
+        &mut self,
+        model: Slot,
+        (device, source): (usize, Source),
+        need_by: At,
+        actions: &mut Vec<Action>,
+    ) -> bool {
         if !self.can_bring(model, device) {
             return false;
         }
@@ -43,11 +51,11 @@ impl Books {
             return false;
         }
         let expected = self.now + copy.whole();
-        let contended = self.mark_contention(device, source);
+        let contended = self.delay_sharers(device, source, copy.contention);
         let stay = Stay {
             id: StayId(self.stays_made),
             device,
-            weights: Weights::Coming { expected, source, contended },
+            weights: Weights::Coming { expected, source, need_by, contended },
             charge,
             in_flight: 0,
             lent: 0,
@@ -101,13 +109,11 @@ impl Books {
         self.settle(model, from);
     }
 
-    /// Marks copies that share a path with a new one, as their times will say nothing about the path alone.
-    fn mark_contention(&mut self, device: usize, source: Source) -> bool {
-        if source != Source::Host {
-            return false;
-        }
+    /// Puts off the expected ends of copies that share a path with a new one, and marks them: their times will say
+    /// nothing about the path alone. Both sides lose the same time.
+    fn delay_sharers(&mut self, device: usize, source: Source, delay: Span) -> bool {
         let mut any = false;
-        for other in 0..self.devices.len() {
+        for other in (0..self.devices.len()).filter(|_| source == Source::Host) {
             if !self.links.share(device, other) || !self.copies_from_host(other) {
                 continue;
             }
@@ -115,12 +121,32 @@ impl Books {
             for at in 0..self.devices[other].copies.len() {
                 let (model, _) = self.devices[other].copies[at];
                 let stay = self.models.get_mut(model).and_then(|known| known.stay_mut(other));
-                if let Some(Weights::Coming { contended, .. }) = stay.map(|stay| &mut stay.weights) {
+                if let Some(Weights::Coming { expected, contended, .. }) = stay.map(|stay| &mut stay.weights) {
                     *contended = true;
+                    *expected = *expected + delay;
                 }
             }
+            let until = self.links.free_at(other) + delay;
+            self.links.occupy(other, until);
         }
         any
+    }
+
+    /// What a copy of that contention would make late on shared paths: the copies that would be in vain.
+    pub(crate) fn spoils(&self, device: usize, contention: Span) -> Span {
+        let mut spoilt = Span::ZERO;
+        for &other in self.links.sharers(device) {
+            let Some((model, Source::Host)) = self.devices.get(other).and_then(|on| on.copies.front()) else { continue };
+            let stay = self.models.get(*model).and_then(|known| known.stay(other));
+            if let Some(stay) = stay
+                && let Weights::Coming { expected, need_by, .. } = stay.weights
+                && expected <= need_by
+                && expected + contention > need_by
+            {
+                spoilt += expected - stay.asked;
+            }
+        }
+        spoilt
     }
 
     /// Evicts until this fits; `false` where it cannot.

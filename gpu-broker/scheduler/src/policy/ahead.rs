@@ -92,7 +92,7 @@ impl Ahead {
         let Some(home) = books.models.get(model).and_then(|known| known.home(device)) else { return false };
         let copy = books.links.alone(device, home.cost.weights);
         let id = books.models.get(model).map(|known| known.id);
-        if !books.bring(model, device, Source::Host, actions) {
+        if !books.bring(model, (device, Source::Host), At::NEVER, actions) {
             return false;
         }
         let until = books.now + copy + EXPECTED_FOR;

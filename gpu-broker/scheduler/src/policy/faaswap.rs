@@ -172,7 +172,7 @@ impl Faaswap {
                 self.plan.promise_link(best.device);
                 return Outcome::Waits(At::NEVER);
             }
-            if !books.bring(model, best.device, source, actions) {
+            if !books.bring(model, (best.device, source), waiting.deadline - best.tail, actions) {
                 return Outcome::Waits(At::NEVER);
             }
             remember(books, slot, waiting, best, compared, Choice::Bring);
@@ -295,7 +295,7 @@ impl Faaswap {
         };
         if let Some(source) = best.source {
             let idle = books.devices.get(best.device).is_some_and(|on| on.copies.is_empty());
-            if !idle || !books.bring(model, best.device, source, actions) {
+            if !idle || !books.bring(model, (best.device, source), waiting.deadline - best.tail, actions) {
                 self.plan.promise_link(best.device);
                 return Outcome::Waits(At::NEVER);
             }

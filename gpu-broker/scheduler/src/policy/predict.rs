@@ -30,7 +30,7 @@ pub(crate) struct Prediction {
     run: Span,
     corun: Span,
     throttle: Span,
-    tail: Span,
+    pub(crate) tail: Span,
     pub(crate) price: Span,
 }
 
@@ -108,7 +108,8 @@ impl Question<'_> {
         if source.is_none() {
             return Span::ZERO;
         }
-        let link = copy.alone / 4 + copy.contention;
+        let spoilt = if copy.contention.is_zero() { Span::ZERO } else { self.books.spoils(home.device, copy.contention) };
+        let link = copy.alone / 4 + copy.contention + spoilt;
         if device.free() >= home.charge {
             return link;
         }

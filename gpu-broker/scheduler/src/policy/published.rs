@@ -160,7 +160,7 @@ pub(super) fn start_one(
     let (model, Some(head)) = (function.model, function.fresh.front().copied()) else { return };
     let Some((device, source)) = place(books, model) else { return };
     if let Some(source) = source
-        && !books.bring(model, device, source, actions)
+        && !books.bring(model, (device, source), head.deadline, actions)
     {
         return;
     }

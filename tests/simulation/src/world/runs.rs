@@ -155,7 +155,6 @@ impl World<'_> {
         if let Some((function, arrived)) = self.arrived.remove(&run.request)
             && self.counts(arrived)
         {
-            if std::env::var("MISS").is_ok() && self.now - arrived > self.workload.functions[function].deadline { println!("miss at {:.3} f{function} m{} lat {} dev {device} ran {}", arrived as f64/1e9, self.workload.functions[function].model, (self.now-arrived)/1000000, (self.now-run.started)/1000000); }
             let latency = self.now - arrived;
             let tally = &mut self.outcome.functions[function];
             tally.answered += 1;
