@@ -113,7 +113,7 @@ impl Links {
     }
 
     /// A copy from host memory that is asked for now; `copying` says what is copied to from host memory at present.
-    pub(crate) fn from_host(&self, now: At, to: usize, weights: Bytes, copying: impl Fn(usize) -> bool) -> Copy {
+    pub(crate) fn host_copy(&self, now: At, to: usize, weights: Bytes, copying: impl Fn(usize) -> bool) -> Copy {
         let paths = &self.to[to];
         let start = paths.free_at.max(now);
         let alone = span(weights.get(), paths.host.value());
@@ -131,7 +131,7 @@ impl Links {
     }
 
     /// A copy from a device that holds the weights.
-    pub(crate) fn from_peer(&self, now: At, from: usize, to: usize, weights: Bytes) -> Option<Copy> {
+    pub(crate) fn peer_copy(&self, now: At, from: usize, to: usize, weights: Bytes) -> Option<Copy> {
         let speed = self.peer_speed(from, to)?;
         Some(Copy { queue: self.to[to].free_at - now, alone: span(weights.get(), speed), contention: Span::ZERO })
     }
@@ -183,9 +183,9 @@ mod tests {
     fn a_copy_beside_another_loses_as_long_as_that_lasts() {
         let mut links = pair();
         links.occupy(1, At::START + Span::millis(4));
-        let copy = links.from_host(At::START, 0, Bytes::new(100_000_000), |other| other == 1);
+        let copy = links.host_copy(At::START, 0, Bytes::new(100_000_000), |other| other == 1);
         assert_eq!((copy.alone, copy.contention), (Span::millis(10), Span::millis(2)), "4 ms at half speed");
-        let copy = links.from_host(At::START, 2, Bytes::new(100_000_000), |other| other == 1);
+        let copy = links.host_copy(At::START, 2, Bytes::new(100_000_000), |other| other == 1);
         assert_eq!(copy.contention, Span::ZERO, "not behind the same switch");
     }
 
@@ -193,7 +193,7 @@ mod tests {
     fn copies_to_one_device_queue() {
         let mut links = pair();
         links.occupy(0, At::START + Span::millis(7));
-        let copy = links.from_host(At::START, 0, Bytes::new(10_000_000), |_| true);
+        let copy = links.host_copy(At::START, 0, Bytes::new(10_000_000), |_| true);
         assert_eq!(copy.whole(), Span::millis(8), "its own link is no contention");
     }
 
@@ -204,7 +204,7 @@ mod tests {
         links.beside_measured(0, 1, u64::MAX);
         links.peer_measured(1, 0, u64::MAX);
         assert!(links.alone(0, Bytes::new(u64::MAX)) > Span::secs(1));
-        assert!(links.from_peer(At::START, 1, 0, Bytes::new(1)).is_some());
+        assert!(links.peer_copy(At::START, 1, 0, Bytes::new(1)).is_some());
         assert_eq!(links.peer_speed(0, 0), None);
     }
 }

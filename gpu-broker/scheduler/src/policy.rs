@@ -10,8 +10,6 @@ mod predict;
 mod published;
 mod simple;
 
-use faaswap_protocol::Refusal;
-
 use crate::{
     books::{Books, Ended},
     event::Action,
@@ -54,12 +52,6 @@ pub(crate) enum Trigger {
 pub(crate) trait Policy {
     /// Brings and starts what should be brought and started now; gives when to look again if nothing happens.
     fn fill(&mut self, books: &mut Books, trigger: Trigger, actions: &mut Vec<Action>) -> At;
-
-    /// Whether a request that has come may wait; asked before it is queued.
-    fn admit(&mut self, books: &Books, function: Slot, deadline: At) -> Result<(), Refusal> {
-        let _ = (books, function, deadline);
-        Ok(())
-    }
 
     /// A request of this function was answered.
     fn ended(&mut self, books: &mut Books, ended: Ended) {

@@ -138,11 +138,7 @@ impl Scheduler {
             // The first of that name gets the answer: two answers to one name would be worse than none.
             return Trigger::Nothing;
         }
-        let admitted = self.books.admit(request, function, deadline).and_then(|slot| {
-            self.policy.as_policy().admit(&self.books, slot, deadline)?;
-            Ok(slot)
-        });
-        match admitted {
+        match self.books.admit(function, deadline) {
             Ok(slot) => {
                 self.books.enqueue(request, slot, deadline);
                 Trigger::Arrived(slot)

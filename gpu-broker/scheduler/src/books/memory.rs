@@ -82,11 +82,11 @@ impl Books {
 
     /// A copy that would be asked for now.
     pub(crate) fn copy(&self, device: usize, source: Source, weights: Bytes) -> Copy {
-        let from_host = || self.links.from_host(self.now, device, weights, |other| self.copies_from_host(other));
+        let from_host = || self.links.host_copy(self.now, device, weights, |other| self.copies_from_host(other));
         match source {
             Source::Host => from_host(),
             Source::Peer(from) => match self.place(from) {
-                Some(from) => self.links.from_peer(self.now, from, device, weights).unwrap_or_else(from_host),
+                Some(from) => self.links.peer_copy(self.now, from, device, weights).unwrap_or_else(from_host),
                 None => from_host(),
             },
         }

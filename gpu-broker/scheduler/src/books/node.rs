@@ -55,10 +55,9 @@ impl Books {
         }
         for request in ran {
             let function = self.requests.get(&request).map(|found| found.function);
-            if let Some(function) = function.and_then(|key| self.functions.find(key)) {
-                if let Some(function) = self.functions.get_mut(function) {
-                    function.in_flight = function.in_flight.saturating_sub(1);
-                }
+            let slot = function.and_then(|key| self.functions.find(key));
+            if let Some(function) = slot.and_then(|slot| self.functions.get_mut(slot)) {
+                function.in_flight = function.in_flight.saturating_sub(1);
             }
             self.refuse(request, Refusal::HardwareFault, actions);
         }

@@ -25,13 +25,12 @@ pub(crate) struct Ended {
 
 impl Books {
     /// Whether a request may wait here, whatever the policy says.
-    pub(crate) fn admit(&self, request: RequestKey, function: FunctionKey, deadline: At) -> Result<Slot, Refusal> {
+    pub(crate) fn admit(&self, function: FunctionKey, deadline: At) -> Result<Slot, Refusal> {
         let slot = self.functions.find(function).ok_or(Refusal::UnknownFunction)?;
         let known = self.functions.get(slot).ok_or(Refusal::UnknownFunction)?;
         if self.draining {
             return Err(Refusal::Draining);
         }
-        debug_assert!(!self.requests.contains_key(&request), "the caller looks for duplicates");
         if known.late == Late::Refuse && deadline < self.now {
             return Err(Refusal::DeadlinePassed { late_by: (self.now - deadline).into() });
         }

@@ -264,6 +264,17 @@ impl Faaswap {
         true
     }
 
+    /// Refuses a request that has just come and has no chance, even where there was nothing to give and so no look at it.
+    fn refuse_newcomer(&self, books: &mut Books, slot: Slot, actions: &mut Vec<Action>) {
+        let newest = books.functions.get(slot).and_then(|function| function.fresh.back().copied());
+        let Some(waiting) = newest else { return };
+        if let Some((best, _)) = self.best_place(books, slot, waiting.deadline)
+            && best.ends > waiting.deadline
+        {
+            self.refuses(books, slot, waiting, best, actions);
+        }
+    }
+
     /// Gives the oldest request that waits too long its turn, once in so many starts or when nothing else goes.
     fn serve_the_starved(&mut self, books: &mut Books, actions: &mut Vec<Action>) {
         let Some(&(arrived, request)) = books.ready.by_age.first() else { return };
@@ -324,6 +335,11 @@ impl Policy for Faaswap {
         self.wake = match trigger {
             Trigger::Nothing => self.wake,
             _ if books.ready.waiting_len() == 0 => self.ahead.look(books, actions),
+            Trigger::Arrived(slot) if wants_refusal(books, slot) => {
+                let wake = self.pass(books, actions);
+                self.refuse_newcomer(books, slot, actions);
+                wake
+            }
             _ if !Means::of(books).any() => {
                 self.reached = None;
                 At::NEVER
@@ -383,6 +399,10 @@ impl Means {
         let link = if tier < Tier::Late { self.link } else { self.quiet };
         if model.stays.is_empty() { link } else { self.lane || (link && tier < Tier::Late) }
     }
+}
+
+fn wants_refusal(books: &Books, slot: Slot) -> bool {
+    books.functions.get(slot).is_some_and(|function| function.late == Late::Refuse)
 }
 
 /// Whether a model is on a device with an idle lane.

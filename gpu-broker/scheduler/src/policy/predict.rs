@@ -80,7 +80,7 @@ impl Question<'_> {
         let mut best = (Source::Host, self.books.copy(home.device, Source::Host, weights));
         for stay in self.model.stays.iter().filter(|stay| stay.weights == Weights::Resident && !stay.doomed) {
             let from = &self.books.devices[stay.device];
-            if let Some(copy) = self.books.links.from_peer(self.books.now, stay.device, home.device, weights)
+            if let Some(copy) = self.books.links.peer_copy(self.books.now, stay.device, home.device, weights)
                 && copy.whole() < best.1.whole()
             {
                 best = (Source::Peer(from.id), copy);

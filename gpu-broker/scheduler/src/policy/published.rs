@@ -138,7 +138,7 @@ impl Policy for Published {
             if !any_idle(books) {
                 break;
             }
-            start_one(books, slot, |books, model| algorithm_1(books, model), actions);
+            start_one(books, slot, algorithm_1, actions);
         }
         self.candidates = candidates;
         At::NEVER

@@ -18,6 +18,7 @@ fn main() {
             "bursty" => { let m = catalog::h100_models(); let w = workload::bursty(&m, x as usize, 1.1, args[5].parse().unwrap(), 4, seed); (catalog::h100_node(8), m, w) }
             "adv" => { let m = catalog::paper_models(); let w = workload::adversarial(&m, 400, 8, x as u64 * MS, 120 * SECOND); (catalog::paper_node(4), m, w) }
             "drawn" => { let m = catalog::paper_models(); let c = workload::drawn_counts(seed, 200, 20); let w = workload::replay(&c, &m, x as usize, 11, seed); (catalog::paper_node(4), m, w) }
+            "loose" => { let mut m = catalog::paper_models(); for x in &mut m { x.deadline = if x.deadline > 100 * MS { 250 * MS } else { 150 * MS }; } let w = workload::replay(&workload::published_counts(), &m, x as usize, 11, seed); (catalog::paper_node(4), m, w) }
             _ => { let m = catalog::paper_models(); let w = workload::replay(&workload::published_counts(), &m, x as usize, 11, seed); (catalog::paper_node(4), m, w) }
         };
         for policy in args[3].split(',') {
