@@ -60,7 +60,13 @@ impl Links {
         let count = (place + 1).max(self.to.len());
         while self.to.len() < count {
             let host = Estimate::prior(HOST_PRIOR_BYTES_PER_S);
-            self.to.push(Paths { host, beside: Vec::new(), sharers: Vec::new(), peers: Vec::new(), free_at: At::START });
+            self.to.push(Paths {
+                host,
+                beside: Vec::new(),
+                sharers: Vec::new(),
+                peers: Vec::new(),
+                free_at: At::START,
+            });
         }
         for paths in &mut self.to {
             paths.beside.resize(count, 1000);

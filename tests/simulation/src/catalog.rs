@@ -106,9 +106,8 @@ pub fn paper_node(gpus: usize) -> NodeSpec {
 /// Our models on an H100, measured: batch 1, host memory pinned. What was not measured is scaled by its bytes.
 pub fn h100_models() -> Vec<ModelSpec> {
     let us = |us: u64| us * 1_000;
-    let model = |name, mb, run, tail, strain| {
-        ModelSpec { name, weights: megabytes(mb), run, tail, strain, deadline: 50 * MS }
-    };
+    let model =
+        |name, mb, run, tail, strain| ModelSpec { name, weights: megabytes(mb), run, tail, strain, deadline: 50 * MS };
     vec![
         model("resnet50_fp16", 51.0, us(840), us(40), 0.28),
         model("resnet50", 102.0, us(2200), us(220), 0.16),
@@ -123,7 +122,12 @@ pub fn h100_node(gpus: usize) -> NodeSpec {
     let device = DeviceSpec { capacity: Bytes::new(72 * GB), lanes: 4, link: 54_700_000_000 };
     let pairs = (0..gpus / 2).map(|pair| (vec![2 * pair, 2 * pair + 1], 93_600_000_000)).collect();
     let between = |from| (0..gpus).filter(move |to| *to != from).map(move |to| (from, to, 393 * GB));
-    NodeSpec { devices: vec![device; gpus], shared: pairs, peers: (0..gpus).flat_map(between).collect(), chunk: Bytes::mib(32) }
+    NodeSpec {
+        devices: vec![device; gpus],
+        shared: pairs,
+        peers: (0..gpus).flat_map(between).collect(),
+        chunk: Bytes::mib(32),
+    }
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "tables hold small positive numbers")]

@@ -84,7 +84,8 @@ impl Outcome {
     pub fn load_cov(&self) -> f64 {
         let loads: Vec<f64> = self.devices.iter().map(|device| ratio(device.busy, MS)).collect();
         let mean = loads.iter().sum::<f64>() / ratio(loads.len() as u64, 1).max(1.0);
-        let variance = loads.iter().map(|load| (load - mean).powi(2)).sum::<f64>() / ratio(loads.len() as u64, 1).max(1.0);
+        let variance =
+            loads.iter().map(|load| (load - mean).powi(2)).sum::<f64>() / ratio(loads.len() as u64, 1).max(1.0);
         if mean > 0.0 { variance.sqrt() / mean } else { 0.0 }
     }
 

@@ -52,7 +52,11 @@ impl Plot {
         for (line, colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
             let points: Vec<_> = line.points.iter().map(|&point| self.at(point)).collect();
             let path: Vec<_> = points.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
-            let _ = writeln!(svg, r#"<polyline points="{}" fill="none" stroke="{colour}" stroke-width="2"/>"#, path.join(" "));
+            let _ = writeln!(
+                svg,
+                r#"<polyline points="{}" fill="none" stroke="{colour}" stroke-width="2"/>"#,
+                path.join(" ")
+            );
             if let Some(&(_, y)) = points.last() {
                 labels.push((y, line.name.as_str(), *colour));
             }
@@ -75,11 +79,23 @@ impl Plot {
             let (x, y) = (self.x.0 + (self.x.1 - self.x.0) * share, self.y.0 + (self.y.1 - self.y.0) * share);
             let (at_x, at_y) = self.at((x, y));
             let _ = writeln!(svg, r##"<path d="M{x0},{at_y:.1} H{x1}" stroke="#ddd"/>"##);
-            let _ = writeln!(svg, r#"<text x="{:.1}" y="{:.1}" text-anchor="end">{}</text>"#, x0 - 6.0, at_y + 4.0, number(y));
-            let _ = writeln!(svg, r#"<text x="{at_x:.1}" y="{:.1}" text-anchor="middle">{}</text>"#, y0 + 16.0, number(x));
+            let _ = writeln!(
+                svg,
+                r#"<text x="{:.1}" y="{:.1}" text-anchor="end">{}</text>"#,
+                x0 - 6.0,
+                at_y + 4.0,
+                number(y)
+            );
+            let _ =
+                writeln!(svg, r#"<text x="{at_x:.1}" y="{:.1}" text-anchor="middle">{}</text>"#, y0 + 16.0, number(x));
         }
         let middle = x0.midpoint(x1);
-        let _ = writeln!(svg, r#"<text x="{middle:.1}" y="{:.1}" text-anchor="middle">{}</text>"#, HEIGHT - 8.0, self.x_axis);
+        let _ = writeln!(
+            svg,
+            r#"<text x="{middle:.1}" y="{:.1}" text-anchor="middle">{}</text>"#,
+            HEIGHT - 8.0,
+            self.x_axis
+        );
         let _ = writeln!(svg, r#"<text x="6" y="{:.1}">{}</text>"#, TOP - 4.0, self.y_axis);
     }
 

@@ -100,7 +100,8 @@ pub fn write(folder: &Path, rows: &[Row]) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let json = Value::Array(rows.iter().map(Row::json).collect());
     fs::write(folder.join("summary.json"), format!("{json:#}\n"))?;
-    let head = "scenario,policy,functions,compliant,requests,p98_ms,load_cov,largest_all_compliant,share_of_optimum,seed";
+    let head =
+        "scenario,policy,functions,compliant,requests,p98_ms,load_cov,largest_all_compliant,share_of_optimum,seed";
     let mut csv = format!("{head}\n");
     for row in rows {
         let _infallible = writeln!(csv, "{}", row.csv());

@@ -48,7 +48,10 @@ pub type Counts = Vec<Vec<f64>>;
 /// Reads counts from lines of comma-separated numbers; a line that is none is left out.
 pub fn parse_counts(text: &str) -> Counts {
     let line = |line: &str| line.split(',').map(|cell| cell.trim().parse().ok()).collect::<Option<Vec<f64>>>();
-    text.lines().filter_map(line).filter(|counts| counts.iter().all(|count| count.is_finite() && *count >= 0.0)).collect()
+    text.lines()
+        .filter_map(line)
+        .filter(|counts| counts.iter().all(|count| count.is_finite() && *count >= 0.0))
+        .collect()
 }
 
 /// The published counts.
@@ -182,7 +185,11 @@ fn poisson(random: &mut Random, mean: f64, span: Nanos, mut each: impl FnMut(Nan
     }
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "times of a simulation are small and positive")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "times of a simulation are small and positive"
+)]
 fn nanos(seconds: f64) -> Nanos {
     (seconds * 1e9) as Nanos
 }

@@ -136,7 +136,9 @@ impl Books {
     pub(crate) fn spoils(&self, device: usize, contention: Span) -> Span {
         let mut spoilt = Span::ZERO;
         for &other in self.links.sharers(device) {
-            let Some((model, Source::Host)) = self.devices.get(other).and_then(|on| on.copies.front()) else { continue };
+            let Some((model, Source::Host)) = self.devices.get(other).and_then(|on| on.copies.front()) else {
+                continue;
+            };
             let stay = self.models.get(*model).and_then(|known| known.stay(other));
             if let Some(stay) = stay
                 && let Weights::Coming { expected, need_by, .. } = stay.weights

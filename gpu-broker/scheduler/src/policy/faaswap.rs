@@ -237,7 +237,9 @@ impl Faaswap {
         match tier {
             Tier::High | Tier::Low => on.copies.is_empty() || nearly_free,
             // Nobody gains by it in time: only where it disturbs nothing.
-            Tier::Late | Tier::Batch | Tier::End => books.devices.iter().all(|device| device.lost || device.copies.is_empty()),
+            Tier::Late | Tier::Batch | Tier::End => {
+                books.devices.iter().all(|device| device.lost || device.copies.is_empty())
+            }
         }
     }
 
@@ -334,7 +336,10 @@ impl Policy for Faaswap {
         self.control(books);
         self.wake = match trigger {
             Trigger::Nothing => self.wake,
-            _ if books.ready.waiting_len() == 0 => self.ahead.look(books, actions),
+            _ if books.ready.waiting_len() == 0 => {
+                self.reached = None;
+                self.ahead.look(books, actions)
+            }
             Trigger::Arrived(slot) if wants_refusal(books, slot) => {
                 let wake = self.pass(books, actions);
                 self.refuse_newcomer(books, slot, actions);

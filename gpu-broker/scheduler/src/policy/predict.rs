@@ -68,7 +68,20 @@ impl Question<'_> {
         let ends_at_best = (now + run + throttle).max(now + copy.alone) + if resident { Span::ZERO } else { tail };
         let price = self.price(home, device, copy, source);
         let device = home.device;
-        Some(Prediction { device, source, resident, opening, ends, ends_at_best, copy, run, corun, throttle, tail, price })
+        Some(Prediction {
+            device,
+            source,
+            resident,
+            opening,
+            ends,
+            ends_at_best,
+            copy,
+            run,
+            corun,
+            throttle,
+            tail,
+            price,
+        })
     }
 
     /// The fastest way to bring the weights.
@@ -81,7 +94,7 @@ impl Question<'_> {
         for stay in self.model.stays.iter().filter(|stay| stay.weights == Weights::Resident && !stay.doomed) {
             let from = &self.books.devices[stay.device];
             if let Some(copy) = self.books.links.peer_copy(self.books.now, stay.device, home.device, weights)
-                && copy.whole() < best.1.whole()
+                && copy.whole() <= best.1.whole()
             {
                 best = (Source::Peer(from.id), copy);
             }
@@ -108,7 +121,8 @@ impl Question<'_> {
         if source.is_none() {
             return Span::ZERO;
         }
-        let spoilt = if copy.contention.is_zero() { Span::ZERO } else { self.books.spoils(home.device, copy.contention) };
+        let spoilt =
+            if copy.contention.is_zero() { Span::ZERO } else { self.books.spoils(home.device, copy.contention) };
         let link = copy.alone / 4 + copy.contention + spoilt;
         if device.free() >= home.charge {
             return link;

@@ -98,14 +98,17 @@ impl Published {
     fn sort_candidates(&mut self, books: &Books) {
         self.candidates.clear();
         for (_, slot) in &books.ready.ranks {
-            let Some(function) = books.functions.get(*slot).filter(|function| function.in_flight == 0) else { continue };
+            let Some(function) = books.functions.get(*slot).filter(|function| function.in_flight == 0) else {
+                continue;
+            };
             let low = self.low.contains(slot);
             let key = match self.order {
                 Order::Required if low => weighted(books, *slot),
                 Order::Required => -weighted(books, *slot),
-                Order::Arrival => {
-                    function.fresh.front().map_or(i64::MAX, |head| i64::try_from(head.arrived.nanos()).unwrap_or(i64::MAX))
-                }
+                Order::Arrival => function
+                    .fresh
+                    .front()
+                    .map_or(i64::MAX, |head| i64::try_from(head.arrived.nanos()).unwrap_or(i64::MAX)),
             };
             self.candidates.push((low, key, *slot));
         }
@@ -116,7 +119,8 @@ impl Published {
 /// `mean latency * (p n - m)`, in milliseconds and thousandths of requests.
 fn weighted(books: &Books, slot: Slot) -> i64 {
     let Some(function) = books.functions.get(slot) else { return 0 };
-    let latency_us = i64::try_from(function.latency.nanos() / 1_000).unwrap_or(i64::MAX / 1_000_000_000).min(60_000_000);
+    let latency_us =
+        i64::try_from(function.latency.nanos() / 1_000).unwrap_or(i64::MAX / 1_000_000_000).min(60_000_000);
     function.objective.lifetime_deficit_permille().saturating_mul(latency_us) / 1_000
 }
 

@@ -84,7 +84,9 @@ impl Links {
     }
 
     fn host_rate(&self, device: usize) -> f64 {
-        let active = |other: &&usize| self.first(**other).is_some_and(|copy| copy.source == Source::Host && copy.stuck_until.is_none());
+        let active = |other: &&usize| {
+            self.first(**other).is_some_and(|copy| copy.source == Source::Host && copy.stuck_until.is_none())
+        };
         let mut rate = self.devices[device].link;
         for (members, total) in self.shared.iter().filter(|(members, _)| members.contains(&device)) {
             let count = u32::try_from(members.iter().filter(active).count()).unwrap_or(1).max(1);

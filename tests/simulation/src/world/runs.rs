@@ -61,7 +61,14 @@ impl World<'_> {
         self.models[self.workload.functions[model.0 as usize].model]
     }
 
-    pub(super) fn begin_run(&mut self, request: RequestKey, model: ModelId, device: usize, lane: usize, resident: bool) {
+    pub(super) fn begin_run(
+        &mut self,
+        request: RequestKey,
+        model: ModelId,
+        device: usize,
+        lane: usize,
+        resident: bool,
+    ) {
         self.advance_runs(device);
         let work = self.noisy(self.model(model).run);
         let pipelined = !resident && self.links.is_coming(device, model);
