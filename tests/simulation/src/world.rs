@@ -223,7 +223,7 @@ impl World<'_> {
         }
         for action in actions {
             self.note(&action);
-            self.obey(action);
+            self.obey(&action);
         }
     }
 
@@ -241,8 +241,8 @@ impl World<'_> {
         }
     }
 
-    fn obey(&mut self, action: Action) {
-        match action {
+    fn obey(&mut self, action: &Action) {
+        match *action {
             Action::SwapOut { model, device } => self.tell(Event::SwapOutDone { model, device }),
             Action::SwapIn { model, device, source } => self.begin_copy(model, usize::from(device.0), source),
             Action::Run { request, model, device, lane, resident } => {

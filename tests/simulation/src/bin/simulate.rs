@@ -16,6 +16,9 @@ use faaswap_simulation::{
 const SEEDS: u64 = 3;
 const HELD_BACK_FROM: u64 = 1000;
 
+/// One scenario with its tables and plots.
+type Part = fn(&mut Run) -> std::io::Result<()>;
+
 struct Run {
     folder: PathBuf,
     seeds: u64,
@@ -61,7 +64,7 @@ fn both<T: Send>(figure: impl Fn(PolicyKind) -> T + Sync) -> [T; 2] {
 impl Run {
     fn all(&mut self) -> std::io::Result<()> {
         std::fs::create_dir_all(&self.folder)?;
-        let parts: [(&str, fn(&mut Self) -> std::io::Result<()>); 9] = [
+        let parts: [(&str, Part); 9] = [
             ("paper", Self::paper),
             ("largest", Self::largest),
             ("balance", Self::balance),
@@ -212,12 +215,12 @@ impl Run {
 
     /// The largest rate at which 99 of 100 functions are compliant, as a share of what the node could carry at all.
     fn bursty(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bursty", 99, (30, 270, 30), scenario::bursty)
+        self.share_of_optimum("bursty", 99, (30, 270, 30), false, scenario::bursty)
     }
 
-    /// The same where 95 of 100 are compliant, on one device whose link is scarce.
+    /// The same where 95 of 100 are compliant, on one device whose link is scarce. Its requests are independent.
     fn bus_bound(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bus-bound", 95, (4, 60, 2), scenario::bus_bound)
+        self.share_of_optimum("bus-bound", 95, (4, 60, 2), true, scenario::bus_bound)
     }
 
     fn share_of_optimum(
@@ -225,6 +228,7 @@ impl Run {
         name: &str,
         percent: u32,
         (low, high, step): (usize, usize, usize),
+        by_rates: bool,
         make: fn(f64, u64) -> scenario::Stage,
     ) -> std::io::Result<()> {
         let found = both(|policy| {
@@ -243,9 +247,12 @@ impl Run {
         for (policy, found) in ["faaswap", "torpor"].into_iter().zip(found) {
             let Some((rate, outcome, bound)) = found else { continue };
             self.add(&format!("{name}-{rate}-per-minute"), policy, 1, &outcome);
-            let (links, devices) = (bound.links, bound.devices);
-            let share = links.max(devices);
-            self.say(&format!("{name} {policy}: {share:.2} of the optimum (links {links:.2}, devices {devices:.2})"));
+            let links = if by_rates { bound.links_by_rates } else { bound.links };
+            let share = links.max(bound.devices);
+            self.say(&format!(
+                "{name} {policy}: {share:.2} of the optimum (links {:.2}, by rates {:.2}; devices {:.2})",
+                bound.links, bound.links_by_rates, bound.devices
+            ));
             if let Some(row) = self.rows.last_mut() {
                 row.share_of_optimum = Some(share);
             }
