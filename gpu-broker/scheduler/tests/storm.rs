@@ -103,12 +103,13 @@ struct Ledger {
 
 impl Ledger {
     fn tell(&mut self, scheduler: &mut Scheduler, now: Moment, event: Event) -> Result<(), TestCaseError> {
-        match event {
-            Event::Arrived { request, .. } => drop(self.open.entry(request).or_insert(false)),
-            Event::RunDone { request, .. } if self.open.get(&request) == Some(&true) => {
-                drop(self.open.remove(&request))
-            }
-            _ => {}
+        if let Event::Arrived { request, .. } = event {
+            self.open.entry(request).or_insert(false);
+        }
+        if let Event::RunDone { request, .. } = event
+            && self.open.get(&request) == Some(&true)
+        {
+            self.open.remove(&request);
         }
         let mut actions = Vec::new();
         scheduler.step(now, event, &mut actions);

@@ -2,6 +2,9 @@
 //!
 //! All memory counts as one cache that evicts what is needed again last (Belady); each miss is copied once, all links
 //! are always busy, and no run waits. Deadlines are left out. A node cannot serve more than this on average.
+//!
+//! Where requests are independent of each other, nobody can know the future. There the best is to keep what is asked for
+//! most, for good, and that is the bound to compare with.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,8 +17,10 @@ use crate::{
 /// Parts of what there is that the workload needs at least; more than 1 cannot be served.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bound {
-    /// Of the host links.
+    /// Of the host links, where the future is known.
     pub links: f64,
+    /// Of the host links, where only the rates are known.
+    pub links_by_rates: f64,
     /// Of the devices' time, at their best number of lanes.
     pub devices: f64,
 }
@@ -34,7 +39,9 @@ pub fn bound(node: &NodeSpec, models: &[ModelSpec], workload: &Workload) -> Boun
         })
         .sum();
     let devices = ratio(node.devices.len() as u64, 1);
-    Bound { links: copied / seconds / link_speed(node), devices: work / seconds / devices }
+    let by_rates = ratio(bytes_beyond_the_most_asked(node, models, workload), 1);
+    let per_second = seconds * link_speed(node);
+    Bound { links: copied / per_second, links_by_rates: by_rates / per_second, devices: work / seconds / devices }
 }
 
 /// Bytes a second over all host links at once.
@@ -67,6 +74,26 @@ fn missed_bytes(node: &NodeSpec, models: &[ModelSpec], workload: &Workload) -> u
         }
     }
     missed
+}
+
+/// What is copied where the models that are asked for most stay for good, and each other request is a copy.
+fn bytes_beyond_the_most_asked(node: &NodeSpec, models: &[ModelSpec], workload: &Workload) -> u64 {
+    let capacity: u64 = node.devices.iter().map(|device| device.capacity.get()).sum();
+    let mut asked = vec![0_u64; workload.functions.len()];
+    for request in workload.requests.iter().filter(|request| request.at >= workload.counted_from) {
+        asked[request.function] += 1;
+    }
+    let size = |function: usize| models[workload.functions[function].model].weights.get();
+    let mut order: Vec<_> = (0..asked.len()).collect();
+    order.sort_by_key(|function| std::cmp::Reverse(asked[*function]));
+    let (mut used, mut copied) = (0, 0);
+    for function in order {
+        // The model at the edge counts in part: a bound may.
+        let kept = size(function).min(capacity - used);
+        used += kept;
+        copied += asked[function] * (size(function) - kept);
+    }
+    copied
 }
 
 /// For each request, when its function is asked next.

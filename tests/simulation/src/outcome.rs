@@ -48,6 +48,9 @@ pub struct Outcome {
     pub digest: u64,
     /// Events that the scheduler took in.
     pub steps: u64,
+    /// What each step of the scheduler took on this machine, where that was asked for: the only thing here that does
+    /// not follow from the seed.
+    pub step_nanos: Vec<u32>,
     /// The simulated span.
     pub span: Nanos,
 }

@@ -35,7 +35,7 @@ pub fn play(node: &NodeSpec, models: &[ModelSpec], workload: &Workload, policy: 
 /// Run times that vary by 3%, and nothing goes wrong.
 pub fn setting(policy: PolicyKind, seed: u64) -> Setting {
     let config = SchedulerConfig { policy, ..SchedulerConfig::default() };
-    Setting { config, late: Late::Serve, noise: 0.03, faults: Vec::new(), seed, check: false }
+    Setting { config, late: Late::Serve, noise: 0.03, faults: Vec::new(), seed, check: false, timed: false }
 }
 
 /// A node, its models, and what it is asked.
@@ -120,16 +120,16 @@ fn part(all: &Workload, is_here: impl Fn(usize) -> bool) -> Workload {
 /// 2000 functions, popular by Zipf's law and asked in bursts, on 8 H100s; `per_minute` is the mean.
 pub fn bursty(per_minute: f64, seed: u64) -> Stage {
     let models = catalog::h100_models();
-    let workload = workload::bursty(&models, 2000, 1.1, per_minute, 3, seed);
+    let workload = workload::bursty(&models, 2000, 1.1, per_minute, 2, seed);
     (catalog::h100_node(8), models, workload)
 }
 
-/// One H100 of which 25 GB hold weights, and 300 functions asked alike: the link is what is scarce.
+/// One H100 of which 25 GB hold weights, and 400 functions with the paper's models: the link is what is scarce.
 pub fn bus_bound(per_minute: f64, seed: u64) -> Stage {
     let mut node = catalog::h100_node(1);
     node.devices[0].capacity = Bytes::new(25_000_000_000);
-    let models = catalog::h100_models();
-    let workload = workload::steady(&models, 300, per_minute, 4, seed);
+    let models = catalog::h100_paper_models();
+    let workload = workload::steady(&models, 400, per_minute, 6, seed);
     (node, models, workload)
 }
 

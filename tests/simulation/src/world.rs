@@ -9,7 +9,7 @@ mod runs;
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use faaswap_protocol::{Late, Priority, Slo};
@@ -69,6 +69,8 @@ pub struct Setting {
     pub seed: u64,
     /// Check the invariants after every step.
     pub check: bool,
+    /// Note how long each step took.
+    pub timed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -210,14 +212,18 @@ impl World<'_> {
 
     fn tell(&mut self, event: Event) {
         let mut actions = Vec::new();
+        let begun = self.setting.timed.then(Instant::now);
         self.scheduler.step(Moment(Duration::from_nanos(self.now)), event, &mut actions);
+        if let Some(begun) = begun {
+            self.outcome.step_nanos.push(u32::try_from(begun.elapsed().as_nanos()).unwrap_or(u32::MAX));
+        }
         self.outcome.steps += 1;
         if self.setting.check {
             invariants::check(&self.scheduler).expect("invariants hold after every step");
         }
         for action in actions {
             self.note(&action);
-            self.obey(action);
+            self.obey(&action);
         }
     }
 
@@ -235,8 +241,8 @@ impl World<'_> {
         }
     }
 
-    fn obey(&mut self, action: Action) {
-        match action {
+    fn obey(&mut self, action: &Action) {
+        match *action {
             Action::SwapOut { model, device } => self.tell(Event::SwapOutDone { model, device }),
             Action::SwapIn { model, device, source } => self.begin_copy(model, usize::from(device.0), source),
             Action::Run { request, model, device, lane, resident } => {
