@@ -157,6 +157,7 @@ impl Core {
         let scheduler = Scheduler::new(SchedulerConfig {
             function_queue_max: settings.function_queue_max,
             node_queue_max: settings.node_queue_max,
+            ..SchedulerConfig::default()
         });
         let core = Rc::new_cyclic(|me| {
             RefCell::new(Self {
@@ -225,7 +226,8 @@ impl Core {
     fn act(&mut self, action: Action) {
         match action {
             Action::SwapOut { model, device } => self.swap_out(model, device),
-            Action::SwapIn { model, device } => self.swap_in(model, device),
+            // Host memory has every model; copies between devices come with a device that can do them.
+            Action::SwapIn { model, device, source: _ } => self.swap_in(model, device),
             Action::Run { request, model, device, lane, resident } => self.run(request, model, device, lane, resident),
             Action::Refuse { request, refusal } => self.refuse(request, refusal),
             Action::WakeAt(at) => {

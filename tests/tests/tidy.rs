@@ -18,6 +18,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("faaswap-engine", &["faaswap-protocol", "faaswap-slab", "faaswap-device"]),
     ("faaswap-sidecar", &["faaswap-protocol", "faaswap-slab"]),
     ("faaswap-broker", &["faaswap-protocol", "faaswap-slab", "faaswap-scheduler", "faaswap-device", "faaswap-engine"]),
+    ("faaswap-simulation", &["faaswap-protocol", "faaswap-scheduler"]),
     ("faaswap-gpu-tests", &["faaswap-protocol", "faaswap-device", "faaswap-engine"]),
     (
         "faaswap-tests",

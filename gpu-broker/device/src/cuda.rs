@@ -5,6 +5,7 @@
 //! events of the link: a program may be launched as soon as all copies of its weights are *queued*.
 
 mod arena;
+mod detour;
 mod device;
 mod driver;
 mod kernels;
@@ -35,6 +36,7 @@ use faaswap_protocol::Bytes;
 pub(crate) use self::driver::{Context, Registration};
 use self::{
     arena::{Arena, Purpose},
+    detour::Detour,
     driver::{Addresses, Physical},
     kernels::Kernels,
     lane::Lane,
@@ -82,7 +84,8 @@ pub struct CudaConfig {
     pub lanes: usize,
     /// Most scratch memory of one lane.
     pub scratch_max: Bytes,
-    /// Other GPUs, by the driver's count, that may bring weights from this one's memory.
+    /// Other GPUs, by the driver's count: they may bring weights from this one's memory, and this one's weights may come
+    /// over their links.
     pub peers: Vec<u32>,
 }
 
@@ -176,7 +179,7 @@ impl CudaDevice {
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
         let shared = Arc::new(Shared::new(info, context, &pool));
-        let threads = start_threads(&shared, pool)?;
+        let threads = start_threads(&shared, pool, &peers)?;
         let threads = Mutex::new(threads);
         Ok(Arc::new(Self { shared, memory, dummy, binding: Mutex::new(()), ordinal, threads }))
     }
@@ -363,7 +366,7 @@ fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), Dev
     zeroed.and(addresses.unmap(0, len))
 }
 
-fn start_threads(shared: &Arc<Shared>, pool: Pool) -> Result<Vec<JoinHandle<()>>, DeviceError> {
+fn start_threads(shared: &Arc<Shared>, pool: Pool, peers: &[i32]) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let failed = |e: std::io::Error| DeviceError::Failed { call: "starting the link's threads", reason: e.to_string() };
     let (ends, copying) = sync_channel(link::AHEAD_MAX);
     let finishing = Arc::clone(shared);
@@ -371,8 +374,14 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool) -> Result<Vec<JoinHandle<()>>
         .name(format!("ends-{}", shared.info.name))
         .spawn(move || link::finish(&finishing, &copying))
         .map_err(failed)?;
-    let copies = Queue::new(&shared.context)?;
-    let link = Link { shared: Arc::clone(shared), pool, copies, ends };
+    let context = &shared.context;
+    let mut detours = Vec::new();
+    for &peer in peers.iter().filter(|&&peer| peer != context.device) {
+        detours.extend(Detour::new(context, peer)?);
+    }
+    shared.has_detours(detours.iter().map(|detour| detour.ordinal).collect());
+    let (copies, order, copied) = (Queue::new(context)?, Queue::new(context)?, Event::new(context)?);
+    let link = Link { shared: Arc::clone(shared), pool, copies, detours, order, copied, ends };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
     Ok(vec![link, finish])

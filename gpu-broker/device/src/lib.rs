@@ -170,6 +170,20 @@ pub trait Device: Send + Sync + fmt::Debug {
         self.swap_in(range, weights, groups, done)
     }
 
+    /// As [`Device::swap_in`], over this device's link and another one's at once where the two can reach each other: for
+    /// large weights, while the other link is idle. Over this one's alone where they cannot.
+    fn swap_in_over_both(
+        &self,
+        other: &dyn Device,
+        range: RangeId,
+        weights: Arc<HostWeights>,
+        groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        let _ = other;
+        self.swap_in(range, weights, groups, done)
+    }
+
     /// Queues: take the memory away from the range. The caller sees to it that nothing runs on it.
     fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError>;
 

@@ -3,68 +3,92 @@
 //! Memory is charged from the decision to swap in until the decision to swap out. That is sound because a device does
 //! its swaps in the order in which they were decided: the memory is free by the time the next swap-in needs it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeSet, VecDeque};
 
 use faaswap_protocol::Bytes;
 
-use crate::event::{LaneId, ModelId, Moment, RequestKey};
+use crate::{
+    estimate::Estimate,
+    event::{DeviceId, LaneId, RequestKey, Source},
+    eviction::Worth,
+    limits::LANES_MAX,
+    slots::Slot,
+    time::{At, Span, scale},
+};
 
-/// Tells one stay of a model on a device from the next, so that a late report is not booked on the wrong one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct StayId(pub(crate) u64);
-
-/// How far a model's weights are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Weights {
-    /// A swap-in was asked for and has not been reported done.
-    Coming,
-    /// All there.
-    Resident,
-}
-
-/// One stay of a model on a device.
-#[derive(Clone, Debug)]
-pub(crate) struct Stay {
-    pub(crate) id: StayId,
-    pub(crate) weights: Weights,
-    pub(crate) charge: Bytes,
-    /// Runs that were started and have not ended. Weights in flight are never taken away.
-    pub(crate) in_flight: u32,
-    pub(crate) last_used: Moment,
-    /// The model was removed: swapped out as soon as nothing runs on it.
-    pub(crate) doomed: bool,
-}
-
-impl Stay {
-    /// Whether the weights may be taken away now.
-    ///
-    /// Weights that are still coming stay: every report of a swap-in then finds the stay that it is about.
-    pub(crate) fn can_leave(&self) -> bool {
-        self.in_flight == 0 && self.weights == Weights::Resident
-    }
+/// What runs on a lane.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Running {
+    pub(crate) request: RequestKey,
+    pub(crate) started: At,
+    /// When it is expected to end.
+    pub(crate) ends: At,
+    pub(crate) deadline: At,
+    /// The device's busy time when it started.
+    busy_before: Span,
 }
 
 /// One device.
 #[derive(Clone, Debug)]
 pub(crate) struct Device {
+    pub(crate) id: DeviceId,
+    pub(crate) lost: bool,
     pub(crate) capacity: Bytes,
-    pub(crate) lanes: Vec<Option<RequestKey>>,
-    pub(crate) stays: BTreeMap<ModelId, Stay>,
+    pub(crate) charged: Bytes,
+    /// What of it cannot leave now.
+    pub(crate) pinned: Bytes,
+    /// What others are said to have taken; kept free where that is possible.
+    pub(crate) foreign: Bytes,
+    pub(crate) lanes: Vec<Option<Running>>,
+    pub(crate) busy: usize,
+    /// Lane time so far: the integral of `busy`.
+    busy_time: Span,
+    busy_since: At,
+    /// How much runs slow each other down here.
+    pub(crate) strain: Estimate,
+    /// Clock and foreign load: thousandths of full speed.
+    pub(crate) speed_permille: u64,
+    /// What may leave, cheapest first.
+    pub(crate) leaving: BTreeSet<(Worth, Slot)>,
+    /// Copies that were asked for and have not ended, in order.
+    pub(crate) copies: VecDeque<(Slot, Source)>,
+    /// Lane time of recent minutes, halved now and then: the tie-break that spreads load.
+    pub(crate) recent: Span,
 }
 
 impl Device {
-    pub(crate) fn new(capacity: Bytes, lanes: u16) -> Self {
-        Self { capacity, lanes: vec![None; usize::from(lanes)], stays: BTreeMap::new() }
-    }
-
-    /// What the models here take.
-    pub(crate) fn charged(&self) -> Bytes {
-        self.stays.values().map(|stay| stay.charge).sum()
+    pub(crate) fn new(id: DeviceId, capacity: Bytes, lanes: u16) -> Self {
+        Self {
+            id,
+            lost: false,
+            capacity,
+            charged: Bytes::ZERO,
+            pinned: Bytes::ZERO,
+            foreign: Bytes::ZERO,
+            lanes: vec![None; usize::from(lanes.min(LANES_MAX))],
+            busy: 0,
+            busy_time: Span::ZERO,
+            busy_since: At::START,
+            strain: Estimate::prior(0),
+            speed_permille: 1000,
+            leaving: BTreeSet::new(),
+            copies: VecDeque::new(),
+            recent: Span::ZERO,
+        }
     }
 
     /// What is left. Invariant BR-2 makes the difference exist.
     pub(crate) fn free(&self) -> Bytes {
-        self.capacity.checked_sub(self.charged()).unwrap_or(Bytes::ZERO)
+        self.capacity.checked_sub(self.charged).unwrap_or(Bytes::ZERO)
+    }
+
+    /// Whether this fits when everything leaves that can.
+    pub(crate) fn can_make_room(&self, charge: Bytes) -> bool {
+        self.pinned.checked_add(charge).is_some_and(|sum| sum <= self.capacity)
+    }
+
+    pub(crate) fn has_idle_lane(&self) -> bool {
+        self.busy < self.lanes.len()
     }
 
     /// The first lane with nothing on it.
@@ -73,53 +97,56 @@ impl Device {
         u16::try_from(idle).ok().map(LaneId)
     }
 
-    /// How many swap-ins have not been reported done.
-    pub(crate) fn copies_in_flight(&self) -> usize {
-        self.stays.values().filter(|stay| stay.weights == Weights::Coming).count()
+    pub(crate) fn copies_from_host(&self) -> bool {
+        self.copies.iter().any(|(_, source)| *source == Source::Host)
     }
 
-    /// The models to swap out so that `charge` fits, least recently used first; `None` when even all would not do.
-    pub(crate) fn victims(&self, charge: Bytes) -> Option<Vec<ModelId>> {
-        let mut candidates: Vec<_> = self.stays.iter().filter(|(_, stay)| stay.can_leave()).collect();
-        candidates.sort_by_key(|(model, stay)| (stay.last_used, **model));
-        let mut free = self.free();
-        let mut victims = Vec::new();
-        for (model, stay) in candidates {
-            if free >= charge {
-                break;
-            }
-            free = free.checked_add(stay.charge)?;
-            victims.push(*model);
+    fn tick(&mut self, now: At) {
+        self.busy_time += (now - self.busy_since) * self.busy as u64;
+        self.busy_since = self.busy_since.max(now);
+    }
+
+    pub(crate) fn begin(&mut self, now: At, lane: LaneId, mut running: Running) {
+        self.tick(now);
+        running.busy_before = self.busy_time;
+        if let Some(slot @ None) = self.lanes.get_mut(usize::from(lane.0)) {
+            *slot = Some(running);
+            self.busy += 1;
         }
-        (free >= charge).then_some(victims)
+    }
+
+    /// Frees a lane; gives what ran there and how many others ran beside it on average, in thousandths.
+    pub(crate) fn end(&mut self, now: At, lane: LaneId) -> Option<(Running, u64)> {
+        self.tick(now);
+        let running = self.lanes.get_mut(usize::from(lane.0))?.take()?;
+        self.busy -= 1;
+        let took = now - running.started;
+        self.recent += took;
+        let lane_time = self.busy_time - running.busy_before;
+        Some((running, scale(lane_time.nanos(), 1000, took.nanos().max(1)).saturating_sub(1000)))
+    }
+}
+
+impl Running {
+    pub(crate) fn new(request: RequestKey, started: At, ends: At, deadline: At) -> Self {
+        Self { request, started, ends, deadline, busy_before: Span::ZERO }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
-    fn stay(last_used_s: u64, charge: u64, in_flight: u32) -> Stay {
-        Stay {
-            id: StayId(0),
-            weights: Weights::Resident,
-            charge: Bytes::new(charge),
-            in_flight,
-            last_used: Moment(Duration::from_secs(last_used_s)),
-            doomed: false,
-        }
-    }
-
     #[test]
-    fn the_least_recently_used_leave_first_and_only_as_many_as_needed() {
-        let mut device = Device::new(Bytes::new(10), 1);
-        device.stays =
-            BTreeMap::from([(ModelId(1), stay(3, 3, 0)), (ModelId(2), stay(1, 3, 0)), (ModelId(3), stay(0, 3, 1))]);
-        assert_eq!(device.victims(Bytes::new(1)), Some(vec![]));
-        assert_eq!(device.victims(Bytes::new(4)), Some(vec![ModelId(2)]));
-        assert_eq!(device.victims(Bytes::new(7)), Some(vec![ModelId(2), ModelId(1)]));
-        assert_eq!(device.victims(Bytes::new(8)), None, "model 3 is in flight");
+    fn runs_beside_each_other_are_averaged_over_time() {
+        let mut device = Device::new(DeviceId(0), Bytes::new(10), 2);
+        let at = |ms| At::START + Span::millis(ms);
+        let run = |key, from| Running::new(RequestKey(key), at(from), at(from), At::NEVER);
+        device.begin(at(0), LaneId(0), run(1, 0));
+        device.begin(at(5), LaneId(1), run(2, 5));
+        let (first, beside) = device.end(at(10), LaneId(0)).expect("it ran");
+        assert_eq!((first.request, beside), (RequestKey(1), 500), "half of its time");
+        assert_eq!(device.end(at(15), LaneId(1)).map(|ended| ended.1), Some(500));
+        assert_eq!(device.busy, 0);
     }
 }

@@ -28,6 +28,39 @@ pub struct FunctionKey(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestKey(pub u64);
 
+/// Where weights are copied from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// Host memory, which holds every model.
+    Host,
+    /// Another device, which holds them too and keeps them until the copy has ended.
+    Peer(DeviceId),
+}
+
+/// A path for weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Link {
+    /// From host memory to a device, nothing beside it.
+    Host {
+        /// The device.
+        to: DeviceId,
+    },
+    /// From host memory to a device while `beside` is copied to as well.
+    HostBeside {
+        /// The device.
+        to: DeviceId,
+        /// The other one.
+        beside: DeviceId,
+    },
+    /// From device to device.
+    Peer {
+        /// The device that holds the weights.
+        from: DeviceId,
+        /// The device.
+        to: DeviceId,
+    },
+}
+
 /// What has happened. Facts about things that are not known (any more) are ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -53,6 +86,40 @@ pub enum Event {
         device: DeviceId,
         /// What it takes there while swapped in.
         charge: Bytes,
+    },
+    /// What was measured of a model on a device, for instance when it was bound there.
+    ModelMeasured {
+        /// The model.
+        model: ModelId,
+        /// Where.
+        device: DeviceId,
+        /// What a swap-in copies: less than the charge, which is whole chunks.
+        weights: Bytes,
+        /// How long a run takes with the weights there and nothing beside it; zero where that is not known.
+        run: Duration,
+    },
+    /// A link was probed.
+    LinkMeasured {
+        /// Which.
+        link: Link,
+        /// Bytes a second; zero where there is no such path.
+        bytes_per_s: u64,
+    },
+    /// What the driver says of a device.
+    DeviceObserved {
+        /// The device.
+        device: DeviceId,
+        /// How busy it is with work that is not ours, in thousandths.
+        foreign_permille: u16,
+        /// Its clock, in thousandths of the clock at which runs were measured: less when it throttles.
+        clock_permille: u16,
+        /// Memory that others took out of what was ours.
+        foreign: Bytes,
+    },
+    /// A hint: a request of this function is about to come.
+    Expected {
+        /// The function.
+        function: FunctionKey,
     },
     /// A model will not be used again; it is swapped out wherever it still is.
     ModelRemoved {
@@ -97,7 +164,7 @@ pub enum Event {
         model: ModelId,
         /// Where.
         device: DeviceId,
-        /// How long the copy took.
+        /// How long the copy took, not counting the wait for copies before it.
         took: Duration,
     },
     /// The weights could not be brought. Runs that were waiting for them end as failed by themselves.
@@ -143,6 +210,8 @@ pub enum Action {
         model: ModelId,
         /// Where.
         device: DeviceId,
+        /// The fastest place to copy from. Host memory has them too.
+        source: Source,
     },
     /// Run the request; where a swap-in of its model was asked for before, the run overlaps it.
     Run {

@@ -3,15 +3,30 @@
 //! No clock, no I/O, no iteration order that could differ between two runs: equal histories give equal actions, so a
 //! recorded history replays. The broker and the simulator drive the same code.
 //!
-//! This first policy keeps a queue per function, serves the function whose oldest request is due first, runs it where
-//! its weights are, else swaps it in where that costs the fewest evicted bytes, evicting the least recently used.
+//! The books hold what is where and keep the invariants; a policy decides over them. Ours predicts for every place when
+//! a request would be answered there, from costs that it measures as it goes; the published one, LRU, FIFO and chance
+//! stand beside it for comparison.
 
+mod books;
+mod cost;
+mod decision;
+mod demand;
 mod device;
+mod estimate;
 mod event;
+mod eviction;
 pub mod invariants;
-mod placement;
-mod queue;
+mod limits;
+mod links;
+mod model;
+mod objective;
+mod policy;
+mod ready;
 mod scheduler;
+mod slots;
+mod time;
 
-pub use event::{Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey};
+pub use decision::{Choice, Decision, Score};
+pub use event::{Action, DeviceId, Event, FunctionKey, LaneId, Link, ModelId, Moment, RequestKey, Source};
+pub use policy::PolicyKind;
 pub use scheduler::{Scheduler, SchedulerConfig};

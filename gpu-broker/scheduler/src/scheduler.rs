@@ -1,338 +1,165 @@
 //! The machine itself: what each event changes, and what follows from it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
-
-use faaswap_protocol::{Bytes, Late, Refusal};
+use faaswap_protocol::Bytes;
 
 use crate::{
-    device::{Device, Stay, StayId, Weights},
-    event::{Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey},
-    placement::{Place, place},
-    queue::Queues,
+    books::{Books, Stage},
+    decision::{Decision, Decisions},
+    event::{Action, DeviceId, Event, FunctionKey, Moment, RequestKey},
+    limits::WAKE_MIN,
+    policy::{Chosen, PolicyKind, Trigger},
+    time::At,
 };
 
-/// Limits of the queues.
+/// Limits of the queues, and the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchedulerConfig {
     /// Most requests of one function that may wait.
     pub function_queue_max: usize,
     /// Most requests that may wait in all.
     pub node_queue_max: usize,
+    /// Who decides.
+    pub policy: PolicyKind,
 }
 
 impl Default for SchedulerConfig {
     fn default() -> Self {
-        Self { function_queue_max: 256, node_queue_max: 16_384 }
+        Self { function_queue_max: 256, node_queue_max: 16_384, policy: PolicyKind::default() }
     }
-}
-
-/// Where a request is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Stage {
-    Waiting,
-    Running { device: DeviceId, lane: LaneId, model: ModelId, stay: StayId },
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Request {
-    pub(crate) function: FunctionKey,
-    pub(crate) deadline: Moment,
-    pub(crate) stage: Stage,
 }
 
 /// The scheduler of one node.
 #[derive(Clone, Debug)]
 pub struct Scheduler {
-    config: SchedulerConfig,
-    pub(crate) devices: BTreeMap<DeviceId, Device>,
-    /// What each model takes on each device where it is bound.
-    pub(crate) bound: BTreeMap<ModelId, BTreeMap<DeviceId, Bytes>>,
-    pub(crate) queues: Queues,
-    pub(crate) requests: BTreeMap<RequestKey, Request>,
-    draining: bool,
-    next_stay: u64,
-    wake_at: Option<Moment>,
+    pub(crate) books: Books,
+    policy: Chosen,
+    wake_at: At,
+    /// When a failed swap-in may be tried again.
+    retry_at: At,
 }
 
 impl Scheduler {
     /// A node without devices or functions.
     pub fn new(config: SchedulerConfig) -> Self {
-        Self {
-            config,
-            devices: BTreeMap::new(),
-            bound: BTreeMap::new(),
-            queues: Queues::default(),
-            requests: BTreeMap::new(),
-            draining: false,
-            next_stay: 0,
-            wake_at: None,
-        }
+        let (policy, eviction) = Chosen::of(config.policy);
+        Self { books: Books::new(config, eviction), policy, wake_at: At::NEVER, retry_at: At::START }
     }
 
     /// Takes in one event and appends what must now be done to `actions`.
     ///
     /// Equal histories give equal actions: that is what makes a failure replayable.
     pub fn step(&mut self, now: Moment, event: Event, actions: &mut Vec<Action>) {
-        self.take_in(now, event, actions);
-        self.refuse_late(now, actions);
-        self.fill_idle_lanes(now, actions);
-        self.ask_to_be_woken(actions);
+        self.books.advance(now);
+        let trigger = self.take_in(event, actions);
+        self.books.refuse_late(actions);
+        let look_again = self.policy.as_policy().fill(&mut self.books, trigger, actions);
+        self.ask_to_be_woken(look_again, actions);
     }
 
     /// Requests that wait, on the whole node.
     pub fn waiting_len(&self) -> usize {
-        self.queues.waiting_len()
+        self.books.ready.waiting_len()
     }
 
     /// What is charged to a device now, and its capacity.
     pub fn charged(&self, device: DeviceId) -> Option<(Bytes, Bytes)> {
-        self.devices.get(&device).map(|device| (device.charged(), device.capacity))
+        let device = self.books.devices.get(self.books.place(device)?)?;
+        Some((device.charged, device.capacity))
     }
 
-    fn take_in(&mut self, now: Moment, event: Event, actions: &mut Vec<Action>) {
+    /// The last decisions with the parts of their predictions, oldest first.
+    pub fn decisions(&self) -> impl Iterator<Item = &Decision> {
+        Decisions::iter(&self.books.decisions)
+    }
+
+    fn take_in(&mut self, event: Event, actions: &mut Vec<Action>) -> Trigger {
+        let books = &mut self.books;
         match event {
-            Event::DeviceAdded { device, capacity, lanes } => {
-                self.devices.entry(device).or_insert_with(|| Device::new(capacity, lanes));
+            Event::DeviceAdded { device, capacity, lanes } => books.add_device(device, capacity, lanes),
+            Event::DeviceLost { device } => books.lose_device(device, actions),
+            Event::ModelBound { model, device, charge } => books.bind(model, device, charge),
+            Event::ModelMeasured { model, device, weights, run } => books.model_measured(model, device, weights, run),
+            Event::LinkMeasured { link, bytes_per_s } => books.link_measured(link, bytes_per_s),
+            Event::DeviceObserved { device, foreign_permille, clock_permille, foreign } => {
+                books.device_observed(device, foreign_permille, clock_permille, foreign);
             }
-            Event::DeviceLost { device } => self.lose(device, actions),
-            Event::ModelBound { model, device, charge } => {
-                self.bound.entry(model).or_default().insert(device, charge);
-            }
-            Event::ModelRemoved { model } => self.remove_model(model, actions),
+            Event::ModelRemoved { model } => books.remove_model(model, actions),
             Event::FunctionAdded { function, model, slo, priority, late } => {
-                self.queues.add(function, model, slo, priority, late);
+                books.add_function(function, model, slo, priority, late);
             }
-            Event::FunctionRemoved { function } => {
-                for request in self.queues.remove(function) {
-                    self.requests.remove(&request);
-                    actions.push(Action::Refuse { request, refusal: Refusal::Cancelled });
+            Event::FunctionRemoved { function } => books.remove_function(function, actions),
+            Event::Expected { function } => {
+                if let Some(slot) = books.functions.find(function) {
+                    self.policy.as_policy().expect(books, slot);
                 }
             }
-            Event::Arrived { request, function, deadline } => match self.admit(now, function, deadline) {
-                Ok(()) => {
-                    self.requests.insert(request, Request { function, deadline, stage: Stage::Waiting });
-                    self.queues.push(function, deadline, request);
+            Event::Arrived { request, function, deadline } => {
+                return self.arrive(request, function, deadline.into(), actions);
+            }
+            Event::Cancelled { request } => {
+                // A run cannot be called back; its answer goes to whoever still listens.
+                if books.requests.get(&request).is_some_and(|found| matches!(found.stage, Stage::Waiting)) {
+                    books.refuse(request, faaswap_protocol::Refusal::Cancelled, actions);
                 }
-                Err(refusal) => actions.push(Action::Refuse { request, refusal }),
-            },
-            Event::Cancelled { request } => self.cancel(request, actions),
-            Event::SwapInDone { model, device, took: _ } => {
-                if let Some(stay) = self.stay_mut(device, model) {
-                    stay.weights = Weights::Resident;
-                    self.let_go_if_doomed(device, model, actions);
+            }
+            Event::SwapInDone { model, device, took } => {
+                if let (Some(model), Some(place)) = (books.models.find(model), books.place(device)) {
+                    books.swap_in_done(model, place, took, actions);
                 }
             }
             Event::SwapInFailed { model, device } => {
-                if let Some(device) = self.devices.get_mut(&device) {
-                    device.stays.remove(&model);
+                if let (Some(model), Some(place)) = (books.models.find(model), books.place(device)) {
+                    books.swap_in_failed(model, place, actions);
+                    self.retry_at = self.retry_at.max(books.next_retry(model));
                 }
             }
             // The memory was uncharged when the swap-out was decided, see `device`.
-            Event::SwapOutDone { .. } | Event::Woken => {}
-            Event::RunDone { request, took } => self.run_done(now, request, took, actions),
-            Event::DrainBegun => self.draining = true,
-        }
-    }
-
-    fn admit(&self, now: Moment, function: FunctionKey, deadline: Moment) -> Result<(), Refusal> {
-        let known = self.queues.get(function).ok_or(Refusal::UnknownFunction)?;
-        if self.draining {
-            return Err(Refusal::Draining);
-        }
-        if known.late == Late::Refuse && deadline < now {
-            return Err(Refusal::DeadlinePassed { late_by: now.0.saturating_sub(deadline.0) });
-        }
-        self.can_run(known.model)?;
-        if self.queues.waiting_for(function) >= self.config.function_queue_max {
-            return Err(Refusal::FunctionQueueFull { limit: self.config.function_queue_max as u64 });
-        }
-        if self.queues.waiting_len() >= self.config.node_queue_max {
-            return Err(Refusal::NodeQueueFull { limit: self.config.node_queue_max as u64 });
-        }
-        Ok(())
-    }
-
-    /// Whether some device could hold the model, however long it takes until it does.
-    fn can_run(&self, model: ModelId) -> Result<(), Refusal> {
-        let charges = self.bound.get(&model).into_iter().flatten();
-        let places: Vec<_> =
-            charges.filter_map(|(id, charge)| Some((*charge, self.devices.get(id)?.capacity))).collect();
-        if places.iter().any(|(charge, capacity)| charge <= capacity) {
-            return Ok(());
-        }
-        match (places.iter().map(|place| place.0).min(), places.iter().map(|place| place.1).max()) {
-            (Some(needed), Some(capacity)) => Err(Refusal::ModelTooLarge { needed, capacity }),
-            _ => Err(Refusal::HardwareFault),
-        }
-    }
-
-    fn cancel(&mut self, request: RequestKey, actions: &mut Vec<Action>) {
-        let Some(&Request { function, deadline, stage }) = self.requests.get(&request) else { return };
-        match stage {
-            // ## Waiting => gone
-            Stage::Waiting => {
-                self.queues.take(function, deadline, request);
-                self.requests.remove(&request);
-                actions.push(Action::Refuse { request, refusal: Refusal::Cancelled });
+            Event::SwapOutDone { .. } => return Trigger::Nothing,
+            // The wish was granted: a further one must be said again.
+            Event::Woken => self.wake_at = At::NEVER,
+            Event::RunDone { request, took } => {
+                if let Some(ended) = books.run_done(request, took, actions) {
+                    self.policy.as_policy().ended(books, ended);
+                }
             }
-            // A run cannot be called back; its answer goes to whoever still listens.
-            Stage::Running { .. } => {}
+            Event::DrainBegun => books.draining = true,
+        }
+        Trigger::Changed
+    }
+
+    fn arrive(
+        &mut self,
+        request: RequestKey,
+        function: FunctionKey,
+        deadline: At,
+        actions: &mut Vec<Action>,
+    ) -> Trigger {
+        if self.books.requests.contains_key(&request) {
+            // The first of that name gets the answer: two answers to one name would be worse than none.
+            return Trigger::Nothing;
+        }
+        match self.books.admit(function, deadline) {
+            Ok(slot) => {
+                self.books.enqueue(request, slot, deadline);
+                Trigger::Arrived(slot)
+            }
+            Err(refusal) => {
+                actions.push(Action::Refuse { request, refusal });
+                Trigger::Nothing
+            }
         }
     }
 
-    fn run_done(&mut self, now: Moment, request: RequestKey, _took: Duration, actions: &mut Vec<Action>) {
-        let Some(&Request { stage: Stage::Running { device, lane, model, stay: stay_id }, .. }) =
-            self.requests.get(&request)
-        else {
-            return;
-        };
-        self.requests.remove(&request);
-        let Some(on) = self.devices.get_mut(&device) else { return };
-        if let Some(slot) = on.lanes.get_mut(usize::from(lane.0)) {
-            *slot = None;
-        }
-        if let Some(stay) = on.stays.get_mut(&model).filter(|stay| stay.id == stay_id) {
-            stay.in_flight -= 1;
-            stay.last_used = now;
-            self.let_go_if_doomed(device, model, actions);
-        }
-    }
-
-    fn lose(&mut self, device: DeviceId, actions: &mut Vec<Action>) {
-        if self.devices.remove(&device).is_none() {
+    fn ask_to_be_woken(&mut self, look_again: At, actions: &mut Vec<Action>) {
+        let retry = if self.retry_at > self.books.now { self.retry_at } else { At::NEVER };
+        let next = look_again.min(self.books.next_lapse()).min(retry);
+        if next == At::NEVER {
+            self.wake_at = next;
             return;
         }
-        for charges in self.bound.values_mut() {
-            charges.remove(&device);
-        }
-        let ran_there = |request: &Request| matches!(request.stage, Stage::Running { device: on, .. } if on == device);
-        let hit: Vec<_> = self.requests.iter().filter(|(_, r)| ran_there(r)).map(|(key, _)| *key).collect();
-        for request in hit {
-            self.requests.remove(&request);
-            actions.push(Action::Refuse { request, refusal: Refusal::HardwareFault });
-        }
-        let stranded: Vec<_> = self.queues.waiting().filter(|(model, ..)| self.can_run(*model).is_err()).collect();
-        for (_, function, deadline, request) in stranded {
-            self.queues.take(function, deadline, request);
-            self.requests.remove(&request);
-            actions.push(Action::Refuse { request, refusal: Refusal::HardwareFault });
-        }
-    }
-
-    fn remove_model(&mut self, model: ModelId, actions: &mut Vec<Action>) {
-        for device in self.bound.remove(&model).unwrap_or_default().into_keys() {
-            if let Some(stay) = self.stay_mut(device, model) {
-                stay.doomed = true;
-                self.let_go_if_doomed(device, model, actions);
-            }
-        }
-    }
-
-    fn let_go_if_doomed(&mut self, device: DeviceId, model: ModelId, actions: &mut Vec<Action>) {
-        if self.stay_mut(device, model).is_some_and(|stay| stay.doomed && stay.can_leave()) {
-            self.swap_out(device, model, actions);
-        }
-    }
-
-    fn swap_out(&mut self, device: DeviceId, model: ModelId, actions: &mut Vec<Action>) {
-        if let Some(on) = self.devices.get_mut(&device) {
-            on.stays.remove(&model);
-            actions.push(Action::SwapOut { model, device });
-        }
-    }
-
-    fn stay_mut(&mut self, device: DeviceId, model: ModelId) -> Option<&mut Stay> {
-        self.devices.get_mut(&device)?.stays.get_mut(&model)
-    }
-
-    /// Refuses what became late while it waited, where its function wants that.
-    fn refuse_late(&mut self, now: Moment, actions: &mut Vec<Action>) {
-        while let Some((deadline, request, function)) = self.queues.next_refusable() {
-            if deadline >= now {
-                return;
-            }
-            self.queues.take(function, deadline, request);
-            self.requests.remove(&request);
-            let late_by = now.0.saturating_sub(deadline.0);
-            actions.push(Action::Refuse { request, refusal: Refusal::DeadlinePassed { late_by } });
-        }
-    }
-
-    /// Starts runs until no lane is idle or nothing that waits has a place.
-    fn fill_idle_lanes(&mut self, now: Moment, actions: &mut Vec<Action>) {
-        while self.devices.values().any(|device| device.idle_lane().is_some()) {
-            let Some((request, place)) = self.next_start(now) else { return };
-            self.start(now, request, place, actions);
-        }
-    }
-
-    /// The most urgent request that has a place now.
-    ///
-    /// An overdue request that finds lanes but no memory holds its device back from less urgent ones: the models in
-    /// flight there end, nothing new starts, and then there is room. Without this, a large model could starve.
-    fn next_start(&self, now: Moment) -> Option<(RequestKey, Place)> {
-        let mut held_back = BTreeSet::new();
-        let nowhere = BTreeMap::new();
-        for (_, function, deadline, request) in self.queues.due() {
-            let charges = self.bound.get(&function.model).unwrap_or(&nowhere);
-            match place(function.model, charges, &self.devices, &held_back) {
-                found @ (Place::Here { .. } | Place::SwapIn { .. }) => return Some((request, found)),
-                Place::NoRoom { device } if deadline <= now => {
-                    held_back.insert(device);
-                }
-                Place::NoRoom { .. } | Place::Busy => {}
-            }
-        }
-        None
-    }
-
-    fn start(&mut self, now: Moment, request: RequestKey, place: Place, actions: &mut Vec<Action>) {
-        let Some(&Request { function, deadline, .. }) = self.requests.get(&request) else { return };
-        let Some(model) = self.queues.get(function).map(|function| function.model) else { return };
-        let (device, lane, resident) = match place {
-            Place::Here { device, lane, resident } => (device, lane, resident),
-            Place::SwapIn { device, lane, victims } => {
-                for victim in victims {
-                    self.swap_out(device, victim, actions);
-                }
-                self.swap_in(now, device, model, actions);
-                (device, lane, false)
-            }
-            Place::Busy | Place::NoRoom { .. } => return,
-        };
-        let Some(on) = self.devices.get_mut(&device) else { return };
-        let Some(stay) = on.stays.get_mut(&model) else { return };
-        stay.in_flight += 1;
-        stay.last_used = now;
-        let stay = stay.id;
-        if let Some(slot) = on.lanes.get_mut(usize::from(lane.0)) {
-            *slot = Some(request);
-        }
-        self.queues.take(function, deadline, request);
-        let stage = Stage::Running { device, lane, model, stay };
-        self.requests.insert(request, Request { function, deadline, stage });
-        actions.push(Action::Run { request, model, device, lane, resident });
-    }
-
-    fn swap_in(&mut self, now: Moment, device: DeviceId, model: ModelId, actions: &mut Vec<Action>) {
-        let charge = self.bound.get(&model).and_then(|charges| charges.get(&device)).copied();
-        let (Some(charge), Some(on)) = (charge, self.devices.get_mut(&device)) else { return };
-        let id = StayId(self.next_stay);
-        self.next_stay += 1;
-        let stay = Stay { id, weights: Weights::Coming, charge, in_flight: 0, last_used: now, doomed: false };
-        on.stays.insert(model, stay);
-        actions.push(Action::SwapIn { model, device });
-    }
-
-    fn ask_to_be_woken(&mut self, actions: &mut Vec<Action>) {
-        let next = self.queues.next_refusable().map(|(deadline, _, _)| Moment(deadline.0 + Duration::from_millis(1)));
-        if let Some(moment) = next
-            && self.wake_at != next
-        {
-            actions.push(Action::WakeAt(moment));
+        let next = next.max(self.books.now + WAKE_MIN);
+        if next != self.wake_at {
+            actions.push(Action::WakeAt(next.into()));
         }
         self.wake_at = next;
     }

@@ -107,6 +107,23 @@ impl Device for CudaDevice {
         self.queue_in(range, size, source, groups, done)
     }
 
+    fn swap_in_over_both(
+        &self,
+        other: &dyn Device,
+        range: RangeId,
+        weights: Arc<HostWeights>,
+        groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        let size = weights.size();
+        let detour = other.as_cuda().and_then(|other| self.shared.detour(other.ordinal));
+        let source = match detour {
+            Some(detour) => Source::Both(weights, detour),
+            None => Source::Host(weights),
+        };
+        self.queue_in(range, size, source, groups, done)
+    }
+
     fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError> {
         self.queue(range, Step::AskOut, |_| Ok(()), Swap::Out { done })
     }

@@ -87,6 +87,14 @@ pub(super) fn count() -> Result<i32, DeviceError> {
     Ok(count)
 }
 
+/// Whether a GPU can reach another one's memory by itself.
+pub(super) fn can_reach(from: i32, to: i32) -> Result<bool, DeviceError> {
+    let mut can = 0;
+    // SAFETY: the driver writes an int; it checks the devices.
+    let result = unsafe { cu::cuDeviceCanAccessPeer(&raw mut can, from, to) };
+    check("cuDeviceCanAccessPeer", result).map(|()| can != 0)
+}
+
 /// One GPU's primary context, which it shares with the runtime library.
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -138,14 +146,6 @@ impl Context {
         check("cuDeviceGetName", unsafe { cu::cuDeviceGetName(text.as_mut_ptr().cast(), len, self.device) })?;
         let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
         Ok(String::from_utf8_lossy(&text[..end]).into_owned())
-    }
-
-    /// Whether another GPU can read this one's memory by itself.
-    pub(super) fn is_reached_by(&self, other: i32) -> Result<bool, DeviceError> {
-        let mut can = 0;
-        // SAFETY: the driver writes an int; it checks the devices.
-        let result = unsafe { cu::cuDeviceCanAccessPeer(&raw mut can, other, self.device) };
-        check("cuDeviceCanAccessPeer", result).map(|()| can != 0)
     }
 
     /// Where the GPU sits on its bus.

@@ -18,6 +18,7 @@ use std::{
 use faaswap_protocol::Bytes;
 
 use super::{
+    detour::Detour,
     pool::Pool,
     queue::{Event, Queue},
     shared::{Job, Range, Shared, Swap},
@@ -51,6 +52,12 @@ pub(super) struct Link {
     pub(super) pool: Pool,
     /// Brings weights, one group after the other.
     pub(super) copies: Queue,
+    /// Second ways, over other GPUs.
+    pub(super) detours: Vec<Detour>,
+    /// Keeps the groups' events in order where there are two ways.
+    pub(super) order: Queue,
+    /// The last copy on either way.
+    pub(super) copied: Event,
     pub(super) ends: SyncSender<Copying>,
 }
 
@@ -84,9 +91,15 @@ impl Link {
             }
         }
         // The pool goes with this: nothing that is queued may need it any more.
-        if let Err(error) = Event::new(&shared.context).and_then(|event| self.copies.finish(&event)) {
+        if let Err(error) = self.settle() {
             tracing::debug!(%error, "the link of a device that goes cannot be emptied");
         }
+    }
+
+    /// Waits for all copies.
+    fn settle(&self) -> Result<(), DeviceError> {
+        self.detours.iter().try_for_each(Detour::settle)?;
+        self.copies.finish(&Event::new(&self.shared.context)?)
     }
 
     fn swap_in(&mut self, range: RangeId, source: Source, groups: &[Group], done: OnDone<SwapReport>) {
@@ -120,7 +133,7 @@ impl Link {
     /// Takes back a swap-in that could not be queued as a whole; nobody was told to use it.
     fn undo(&mut self, range: RangeId) -> Result<(), DeviceError> {
         // Copies may be under way into chunks that go back to the pool.
-        self.copies.finish(&Event::new(&self.shared.context)?)?;
+        self.settle()?;
         self.empty(range)
     }
 
@@ -152,47 +165,81 @@ impl Link {
 
     /// Queues the copies of all groups, each with its event behind it.
     fn queue_groups(
-        &self,
+        &mut self,
         range: RangeId,
         source: &Source,
         groups: &[Group],
         chunks: &[usize],
     ) -> Result<(Timed, Option<Arc<Event>>), DeviceError> {
-        let context = &self.shared.context;
-        let timed = Timed { start: Event::timed(context)?, end: Event::timed(context)? };
+        let context = Arc::clone(&self.shared.context);
+        let timed = Timed { start: Event::timed(&context)?, end: Event::timed(&context)? };
         self.copies.record(&timed.start)?;
+        // The detour may not begin before either: its time counts too, and the chunks may still be in use.
+        if let Source::Both(_, number) = source {
+            self.detours[*number].gather.wait(&timed.start)?;
+        }
         let mut last = None;
+        // Bytes that were sent over each way.
+        let mut sent = [0_u64; 2];
         for (group, number) in groups.iter().zip(0_u32..) {
             self.wait_filled(source, group)?;
-            let event = self.shared.books()?.event(context, range, number)?;
+            let event = self.shared.books()?.event(&context, range, number)?;
+            let detour = match source {
+                Source::Both(_, detour) if sent[1] < sent[0] => Some(*detour),
+                Source::Both(..) | Source::Host(_) | Source::Peer(_) => None,
+            };
+            sent[usize::from(detour.is_some())] += group.len;
             for (from, to, len) in pieces(group, chunks, self.pool.chunk) {
-                self.queue_piece(source, from, self.pool.address(to), len)?;
+                self.queue_piece(source, detour, from, self.pool.address(to), len)?;
             }
-            self.copies.record(&event)?;
+            self.record(source, detour, &event)?;
             last = Some(event);
+        }
+        if let Some(last) = &last {
+            self.copies.wait(last)?;
         }
         self.copies.record(&timed.end)?;
         Ok((timed, last))
     }
 
+    /// Records a group's event: once its copy, and those of all groups before it, are done.
+    fn record(&self, source: &Source, detour: Option<usize>, event: &Event) -> Result<(), DeviceError> {
+        let Source::Both(..) = source else { return self.copies.record(event) };
+        detour.map_or(&self.copies, |detour| &self.detours[detour].gather).record(&self.copied)?;
+        self.order.wait(&self.copied)?;
+        self.order.record(event)
+    }
+
     /// Waits until a group is in host memory.
     fn wait_filled(&self, source: &Source, group: &Group) -> Result<(), DeviceError> {
-        let Source::Host(weights) = source else { return Ok(()) };
+        let Some(weights) = source.host() else { return Ok(()) };
         let end = usize::try_from(group.offset + group.len).expect("groups lie in the weights, which are mapped");
         weights.wait_unless_lost(end, || self.shared.is_lost())
     }
 
-    /// Queues the copy of a piece of the weights.
-    fn queue_piece(&self, source: &Source, from: usize, to: u64, len: usize) -> Result<(), DeviceError> {
-        match source {
-            Source::Host(weights) => {
+    /// Queues the copy of a piece of the weights, over a detour where one is named.
+    fn queue_piece(
+        &mut self,
+        source: &Source,
+        detour: Option<usize>,
+        from: usize,
+        to: u64,
+        len: usize,
+    ) -> Result<(), DeviceError> {
+        match (source, detour) {
+            (Source::Host(weights) | Source::Both(weights, _), None) => {
                 let from = weights.as_ptr().wrapping_add(from);
                 // SAFETY: the piece lies in the weights, which `Copying` keeps mapped and which do not change. The pool
                 // is mapped as long as the link lives, and the chunk is the range's until a swap-out, which waits for
                 // the last copy.
                 unsafe { self.copies.copy_in(to, from, len) }
             }
-            Source::Peer(lent) => lent.pieces(from, len, |from, at, len| {
+            (Source::Host(weights) | Source::Both(weights, _), Some(detour)) => {
+                let from = weights.as_ptr().wrapping_add(from);
+                // SAFETY: as above.
+                unsafe { self.detours[detour].copy_in(to, from, len) }
+            }
+            (Source::Peer(lent), _) => lent.pieces(from, len, |from, at, len| {
                 // SAFETY: as above; the peer keeps its chunks until `Copying` gives them back.
                 unsafe { self.copies.copy_across(to + at as u64, from, len) }
             }),

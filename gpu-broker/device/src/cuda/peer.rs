@@ -52,15 +52,6 @@ impl Drop for Plain {
     }
 }
 
-/// Whether a GPU can reach another one's memory by itself.
-pub(super) fn can_reach(from: &Context, to: &Context) -> Result<bool, DeviceError> {
-    let mut can = 0;
-    // SAFETY: the driver writes an int.
-    let result = unsafe { cu::cuDeviceCanAccessPeer(&raw mut can, from.device, to.device) };
-    check("cuDeviceCanAccessPeer", result)?;
-    Ok(can != 0)
-}
-
 /// One GPU's access to the memory of another, as long as this lives.
 pub(super) struct Access {
     from: Arc<Context>,

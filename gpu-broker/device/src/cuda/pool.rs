@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use faaswap_protocol::Bytes;
 
-use super::driver::{Addresses, Context, Physical};
+use super::driver::{Addresses, Context, Physical, can_reach};
 use crate::DeviceError;
 
 pub(super) struct Pool {
@@ -38,7 +38,7 @@ impl Pool {
         if !pool.memory.is_empty() {
             pool.window.open(0, pool.memory.len() * chunk)?;
             for &peer in peers.iter().filter(|&&peer| peer != context.device) {
-                if context.is_reached_by(peer)? {
+                if can_reach(peer, context.device)? {
                     pool.window.open_to(peer, 0, pool.memory.len() * chunk)?;
                     pool.readers.push(peer);
                 }

@@ -9,8 +9,8 @@ use std::{
 };
 
 use super::{
-    driver::{Context, Pinned},
-    peer::{Access, Plain, can_reach},
+    driver::{Context, Pinned, can_reach},
+    peer::{Access, Plain},
     queue::{Event, Queue},
 };
 use crate::{
@@ -155,7 +155,8 @@ fn two_at_once(a: &End, b: &End, host: &Pinned) -> Result<(Rate, Rate), DeviceEr
 }
 
 fn between(from: &End, to: &End) -> Result<PeerLink, DeviceError> {
-    let (forth, back) = (can_reach(&to.context, &from.context)?, can_reach(&from.context, &to.context)?);
+    let (forth, back) =
+        (can_reach(to.context.device, from.context.device)?, can_reach(from.context.device, to.context.device)?);
     let direct = forth && back;
     let access = || Ok((Access::new(&to.context, &from.context)?, Access::new(&from.context, &to.context)?));
     let _access = if direct { Some(access()?) } else { None };

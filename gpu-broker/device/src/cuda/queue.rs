@@ -144,6 +144,12 @@ impl Queue {
         check("cuMemcpyDtoHAsync", unsafe { cu::cuMemcpyDtoHAsync_v2(to.cast(), from, len, self.raw()) })
     }
 
+    /// Makes what is queued from now on wait for what was recorded last, also on another GPU.
+    pub(super) fn wait(&self, event: &Event) -> Result<(), DeviceError> {
+        // SAFETY: both handles are alive.
+        check("cuStreamWaitEvent", unsafe { cu::cuStreamWaitEvent(self.raw(), event.raw(), 0) })
+    }
+
     /// Waits, asleep, for all that is queued.
     pub(super) fn finish(&self, event: &Event) -> Result<(), DeviceError> {
         self.record(event)?;

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -94,6 +94,8 @@ pub(super) struct Shared {
     window: u64,
     /// Other GPUs that can read the pool.
     readers: Vec<i32>,
+    /// Other GPUs over which there is a second way to this one.
+    detours: OnceLock<Vec<i32>>,
     books: Mutex<Books>,
     news: Condvar,
     work: Condvar,
@@ -108,11 +110,22 @@ impl Shared {
             mapped: AtomicU64::new(0),
             window: pool.address((0, 0)),
             readers: pool.readers.clone(),
+            detours: OnceLock::new(),
             books: Mutex::default(),
             news: Condvar::new(),
             work: Condvar::new(),
             lost: AtomicBool::new(false),
         }
+    }
+
+    pub(super) fn has_detours(&self, over: Vec<i32>) {
+        // Set once, before anybody asks.
+        let _ = self.detours.set(over);
+    }
+
+    /// The number of the second way over that GPU.
+    pub(super) fn detour(&self, over: i32) -> Option<usize> {
+        self.detours.get()?.iter().position(|&ordinal| ordinal == over)
     }
 
     /// Lends weights that are wholly here to another GPU; `None` where they are not, or where it cannot reach them.

@@ -9,6 +9,8 @@ use crate::{HostWeights, RangeId};
 pub(super) enum Source {
     /// Host memory, over this GPU's own link.
     Host(Arc<HostWeights>),
+    /// Host memory, every other group over another GPU's link too: the detour of this number.
+    Both(Arc<HostWeights>, usize),
     /// Another GPU, over NVLink or the bus.
     Peer(Lent),
 }
@@ -43,6 +45,16 @@ impl Lent {
             at += piece;
         }
         Ok(())
+    }
+}
+
+impl Source {
+    /// The weights in host memory that it reads.
+    pub(super) fn host(&self) -> Option<&HostWeights> {
+        match self {
+            Self::Host(weights) | Self::Both(weights, _) => Some(weights),
+            Self::Peer(_) => None,
+        }
     }
 }
 

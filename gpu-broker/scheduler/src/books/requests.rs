@@ -1,0 +1,287 @@
+//! Requests: admitted, waiting, running, ended. Each leaves with exactly one answer or refusal.
+
+use std::time::Duration;
+
+use faaswap_protocol::{Late, Refusal};
+
+use super::{Books, Request, Stage};
+use crate::{
+    cost::Ran,
+    device::Running,
+    event::{Action, FunctionKey, RequestKey, Source},
+    model::{Model, Weights},
+    ready::{Ready, Waiting},
+    slots::Slot,
+    time::{At, Span},
+};
+
+/// A request that has just ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended {
+    pub(crate) function: Slot,
+    /// Whether it was answered within its deadline.
+    pub(crate) met: bool,
+}
+
+impl Books {
+    /// Whether a request may wait here, whatever the policy says.
+    pub(crate) fn admit(&self, function: FunctionKey, deadline: At) -> Result<Slot, Refusal> {
+        let slot = self.functions.find(function).ok_or(Refusal::UnknownFunction)?;
+        let known = self.functions.get(slot).ok_or(Refusal::UnknownFunction)?;
+        if self.draining {
+            return Err(Refusal::Draining);
+        }
+        if known.late == Late::Refuse && deadline < self.now {
+            return Err(Refusal::DeadlinePassed { late_by: (self.now - deadline).into() });
+        }
+        self.can_run(known.model)?;
+        if known.waiting_len() >= self.config.function_queue_max {
+            return Err(Refusal::FunctionQueueFull { limit: self.config.function_queue_max as u64 });
+        }
+        if self.ready.waiting_len() >= self.config.node_queue_max {
+            return Err(Refusal::NodeQueueFull { limit: self.config.node_queue_max as u64 });
+        }
+        Ok(slot)
+    }
+
+    /// Whether some device could hold the model, however long it takes until it does.
+    pub(crate) fn can_run(&self, model: Slot) -> Result<(), Refusal> {
+        let known = self.models.get(model).filter(|known| !known.removed).ok_or(Refusal::HardwareFault)?;
+        let mut nearest = None;
+        for (home, device) in self.homes(known) {
+            if home.charge <= device.capacity && !device.lanes.is_empty() {
+                return Ok(());
+            }
+            let (needed, capacity) = nearest.unwrap_or((home.charge, device.capacity));
+            nearest = Some((home.charge.min(needed), device.capacity.max(capacity)));
+        }
+        match nearest {
+            Some((needed, capacity)) => Err(Refusal::ModelTooLarge { needed, capacity }),
+            None => Err(Refusal::HardwareFault),
+        }
+    }
+
+    /// Puts an admitted request into its queue.
+    pub(crate) fn enqueue(&mut self, request: RequestKey, slot: Slot, deadline: At) {
+        let Some(function) = self.functions.get_mut(slot) else { return };
+        let waiting = Waiting { request, arrived: self.now, deadline };
+        self.ready.push(function, waiting);
+        self.requests.insert(request, Request { function: function.key, waiting, stage: Stage::Waiting });
+        let model = function.model;
+        if let Some(known) = self.models.get_mut(model) {
+            known.waiting += 1;
+            known.demand.asked(self.now);
+            if let Some(at) = known.foreseen.take() {
+                self.calendar.remove(&(at, model));
+            }
+        }
+        self.settle_all(model);
+        self.relist(slot);
+    }
+
+    /// Takes a waiting request out of its queue, for whatever comes next.
+    fn dequeue(&mut self, slot: Slot, waiting: Waiting) {
+        let Some(function) = self.functions.get_mut(slot) else { return };
+        self.ready.take(function, waiting);
+        if let Some(known) = self.models.get_mut(function.model) {
+            known.waiting = known.waiting.saturating_sub(1);
+        }
+        self.relist(slot);
+    }
+
+    /// Declines a request, where it waits or ran.
+    pub(crate) fn refuse(&mut self, request: RequestKey, refusal: Refusal, actions: &mut Vec<Action>) {
+        let Some(found) = self.requests.remove(&request) else { return };
+        if let (Stage::Waiting, Some(slot)) = (found.stage, self.functions.find(found.function)) {
+            self.dequeue(slot, found.waiting);
+        }
+        actions.push(Action::Refuse { request, refusal });
+    }
+
+    /// A refusal that counts against the objective: the request wanted an answer and gets none in time.
+    pub(crate) fn refuse_as_late(&mut self, request: RequestKey, refusal: Refusal, actions: &mut Vec<Action>) {
+        let function = self.requests.get(&request).map(|found| found.function);
+        self.refuse(request, refusal, actions);
+        if let Some(slot) = function.and_then(|key| self.functions.find(key)) {
+            let now = self.now;
+            if let Some(function) = self.functions.get_mut(slot) {
+                let latency = function.latency;
+                function.record(now, latency, false);
+            }
+            self.relist(slot);
+        }
+    }
+
+    /// Refuses what became late while it waited, where its function wants that.
+    pub(crate) fn refuse_late(&mut self, actions: &mut Vec<Action>) {
+        while let Some(&(deadline, request)) = self.ready.refusable.first() {
+            if deadline >= self.now {
+                return;
+            }
+            let late_by = (self.now - deadline).into();
+            self.refuse_as_late(request, Refusal::DeadlinePassed { late_by }, actions);
+        }
+    }
+
+    /// The most urgent fresh request of a function cannot be in time any more.
+    pub(crate) fn give_up_head(&mut self, slot: Slot) {
+        if let Some(function) = self.functions.get_mut(slot) {
+            Ready::give_up_head(function);
+        }
+        self.relist(slot);
+    }
+
+    /// Starts a run on an idle lane of a device that has the weights, or gets them.
+    pub(crate) fn start(&mut self, request: RequestKey, device: usize, ends: At, actions: &mut Vec<Action>) -> bool {
+        let Some(&Request { function, waiting, stage: Stage::Waiting }) = self.requests.get(&request) else {
+            return false;
+        };
+        let Some(slot) = self.functions.find(function) else { return false };
+        let Some(model) = self.functions.get(slot).map(|function| function.model) else { return false };
+        let Some(lane) = self.devices.get(device).and_then(|on| on.idle_lane()) else { return false };
+        let now = self.now;
+        let Some(known) = self.models.get_mut(model) else { return false };
+        let id = known.id;
+        let Some(stay) = known.stay_mut(device).filter(|stay| !stay.doomed) else { return false };
+        stay.in_flight += 1;
+        stay.last_used = now;
+        stay.kept_until = At::START;
+        let (stay_id, resident) = (stay.id, stay.weights == Weights::Resident);
+        self.settle(model, device);
+        self.dequeue(slot, waiting);
+        if let Some(function) = self.functions.get_mut(slot) {
+            function.in_flight += 1;
+        }
+        let stage = Stage::Running { device, lane, model, stay: stay_id };
+        self.requests.insert(request, Request { function, waiting, stage });
+        if let Some(on) = self.devices.get_mut(device) {
+            on.begin(now, lane, Running::new(request, now, ends, waiting.deadline));
+            actions.push(Action::Run { request, model: id, device: on.id, lane, resident });
+        }
+        true
+    }
+
+    /// A run ended; learns from it.
+    pub(crate) fn run_done(&mut self, request: RequestKey, took: Duration, actions: &mut Vec<Action>) -> Option<Ended> {
+        let stage = self.requests.get(&request)?.stage;
+        let Stage::Running { device, lane, model, stay: stay_id } = stage else { return None };
+        let found = self.requests.remove(&request)?;
+        let now = self.now;
+        let on = self.devices.get_mut(device)?;
+        let speed_permille = on.speed_permille;
+        let (running, beside_permille) = on.end(now, lane)?;
+        let stay = self.models.get_mut(model).and_then(|known| known.stay_mut(device));
+        if let Some(stay) = stay.filter(|stay| stay.id == stay_id) {
+            stay.in_flight = stay.in_flight.saturating_sub(1);
+            stay.last_used = now;
+            let weights_after = (stay.asked_until() > running.started).then(|| stay.asked_until() - running.started);
+            let took = Span::from(took).min(now - running.started + Span::millis(1));
+            if !took.is_zero() && stay.weights == Weights::Resident {
+                self.learn_run(model, device, Ran { took, beside_permille, weights_after, speed_permille });
+            }
+            self.settle(model, device);
+            self.let_go_if_doomed(model, device, actions);
+        }
+        let slot = self.functions.find(found.function)?;
+        let function = self.functions.get_mut(slot)?;
+        function.in_flight = function.in_flight.saturating_sub(1);
+        let met = now <= found.waiting.deadline;
+        function.record(now, now - found.waiting.arrived, met);
+        self.relist(slot);
+        Some(Ended { function: slot, met })
+    }
+
+    fn learn_run(&mut self, model: Slot, device: usize, ran: Ran) {
+        let home = self.models.get_mut(model).and_then(|known| known.home_mut(device));
+        let strain = home.and_then(|home| home.cost.learn(ran));
+        if let (Some(strain), Some(on)) = (strain, self.devices.get_mut(device)) {
+            on.strain.learn(strain);
+        }
+    }
+
+    /// The weights are there.
+    pub(crate) fn swap_in_done(&mut self, model: Slot, device: usize, took: Duration, actions: &mut Vec<Action>) {
+        let now = self.now;
+        let stay = self.models.get_mut(model).and_then(|known| known.stay_mut(device));
+        let Some(stay) = stay else { return };
+        let Weights::Coming { source, contended, .. } = stay.weights else { return };
+        stay.weights = Weights::Resident;
+        stay.asked = now;
+        let weights = self.models.get_mut(model).and_then(|known| known.home_mut(device)).map(|home| {
+            home.failures = 0;
+            home.cost.weights
+        });
+        let lender = self.copy_ended(model, device);
+        if let Some(weights) = weights {
+            match lender {
+                Some(from) => self.links.learn_peer(from, device, weights, took.into()),
+                None if source == Source::Host && !contended => self.links.learn_host(device, weights, took.into()),
+                None => {}
+            }
+        }
+        self.give_back(model, lender);
+        self.settle(model, device);
+        self.let_go_if_doomed(model, device, actions);
+    }
+
+    /// Takes a copy off its device's list; gives the place of the device that it was read from.
+    pub(crate) fn copy_ended(&mut self, model: Slot, device: usize) -> Option<usize> {
+        let on = self.devices.get_mut(device)?;
+        let at = on.copies.iter().position(|(other, _)| *other == model)?;
+        let (_, source) = on.copies.remove(at)?;
+        if on.copies.is_empty() {
+            self.links.release(device, self.now);
+        }
+        match source {
+            Source::Host => None,
+            Source::Peer(from) => self.place(from),
+        }
+    }
+
+    /// Refuses what waits for models that no device can run any more.
+    pub(crate) fn refuse_stranded(&mut self, actions: &mut Vec<Action>) {
+        let stranded = |found: &Request| {
+            let slot = self.functions.find(found.function);
+            let model = slot.and_then(|slot| self.functions.get(slot)).map(|function| function.model);
+            matches!(found.stage, Stage::Waiting) && model.is_none_or(|model| self.can_run(model).is_err())
+        };
+        let hit: Vec<_> = self.requests.iter().filter(|(_, found)| stranded(found)).map(|(key, _)| *key).collect();
+        for request in hit {
+            self.refuse(request, Refusal::HardwareFault, actions);
+        }
+    }
+
+    /// Refuses what waits for a model, because it cannot be brought anywhere.
+    pub(crate) fn refuse_all_for(&mut self, model: Slot, actions: &mut Vec<Action>) {
+        let runs_it = |found: &Request| {
+            let function = self.functions.find(found.function).and_then(|slot| self.functions.get(slot));
+            matches!(found.stage, Stage::Waiting) && function.is_some_and(|function| function.model == model)
+        };
+        let hit: Vec<_> = self.requests.iter().filter(|(_, found)| runs_it(found)).map(|(key, _)| *key).collect();
+        for request in hit {
+            self.refuse(request, Refusal::HardwareFault, actions);
+        }
+    }
+
+    /// The next moment at which a waiting request is to be refused.
+    pub(crate) fn next_lapse(&self) -> At {
+        self.ready.refusable.first().map_or(At::NEVER, |(deadline, _)| *deadline + Span::millis(1))
+    }
+}
+
+impl crate::model::Stay {
+    /// When its weights were complete.
+    fn asked_until(&self) -> At {
+        match self.weights {
+            Weights::Resident => self.asked,
+            Weights::Coming { expected, .. } => expected,
+        }
+    }
+}
+
+impl Model {
+    /// Whether its swap-ins have failed on every device, several times in a row.
+    pub(crate) fn cannot_be_brought(&self, failures_max: u32) -> bool {
+        self.stays.is_empty() && self.homes.iter().all(|home| home.failures >= failures_max)
+    }
+}

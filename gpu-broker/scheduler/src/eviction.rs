@@ -1,0 +1,87 @@
+//! Whom to evict: an order of what can leave, cheapest first.
+//!
+//! The order is kept in a tree per device, so a place in it must not depend on the present: it changes when a model is
+//! asked for, used, or gets or loses a copy, and then the books list it anew. Models in flight are not in the tree.
+
+use crate::{
+    demand::{LOG_ONE, log2},
+    model::{Home, Model, Stay},
+    time::{Span, scale},
+};
+
+/// A place in the order: the smallest leaves first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Worth(u8, i64);
+
+/// Leaves before anything else.
+const SPARE: u8 = 0;
+/// Leaves when nothing else can.
+const KEPT: u8 = 1;
+
+/// The rule.
+#[derive(Clone, Debug)]
+pub(crate) enum Eviction {
+    /// Duplicates first, then by regret: how often it is asked for, times what bringing it back would cost, per byte.
+    Regret,
+    /// Light models and duplicates first, then the heavy ones; both least recently used first. As published.
+    HeavyLast,
+    /// Least recently used first.
+    Lru,
+    /// Any.
+    Random(Random),
+}
+
+impl Eviction {
+    /// The place of a stay. `copy` is the time of a swap-in on an idle link.
+    pub(crate) fn worth(&mut self, model: &Model, home: &Home, stay: &Stay, copy: Span) -> Worth {
+        let used = i64::try_from(stay.last_used.nanos()).unwrap_or(i64::MAX);
+        match self {
+            Self::Regret if model.copies() > 1 => Worth(SPARE, used),
+            Self::Regret => Worth(KEPT, model.demand.standing().saturating_add(pain_per_byte(model, home, copy))),
+            Self::HeavyLast if model.copies() > 1 || is_light(home, copy) => Worth(SPARE, used),
+            Self::HeavyLast => Worth(KEPT, used),
+            Self::Lru => Worth(SPARE, used),
+            Self::Random(random) => Worth(SPARE, i64::try_from(random.bits() >> 1).unwrap_or(0)),
+        }
+    }
+}
+
+/// Whether swapping it in costs its run nothing: the copy hides behind the run.
+pub(crate) fn is_light(home: &Home, copy: Span) -> bool {
+    copy <= home.cost.run()
+}
+
+/// The logarithm of what a swap-in costs per byte that eviction would free.
+///
+/// It occupies the link, and it makes the request later; that hurts the more, the nearer it comes to the deadline.
+fn pain_per_byte(model: &Model, home: &Home, copy: Span) -> i64 {
+    let run = home.cost.run();
+    let added = copy - run + home.cost.tail();
+    let near_permille = scale((run + added).nanos(), 1000, model.deadline.nanos().max(1)).min(2_000);
+    let weight_permille = 1000 + 8 * near_permille * near_permille / 1000;
+    let pain = copy / 4 + added.permille(weight_permille);
+    log2(pain.nanos().saturating_mul(1 << 16)).saturating_sub(log2(home.charge.get())).max(-64 * LOG_ONE)
+}
+
+/// Chance that replays: every number follows from the seed (splitmix64).
+#[derive(Clone, Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) const fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// One of `0..n`; 0 where `n` is 0.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        usize::try_from(self.bits() % (n as u64).max(1)).unwrap_or(0)
+    }
+}

@@ -1,0 +1,174 @@
+//! Waiting requests: one queue per function, and the orders in which functions are looked at.
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    ops::Range,
+};
+
+use faaswap_protocol::{Late, Priority, Slo};
+
+use crate::{
+    event::{FunctionKey, RequestKey},
+    objective::Objective,
+    slots::Slot,
+    time::{At, Span},
+};
+
+/// The classes, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Tier {
+    /// Can be in time, and its function's objective is within reach.
+    High,
+    /// Can be in time, but its function is too far behind.
+    Low,
+    /// Cannot be in time any more.
+    Late,
+    /// Nobody waits for it.
+    Batch,
+    /// None: behind all others.
+    End,
+}
+
+/// A function's place among those with something waiting.
+pub(crate) type Rank = (Tier, At);
+
+/// A request that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Waiting {
+    pub(crate) request: RequestKey,
+    pub(crate) arrived: At,
+    pub(crate) deadline: At,
+}
+
+/// A function and what waits for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Function {
+    pub(crate) key: FunctionKey,
+    pub(crate) model: Slot,
+    pub(crate) deadline: Span,
+    pub(crate) priority: Priority,
+    pub(crate) late: Late,
+    pub(crate) objective: Objective,
+    /// Mean latency, for the published order.
+    pub(crate) latency: Span,
+    pub(crate) in_flight: u32,
+    /// By deadline.
+    pub(crate) fresh: VecDeque<Waiting>,
+    /// What cannot be in time any more, by deadline.
+    pub(crate) stale: VecDeque<Waiting>,
+    /// Its entries in [`Ready::ranks`].
+    listed: [Option<Rank>; 2],
+}
+
+impl Function {
+    pub(crate) fn new(key: FunctionKey, model: Slot, slo: Slo, priority: Priority, late: Late) -> Self {
+        Self {
+            key,
+            model,
+            deadline: slo.deadline.into(),
+            priority,
+            late,
+            objective: Objective::new(slo),
+            latency: Span::ZERO,
+            in_flight: 0,
+            fresh: VecDeque::new(),
+            stale: VecDeque::new(),
+            listed: [None; 2],
+        }
+    }
+
+    /// Its place by its fresh requests.
+    pub(crate) fn rank(&self) -> Option<Rank> {
+        self.listed[0]
+    }
+
+    pub(crate) fn waiting_len(&self) -> usize {
+        self.fresh.len() + self.stale.len()
+    }
+
+    /// What waits in that class.
+    pub(crate) fn queue(&self, tier: Tier) -> &VecDeque<Waiting> {
+        match tier {
+            Tier::High | Tier::Low | Tier::Batch | Tier::End => &self.fresh,
+            Tier::Late => &self.stale,
+        }
+    }
+
+    /// A request ended after so long.
+    pub(crate) fn record(&mut self, now: At, latency: Span, met: bool) {
+        self.objective.record(now, met);
+        self.latency = if self.latency.is_zero() { latency } else { (self.latency * 15 + latency) / 16 };
+    }
+}
+
+/// The orders.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ready {
+    /// Functions with something waiting, best first; one that has fresh and late requests is there twice.
+    pub(crate) ranks: BTreeSet<(Rank, Slot)>,
+    /// Everything that waits, oldest first.
+    pub(crate) by_age: BTreeSet<(At, RequestKey)>,
+    /// What is to be refused when its deadline passes.
+    pub(crate) refusable: BTreeSet<(At, RequestKey)>,
+}
+
+impl Ready {
+    pub(crate) fn waiting_len(&self) -> usize {
+        self.by_age.len()
+    }
+
+    /// Functions with something waiting in these classes, best first.
+    pub(crate) fn in_tiers(&self, tiers: Range<Tier>) -> impl Iterator<Item = (Rank, Slot)> {
+        let bound = |tier| ((tier, At::START), Slot::FIRST);
+        self.ranks.range(bound(tiers.start)..bound(tiers.end)).copied()
+    }
+
+    pub(crate) fn push(&mut self, function: &mut Function, waiting: Waiting) {
+        insert(&mut function.fresh, waiting);
+        self.by_age.insert((waiting.arrived, waiting.request));
+        if function.late == Late::Refuse {
+            self.refusable.insert((waiting.deadline, waiting.request));
+        }
+    }
+
+    /// Takes a request out of its queue.
+    pub(crate) fn take(&mut self, function: &mut Function, waiting: Waiting) {
+        if !remove(&mut function.fresh, waiting) {
+            remove(&mut function.stale, waiting);
+        }
+        self.by_age.remove(&(waiting.arrived, waiting.request));
+        self.refusable.remove(&(waiting.deadline, waiting.request));
+    }
+
+    /// The most urgent fresh request of a function becomes a late one.
+    pub(crate) fn give_up_head(function: &mut Function) {
+        if let Some(head) = function.fresh.pop_front() {
+            insert(&mut function.stale, head);
+        }
+    }
+
+    /// Lists a function by its heads; `fresh` is the rank of the fresh one.
+    pub(crate) fn relist(&mut self, slot: Slot, function: &mut Function, fresh: Rank) {
+        let late = function.stale.front().map(|head| (Tier::Late, head.arrived));
+        let new = [function.fresh.front().map(|_| fresh), late];
+        if new != function.listed {
+            for rank in function.listed.into_iter().flatten() {
+                self.ranks.remove(&(rank, slot));
+            }
+            for rank in new.into_iter().flatten() {
+                self.ranks.insert((rank, slot));
+            }
+            function.listed = new;
+        }
+    }
+}
+
+fn insert(queue: &mut VecDeque<Waiting>, waiting: Waiting) {
+    let behind = queue.partition_point(|other| (other.deadline, other.request) <= (waiting.deadline, waiting.request));
+    queue.insert(behind, waiting);
+}
+
+fn remove(queue: &mut VecDeque<Waiting>, waiting: Waiting) -> bool {
+    let at = queue.iter().position(|other| other.request == waiting.request);
+    at.and_then(|at| queue.remove(at)).is_some()
+}

@@ -1,0 +1,261 @@
+//! Runs every scenario and writes tables and plots: `faaswap-simulate [FOLDER] [--seeds N] [--only NAME]`.
+
+use std::{path::PathBuf, process::ExitCode, time::Instant};
+
+use faaswap_scheduler::PolicyKind;
+use faaswap_simulation::{
+    optimum,
+    outcome::{Outcome, ratio},
+    plot::{Line, Plot},
+    report::{self, Row},
+    scenario::{self, Trace, policies},
+    search::{largest, median},
+};
+
+/// Seeds of the published trace; those of held-back traces start elsewhere.
+const SEEDS: u64 = 3;
+const HELD_BACK_FROM: u64 = 1000;
+
+struct Run {
+    folder: PathBuf,
+    seeds: u64,
+    only: Option<String>,
+    started: Instant,
+    rows: Vec<Row>,
+}
+
+fn main() -> ExitCode {
+    let mut run = Run {
+        folder: PathBuf::from("target/simulation"),
+        seeds: SEEDS,
+        only: None,
+        started: Instant::now(),
+        rows: Vec::new(),
+    };
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--seeds" => run.seeds = args.next().and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS),
+            "--only" => run.only = args.next(),
+            folder => run.folder = PathBuf::from(folder),
+        }
+    }
+    match run.all() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the results could not be written to {}: {error}", run.folder.display());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Run {
+    fn all(&mut self) -> std::io::Result<()> {
+        std::fs::create_dir_all(&self.folder)?;
+        let parts: [(&str, fn(&mut Self) -> std::io::Result<()>); 9] = [
+            ("paper", Self::paper),
+            ("largest", Self::largest),
+            ("balance", Self::balance),
+            ("mixed", Self::mixed),
+            ("cluster", Self::cluster),
+            ("bursty", Self::bursty),
+            ("bus-bound", Self::bus_bound),
+            ("adversarial", Self::adversarial),
+            ("faults", Self::faults),
+        ];
+        for (name, part) in parts {
+            if self.only.as_ref().is_none_or(|only| only == name) {
+                part(self)?;
+            }
+        }
+        report::write(&self.folder, &self.rows)?;
+        self.say(&format!("written to {}", self.folder.display()));
+        Ok(())
+    }
+
+    fn say(&self, what: &str) {
+        println!("[{:5.1} s] {what}", self.started.elapsed().as_secs_f64());
+    }
+
+    fn add(&mut self, scenario: &str, policy: &str, seed: u64, outcome: &Outcome) {
+        let row = Row::of(scenario, policy, seed, outcome);
+        self.say(&format!(
+            "{scenario} {policy} seed {seed}: {} of {} functions compliant, p98 {:.1} ms, load CoV {:.3}",
+            row.compliant, row.functions, row.p98_ms, row.load_cov
+        ));
+        self.rows.push(row);
+    }
+
+    /// The share of compliant functions over their number, and the published points.
+    fn paper(&mut self) -> std::io::Result<()> {
+        let mut lines: Vec<_> = policies(1).map(|(name, _)| Line { name: name.to_owned(), points: Vec::new() }).into();
+        for n in [160, 240, 320, 400, 480, 560, 640, 720] {
+            for (at, (name, policy)) in policies(1).into_iter().enumerate() {
+                let outcome = scenario::paper(Trace::Published, n, policy, 1);
+                lines[at].points.push((ratio(n as u64, 1), outcome.compliant_share() * 100.0));
+                self.add(&format!("paper-{n}"), name, 1, &outcome);
+            }
+        }
+        for (trace, first) in [(Trace::Published, 2), (Trace::HeldBack, HELD_BACK_FROM)] {
+            for (seed, n) in (first..first + self.seeds).flat_map(|seed| [(seed, 480), (seed, 560)]) {
+                for (name, policy) in policies(seed).into_iter().take(2) {
+                    let outcome = scenario::paper(trace, n, policy, seed);
+                    let held_back = if trace == Trace::HeldBack { "-held-back" } else { "" };
+                    self.add(&format!("paper-{n}{held_back}"), name, seed, &outcome);
+                }
+            }
+        }
+        let plot = Plot {
+            title: "Functions that keep their p98 on four V100s (simulated)".to_owned(),
+            x_axis: "functions, 5 to 30 requests a minute each".to_owned(),
+            y_axis: "compliant, %".to_owned(),
+            x: (160.0, 720.0),
+            y: (0.0, 100.0),
+            lines,
+        };
+        std::fs::write(self.folder.join("compliant.svg"), plot.svg())
+    }
+
+    /// The most functions of which all are compliant.
+    fn largest(&mut self) -> std::io::Result<()> {
+        for trace in [Trace::Published, Trace::HeldBack] {
+            let (name, first) = match trace {
+                Trace::Published => ("largest", 1),
+                Trace::HeldBack => ("largest-held-back", HELD_BACK_FROM),
+            };
+            let mut found = [Vec::new(), Vec::new()];
+            for seed in first..first + self.seeds {
+                for (at, (policy_name, policy)) in policies(seed).into_iter().take(2).enumerate() {
+                    let holds = |n| scenario::paper(trace, n, policy, seed).all_compliant();
+                    let most = largest(200, 800, 10, holds).unwrap_or(0);
+                    self.say(&format!("{name} {policy_name} seed {seed}: all of {most} functions compliant"));
+                    self.rows.push(Row::largest(name, policy_name, seed, most));
+                    found[at].push(most);
+                }
+            }
+            let [ours, theirs] = found.map(median);
+            self.say(&format!("{name}: {ours} against {theirs}: {:.2}", ratio(ours as u64, theirs as u64)));
+        }
+        Ok(())
+    }
+
+    fn balance(&mut self) -> std::io::Result<()> {
+        for seed in 1..=self.seeds {
+            for (name, policy) in policies(seed).into_iter().take(2) {
+                let outcome = scenario::balance(policy, seed);
+                self.add("balance", name, seed, &outcome);
+            }
+        }
+        Ok(())
+    }
+
+    /// The rate at which a function with BERT, or another one, first misses its objective.
+    fn mixed(&mut self) -> std::io::Result<()> {
+        let mut lines: Vec<_> = policies(1).map(|(name, _)| Line { name: name.to_owned(), points: Vec::new() }).into();
+        for per_minute in [6_u32, 9, 12, 15, 18, 21] {
+            for (at, (name, policy)) in policies(1).into_iter().enumerate() {
+                let outcome = scenario::mixed(f64::from(per_minute), policy, 1);
+                lines[at].points.push((f64::from(per_minute), outcome.compliant_share() * 100.0));
+                self.add(&format!("mixed-{per_minute}-per-minute"), name, 1, &outcome);
+            }
+        }
+        let mut found = [Vec::new(), Vec::new(), Vec::new()];
+        for seed in 1..=self.seeds {
+            for (at, (name, policy)) in policies(seed).into_iter().take(3).enumerate() {
+                let holds = |tenths: usize| scenario::mixed(ratio(tenths as u64, 10), policy, seed).all_compliant();
+                let most = largest(10, 300, 5, holds).unwrap_or(0);
+                self.say(&format!("mixed {name} seed {seed}: all compliant up to {most} tenths of a request a minute"));
+                self.rows.push(Row::largest("mixed-tenths-per-minute", name, seed, most));
+                found[at].push(most);
+            }
+        }
+        let [ours, torpor, _] = found.map(median);
+        self.say(&format!("mixed: {ours} against {torpor}: {:.2}", ratio(ours as u64, torpor as u64)));
+        let plot = Plot {
+            title: "BERT takes 60% of the memory, 400 lighter functions beside it (simulated)".to_owned(),
+            x_axis: "requests a minute of each of 444 functions".to_owned(),
+            y_axis: "compliant, %".to_owned(),
+            x: (6.0, 21.0),
+            y: (0.0, 100.0),
+            lines,
+        };
+        std::fs::write(self.folder.join("mixed.svg"), plot.svg())
+    }
+
+    /// The most functions on six nodes of which all, and of which 99 of 100, are compliant.
+    fn cluster(&mut self) -> std::io::Result<()> {
+        for (scenario, share) in [("cluster-all", 1.0), ("cluster-99-percent", 0.99)] {
+            let mut found = Vec::new();
+            for (name, policy) in policies(1).into_iter().take(2) {
+                let holds = |n| scenario::cluster(n, policy, 1).compliant_share() >= share;
+                let most = largest(1500, 5000, 50, holds).unwrap_or(0);
+                self.add(scenario, name, 1, &scenario::cluster(most, policy, 1));
+                self.rows.push(Row::largest(scenario, name, 1, most));
+                found.push(most);
+            }
+            let quotient = ratio(found[0] as u64, found[1] as u64);
+            self.say(&format!("{scenario}: {} against {} functions: {quotient:.2}", found[0], found[1]));
+        }
+        Ok(())
+    }
+
+    /// The largest rate at which 99 of 100 functions are compliant, as a share of what the node could carry at all.
+    fn bursty(&mut self) -> std::io::Result<()> {
+        self.share_of_optimum("bursty", 99, 120, 480, 30, |rate, seed| scenario::bursty(rate, seed))
+    }
+
+    /// The same where 95 of 100 are compliant, on one device whose link is scarce.
+    fn bus_bound(&mut self) -> std::io::Result<()> {
+        self.share_of_optimum("bus-bound", 95, 4, 120, 4, |rate, seed| scenario::bus_bound(rate, seed))
+    }
+
+    fn share_of_optimum(
+        &mut self,
+        name: &str,
+        percent: u32,
+        low: usize,
+        high: usize,
+        step: usize,
+        make: impl Fn(f64, u64) -> scenario::Stage,
+    ) -> std::io::Result<()> {
+        for (policy_name, policy) in [policies(1)[0], policies(1)[1]] {
+            let holds = |rate: usize| {
+                let (node, models, workload) = make(ratio(rate as u64, 1), 1);
+                let outcome = scenario::play(&node, &models, &workload, policy, 1);
+                outcome.compliant_share() * 100.0 >= f64::from(percent)
+            };
+            let most = largest(low, high, step, holds).unwrap_or(low);
+            let (node, models, workload) = make(ratio(most as u64, 1), 1);
+            let outcome = scenario::play(&node, &models, &workload, policy, 1);
+            let bound = optimum::bound(&node, &models, &workload);
+            self.add(&format!("{name}-{most}-per-minute"), policy_name, 1, &outcome);
+            let share = bound.links.max(bound.devices);
+            self.say(&format!(
+                "{name} {policy_name}: {share:.2} of the optimum (links {:.2}, devices {:.2})",
+                bound.links, bound.devices
+            ));
+            if let Some(row) = self.rows.last_mut() {
+                row.share_of_optimum = Some(share);
+            }
+        }
+        Ok(())
+    }
+
+    fn adversarial(&mut self) -> std::io::Result<()> {
+        for (name, policy) in policies(1) {
+            let outcome = scenario::adversarial(policy, 1);
+            self.add("adversarial", name, 1, &outcome);
+        }
+        Ok(())
+    }
+
+    fn faults(&mut self) -> std::io::Result<()> {
+        for (name, policy) in policies(1) {
+            let outcome = scenario::faults(policy, 1);
+            self.add("faults", name, 1, &outcome);
+        }
+        let twice = [0, 1].map(|_| scenario::faults(PolicyKind::Faaswap, 7).digest);
+        assert_eq!(twice[0], twice[1], "the same seed gives the same actions");
+        Ok(())
+    }
+}
