@@ -3,6 +3,7 @@
 //! One thread owns it. Things happen ([`Event`]), the scheduler answers with [`Action`]s, and these are done here, in
 //! order. Nothing in here waits: what takes time is a task or a thread, and its end is an event again.
 
+mod disk;
 mod functions;
 mod models;
 mod peers;
@@ -98,6 +99,7 @@ struct Model {
     idle_since: Option<Instant>,
     /// Devices that it is on, or on the way to or from.
     on: Vec<DeviceId>,
+    from_disk: Option<disk::FromDisk>,
     leaving: bool,
 }
 
@@ -343,6 +345,7 @@ impl Core {
                     self.happen(Event::RunDone { request, took });
                     self.look_for_lost_devices();
                 }
+                Ended::NearlyRead { model } => self.nearly_read(model),
                 Ended::SwapIn { model, device, result } => self.swapped_in(model, device, result),
                 Ended::SwapOut { model, device, result } => {
                     self.swapped_out(model, device, result);
@@ -434,6 +437,7 @@ impl Core {
     /// Takes nothing new from now on.
     pub(crate) fn drain(&mut self) {
         self.draining = true;
+        self.wait_for_no_disk();
         self.happen(Event::DrainBegun);
         for entry in self.peers.values() {
             entry.peer.outbox.send(&faaswap_protocol::FromBroker::Draining, Vec::new());

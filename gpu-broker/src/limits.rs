@@ -42,6 +42,8 @@ pub const LOADS_MAX: usize = 2;
 pub const WEIGHT_READS_IN_FLIGHT: usize = 4;
 /// Most models that wait to be read from disk.
 pub const FETCHES_QUEUED_MAX: usize = 1024;
+/// Requests whose weights come from disk are scheduled when so much of them is left to be read: one part in so many.
+pub const SCHEDULED_WITH_LEFT: usize = 8;
 /// How long weights from disk wait for room in host memory, where others that are being copied take it.
 pub const HOST_ROOM_WITHIN: Duration = Duration::from_secs(5);
 /// Threads for work that blocks: uploads, loads, and what the runtime does itself.

@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 #[derive(Debug)]
 pub(crate) enum Ended {
     Run { request: RequestKey, took: Duration, outcome: Outcome },
+    NearlyRead { model: ModelId },
     SwapIn { model: ModelId, device: DeviceId, result: Result<SwapReport, DeviceError> },
     SwapOut { model: ModelId, device: DeviceId, result: Result<(), DeviceError> },
 }
@@ -30,7 +31,7 @@ pub(crate) enum Outcome {
     GivenUp,
 }
 
-/// Holds at most one entry per lane and per queued swap, which is what limits it.
+/// Holds at most one entry per lane, per queued swap and per model, which is what limits it.
 #[derive(Debug, Default)]
 pub(crate) struct Mailbox {
     ended: Mutex<VecDeque<Ended>>,

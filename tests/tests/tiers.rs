@@ -4,6 +4,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -14,6 +15,7 @@ use faaswap_tests::{
     models,
     node::{Broker, BrokerOptions, DeviceOptions, Sidecar, SidecarOptions},
     oip::{Outcome, Request, Tensor},
+    process::wait_for,
     random::Random,
 };
 
@@ -64,11 +66,11 @@ impl Function {
     }
 }
 
-/// Two devices with room for one model each, and host memory for two.
-fn start(folder: &Path) -> (Broker, Vec<Function>) {
-    let devices = ["host0", "host1"].map(|name| DeviceOptions::new(name, "5MiB"));
+/// Devices with so much memory each, where 4 MiB hold a model, and host memory for two models.
+fn start(folder: &Path, devices: &[&str]) -> (Broker, Vec<Function>) {
+    let devices = devices.iter().enumerate().map(|(i, memory)| DeviceOptions::new(&format!("host{i}"), memory));
     let settings = vec!["host_memory = \"9MiB\"".to_owned()];
-    let broker = Broker::start(&BrokerOptions { settings, ..BrokerOptions::new(devices.into()) }).unwrap();
+    let broker = Broker::start(&BrokerOptions { settings, ..BrokerOptions::new(devices.collect()) }).unwrap();
     let functions = (1..=FUNCTIONS).map(|seed| Function::start(&broker, folder, seed)).collect();
     (broker, functions)
 }
@@ -83,7 +85,7 @@ fn in_host_memory(broker: &Broker) -> usize {
 fn functions_beyond_host_memory_are_registered_and_answered_from_disk() {
     const ROUNDS: usize = 12;
     let folder = tempfile::tempdir().unwrap();
-    let (mut broker, functions) = start(folder.path());
+    let (mut broker, functions) = start(folder.path(), &["5MiB", "5MiB"]);
     assert_eq!(broker.admin("/v1/functions").unwrap().as_array().unwrap().len(), functions.len());
     for _ in 0..2 {
         thread::scope(|scope| {
@@ -115,7 +117,7 @@ fn prepared(broker: &Broker) -> Vec<PathBuf> {
 #[test]
 fn a_disk_that_fails_costs_the_functions_on_it_and_only_until_it_is_back() {
     let folder = tempfile::tempdir().unwrap();
-    let (broker, functions) = start(folder.path());
+    let (broker, functions) = start(folder.path(), &["5MiB", "5MiB"]);
     let files = prepared(&broker);
     assert_eq!(files.len(), functions.len());
     let aside = |file: &PathBuf| file.with_extension("aside");
@@ -131,4 +133,40 @@ fn a_disk_that_fails_costs_the_functions_on_it_and_only_until_it_is_back() {
     files.iter().for_each(|file| fs::rename(aside(file), file).unwrap());
     functions.iter().for_each(Function::must_answer);
     assert!(broker.metric("faaswap_weights_failed_total").unwrap() > 0.0);
+}
+
+/// The prepared weights of one function.
+fn weights_of(broker: &Broker, function: &Function) -> PathBuf {
+    let list = broker.admin("/v1/functions").unwrap();
+    let name = function.sidecar.function();
+    let entry = list.as_array().unwrap().iter().find(|entry| entry["name"] == name).unwrap().clone();
+    let hex = entry["model"].as_str().unwrap().trim_start_matches("sha256:").to_owned();
+    let of_model = |file: &PathBuf| file.parent().unwrap().file_name().unwrap().to_string_lossy().starts_with(&hex);
+    prepared(broker).into_iter().find(of_model).unwrap()
+}
+
+#[test]
+fn who_waits_for_a_disk_keeps_nobody_else_from_the_device() {
+    let folder = tempfile::tempdir().unwrap();
+    // One device with one lane, which both functions need.
+    let (broker, functions) = start(folder.path(), &["9MiB"]);
+    let (here, away) = (&functions[0], &functions[4]);
+    here.must_answer();
+    let (file, aside) = (weights_of(&broker, away), folder.path().join("aside"));
+    // A pipe stands for a slow disk: opening it lasts until somebody opens its other end.
+    fs::copy(&file, &aside).unwrap();
+    fs::remove_file(&file).unwrap();
+    assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| away.must_answer());
+        let in_flight = || Ok((broker.metric("faaswap_requests_in_flight")? >= 1.0).then_some(()));
+        wait_for("the request to be taken", PATIENCE, in_flight).unwrap();
+        (0..20).for_each(|_| here.must_answer());
+        assert!(!waiting.is_finished());
+        // The first try gets nothing from the pipe, and the next one finds the file.
+        let pipe = folder.path().join("pipe");
+        fs::rename(&file, &pipe).unwrap();
+        fs::rename(&aside, &file).unwrap();
+        drop(fs::OpenOptions::new().write(true).open(&pipe).unwrap());
+    });
 }

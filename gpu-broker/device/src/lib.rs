@@ -25,7 +25,7 @@ mod weights;
 pub use pci::PciAddress;
 pub use range::GROUPS_MAX;
 pub use table::RANGES_MAX;
-pub use weights::{FillReport, Filler, HostWeights, READS_IN_FLIGHT_MAX};
+pub use weights::{FillReport, Filler, HostWeights, Near, READS_IN_FLIGHT_MAX};
 
 /// A reserved range of addresses on one device. Copies name the same range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

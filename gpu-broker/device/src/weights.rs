@@ -21,7 +21,7 @@ use faaswap_protocol::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags};
 
-pub use self::fill::{FillReport, Filler, READS_IN_FLIGHT_MAX};
+pub use self::fill::{FillReport, Filler, Near, READS_IN_FLIGHT_MAX};
 use self::level::Level;
 use crate::{
     DeviceError,

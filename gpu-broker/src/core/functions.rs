@@ -111,7 +111,7 @@ impl Core {
         let waiting: Vec<_> = entry.in_flight.values().copied().collect();
         for request in waiting {
             if self.requests.get(&request).is_some_and(|r| r.function == key) {
-                self.happen(Event::Cancelled { request });
+                self.cancelled(request);
             }
         }
         self.leave(key);

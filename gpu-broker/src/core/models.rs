@@ -95,8 +95,15 @@ impl Core {
         let id = ModelId(u32::try_from(self.id_next & u64::from(u32::MAX)).unwrap_or(0));
         let devices: Vec<_> = loaded.bound.iter().map(|(device, _)| *device).collect();
         let weights = loaded.weights;
-        let model =
-            Model { digest, loaded, functions: 0, idle_since: Some(Instant::now()), on: Vec::new(), leaving: false };
+        let model = Model {
+            digest,
+            loaded,
+            functions: 0,
+            idle_since: Some(Instant::now()),
+            on: Vec::new(),
+            from_disk: None,
+            leaving: false,
+        };
         self.models.insert(id, model);
         self.by_digest.insert(digest, id);
         for device in devices {

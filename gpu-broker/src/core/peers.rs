@@ -7,7 +7,6 @@ use faaswap_protocol::{
     Bytes, CallId, Detail, FromBroker, ModelDigest, ModelFile, Refusal, SlabLayout, ToBroker, Transport,
     limits::{NAME_BYTES_MAX, SLAB_BYTES_MAX, TENSOR_ALIGN, UPLOAD_PART_BYTES_MAX, WIRE_VERSION},
 };
-use faaswap_scheduler::Event;
 use faaswap_slab::Slab;
 use tokio::sync::mpsc;
 
@@ -214,7 +213,7 @@ impl Core {
         entry.peer.outbox.close();
         let waiting: Vec<_> = entry.in_flight.values().copied().collect();
         for request in waiting {
-            self.happen(Event::Cancelled { request });
+            self.cancelled(request);
         }
         let Some(entry) = self.peers.remove(&id) else { return };
         for key in entry.functions.into_values() {

@@ -7,7 +7,7 @@ use faaswap_protocol::{
     Bytes, Detail, FromBroker, FunctionId, Refusal, RequestId, Signature, Span, TensorSlice,
     limits::REQUESTS_IN_FLIGHT_MAX,
 };
-use faaswap_scheduler::{Event, FunctionKey, Moment, RequestKey};
+use faaswap_scheduler::{FunctionKey, Moment, RequestKey};
 
 use super::{Core, Outcome, PeerId, Request};
 use crate::{
@@ -75,7 +75,7 @@ impl Core {
         let known = self.functions.get(&function).ok_or(Refusal::UnknownFunction)?;
         let model = self.models.get(&known.model).ok_or(Refusal::UnknownFunction)?;
         let inputs = inputs(&entry.peer, &model.loaded.signature, infer.inputs, &infer.payload)?;
-        let deadline = infer.time_left.unwrap_or(known.spec.slo.deadline);
+        let (deadline, model) = (infer.time_left.unwrap_or(known.spec.slo.deadline), known.model);
         let key = RequestKey(self.new_id());
         let Some(entry) = self.peers.get_mut(&from) else { return Ok(()) };
         entry.in_flight.insert(id, key);
@@ -92,7 +92,7 @@ impl Core {
         });
         self.requests.insert(key, Request { ask, from, function, resident: false });
         let deadline = Moment(self.now().0.saturating_add(deadline));
-        self.happen(Event::Arrived { request: key, function, deadline });
+        self.arrived(model, key, function, deadline);
         Ok(())
     }
 
@@ -114,7 +114,7 @@ impl Core {
         let key = self.peers.get(&from).and_then(|entry| entry.in_flight.get(&request).copied());
         // One that was answered meanwhile needs no cancelling.
         if let Some(request) = key {
-            self.happen(Event::Cancelled { request });
+            self.cancelled(request);
         }
     }
 

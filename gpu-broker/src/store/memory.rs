@@ -19,14 +19,14 @@ use std::{
     time::Duration,
 };
 
-use faaswap_device::{DeviceError, HostWeights};
+use faaswap_device::{DeviceError, HostWeights, Near};
 use faaswap_protocol::Bytes;
 
 use self::{
     books::{Books, Entry, Spare, State},
     fetch::Fetch,
 };
-use crate::limits::FETCHES_QUEUED_MAX;
+use crate::limits::{FETCHES_QUEUED_MAX, SCHEDULED_WITH_LEFT};
 
 /// Why weights are not in host memory.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +77,7 @@ pub struct TierStats {
     pub found: u64,
     /// Those whose weights were on the way for another one.
     pub followed: u64,
-    /// Those that had them brought from disk.
+    /// Those that had them brought from disk, then or beforehand.
     pub fetched: u64,
     /// Weights that could not be brought.
     pub failed: u64,
@@ -131,7 +131,7 @@ impl Memory {
             books.used += size.get();
             let generation = books.tick();
             let (state, weights) = (State::Left, None);
-            let entry = Entry { generation, size, state, weights, copying: 0, resident: 0, used_at: 0 };
+            let entry = Entry { generation, size, state, weights, copying: 0, resident: 0, used_at: 0, counted: false };
             books.files.insert(name, entry);
         }
         let (fetches, queue) = sync_channel(FETCHES_QUEUED_MAX);
@@ -181,6 +181,11 @@ impl Memory {
 }
 
 const DRAFT: &str = "draft";
+
+/// Whether weights are there or will be.
+fn is_usable(entry: &Entry) -> bool {
+    entry.weights.as_ref().is_some_and(|weights| weights.failed().is_none())
+}
 
 /// A registered model's place in the tier.
 #[derive(Debug)]
@@ -239,37 +244,55 @@ impl Home {
         self.memory.books().files.get(&self.key).is_some_and(|entry| entry.state == State::Here)
     }
 
+    /// Has weights that are on disk brought, and `near` called when the end of it is near, or it has failed. `None` where
+    /// they are there, or on the way. They do not leave until the answer is dropped. Does not block.
+    pub fn bring(&self, near: Near) -> Result<Option<Held>, MemoryError> {
+        let mut books = self.memory.books();
+        if books.files.get(&self.key).is_some_and(is_usable) {
+            return Ok(None);
+        }
+        self.begin(&mut books, Some(near)).map(Some)
+    }
+
     /// The weights, for a swap-in: there, or on the way. Does not block.
     pub fn hold(&self) -> Result<Held, MemoryError> {
         let stats = &self.memory.stats;
         let mut books = self.memory.books();
         let now = books.tick();
-        let usable = |entry: &&mut Entry| entry.weights.as_ref().is_some_and(|weights| weights.failed().is_none());
-        if let Some(entry) = books.files.get_mut(&self.key).filter(usable)
+        if let Some(entry) = books.files.get_mut(&self.key).filter(|entry| is_usable(entry))
             && let Some(weights) = entry.weights.clone()
         {
             (entry.copying, entry.used_at) = (entry.copying + 1, now);
             let counter = if entry.state == State::Here { &stats.found } else { &stats.followed };
-            counter.fetch_add(1, Ordering::Relaxed);
+            let counted = std::mem::take(&mut entry.counted);
+            counter.fetch_add(u64::from(!counted), Ordering::Relaxed);
             let generation = entry.generation;
             return Ok(self.held(weights, generation));
         }
+        self.begin(&mut books, None)
+    }
+
+    /// Has the weights brought from disk.
+    fn begin(&self, books: &mut Books, near: Option<Near>) -> Result<Held, MemoryError> {
         // What failed, or was left and could not be mapped, makes place for another try.
         if books.take(&self.key).is_some_and(|entry| entry.state == State::Left) {
             // It goes at the next start at the latest, or when the new one gets its name.
             let _ = fs::remove_file(self.memory.dir.join(&self.key));
         }
-        let (weights, fetch) = self.promise(&mut books)?;
+        let (weights, fetch) = self.promise(books)?;
         let generation = fetch.generation;
+        let is_beforehand = near.is_some();
+        if let Some(near) = near {
+            fetch.filler.tell_when_left(weights.len() / SCHEDULED_WITH_LEFT, near);
+        }
         if let Some(entry) = books.of(&self.key, generation) {
-            entry.copying = 1;
+            (entry.copying, entry.counted) = (1, is_beforehand);
         }
         if self.memory.fetches.try_send(fetch).is_err() {
             books.take(&self.key);
             return Err(MemoryError::Busy);
         }
-        drop(books);
-        stats.fetched.fetch_add(1, Ordering::Relaxed);
+        self.memory.stats.fetched.fetch_add(1, Ordering::Relaxed);
         Ok(self.held(weights, generation))
     }
 
@@ -290,6 +313,7 @@ impl Home {
             copying: 0,
             resident: 0,
             used_at: generation,
+            counted: false,
         };
         books.files.insert(self.key.clone(), entry);
         let (key, from) = (self.key.clone(), self.from.clone());

@@ -47,13 +47,17 @@ pub struct FillReport {
     pub direct: bool,
 }
 
+/// Called once, when a mark is reached, or will never be.
+pub type Near = Box<dyn FnOnce() + Send>;
+
 /// The right to fill weights, for one. Dropped before they are full, it fails whoever waits for the rest.
-#[derive(Debug)]
 pub struct Filler {
     weights: Arc<HostWeights>,
     file: OwnedFd,
     /// The same pages as the weights' own mapping, to be written.
     map: Option<MmapRaw>,
+    /// Who wants to know when the mark is somewhere.
+    near: Mutex<Option<(usize, Near)>>,
 }
 
 impl Filler {
@@ -61,7 +65,28 @@ impl Filler {
         let map = || MmapOptions::new().len(weights.len()).map_raw(&file);
         let failed = |e: io::Error| DeviceError::Failed { call: "mmap of weights", reason: e.to_string() };
         let map = if weights.is_empty() { None } else { Some(map().map_err(failed)?) };
-        Ok(Self { weights, file, map })
+        Ok(Self { weights, file, map, near: Mutex::default() })
+    }
+
+    /// Has `near` called, by the thread that fills, once only so many bytes are left, or the rest will not come.
+    pub fn tell_when_left(&self, bytes: usize, near: Near) {
+        let mark = self.weights.len().saturating_sub(bytes);
+        *self.near.lock().unwrap_or_else(PoisonError::into_inner) = Some((mark, near));
+    }
+
+    fn tell(&self, is_near: impl FnOnce(usize) -> bool) {
+        let mut near = self.near.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = near.take_if(|(mark, _)| is_near(*mark));
+        drop(near);
+        if let Some((_, told)) = told {
+            told();
+        }
+    }
+
+    /// Raises the mark.
+    fn raise(&self, until: usize) {
+        self.weights.level.raise(until);
+        self.tell(|mark| until >= mark);
     }
 
     /// The weights that this fills.
@@ -85,7 +110,7 @@ impl Filler {
         let end = at.checked_add(bytes.len()).filter(|end| *end <= self.weights.len());
         let end = end.ok_or(DeviceError::Invalid("more bytes than the weights have"))?;
         self.piece(at, bytes.len()).copy_from_slice(bytes);
-        self.weights.level.raise(end);
+        self.raise(end);
         Ok(())
     }
 
@@ -140,7 +165,7 @@ impl Filler {
             }
             self.weights.fault_in(offset, size);
             let pieces = progress.done(index);
-            self.weights.level.raise(pieces.saturating_mul(PIECE).min(len));
+            self.raise(pieces.saturating_mul(PIECE).min(len));
         }
     }
 
@@ -167,12 +192,19 @@ impl Filler {
     }
 }
 
+impl std::fmt::Debug for Filler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Filler").field("weights", &self.weights).finish_non_exhaustive()
+    }
+}
+
 impl Drop for Filler {
     fn drop(&mut self) {
         if self.weights.filled() < self.weights.len() {
             let reason = "it was given up".to_owned();
             self.weights.level.fail(DeviceError::Failed { call: "filling weights", reason });
         }
+        self.tell(|_| true);
     }
 }
 
@@ -322,6 +354,30 @@ mod tests {
             assert!(failed.to_string().contains(said), "{failed}");
             assert_eq!(weights.wait_filled(1, Duration::ZERO), Err(failed));
         }
+    }
+
+    #[test]
+    fn who_wants_to_know_is_told_once_when_little_is_left_or_nothing_will_come() {
+        let told = Arc::new(AtomicUsize::new(0));
+        let near = || -> Near {
+            let told = Arc::clone(&told);
+            Box::new(move || {
+                told.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        let (_, mut filler) = HostWeights::to_come(Bytes::new(10)).unwrap();
+        filler.tell_when_left(3, near());
+        filler.append(&[0; 6]).unwrap();
+        assert_eq!(told.load(Ordering::SeqCst), 0, "four are left");
+        filler.append(&[0; 2]).unwrap();
+        assert_eq!(told.load(Ordering::SeqCst), 1);
+        filler.append(&[0; 2]).unwrap();
+        drop(filler);
+        assert_eq!(told.load(Ordering::SeqCst), 1, "once");
+        let (_, filler) = HostWeights::to_come(Bytes::new(10)).unwrap();
+        filler.tell_when_left(3, near());
+        drop(filler);
+        assert_eq!(told.load(Ordering::SeqCst), 2, "nothing will come");
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(super) struct Entry {
     /// Devices that it is on.
     pub(super) resident: usize,
     pub(super) used_at: u64,
+    /// Whether the next swap-in was counted when it had the weights brought beforehand.
+    pub(super) counted: bool,
 }
 
 /// Who is spared when room is made.
@@ -113,6 +115,7 @@ mod tests {
                 copying: *copying,
                 resident: *resident,
                 used_at,
+                counted: false,
             };
             books.used += 10;
             books.files.insert((*key).to_owned(), entry);
@@ -156,6 +159,7 @@ mod tests {
             copying: 1,
             resident: 0,
             used_at: 9,
+            counted: false,
         };
         books.files.insert("b".to_owned(), entry);
         assert!(books.of("b", 9).is_some() && books.of("b", 8).is_none());

@@ -159,6 +159,28 @@ fn swap_ins_of_weights_that_are_on_the_way_follow_them() {
 }
 
 #[test]
+fn weights_that_are_brought_beforehand_are_found_by_the_swap_in_and_counted_once() {
+    let node = Node::new(1);
+    let [a, b] = ["a", "b"].map(|name| node.home(name));
+    drop(swap_in(&b, "b"));
+    let (told, near) = std::sync::mpsc::channel();
+    let tell: Near = Box::new(move || told.send(()).unwrap());
+    let held = a.bring(tell).unwrap().expect("it was on disk");
+    near.recv().unwrap();
+    let no_need = || -> Near { Box::new(|| panic!("nothing was brought")) };
+    assert!(a.bring(no_need()).unwrap().is_none(), "it is there or on the way");
+    let mut copying = a.hold().unwrap();
+    drop(held);
+    holds(&copying, "a");
+    copying.settle();
+    until_named(&a);
+    let stats = node.memory.stats();
+    assert_eq!((stats.fetched, stats.followed, stats.found), (2, 0, 0), "b and a, each from disk");
+    drop((copying, swap_in(&a, "a")));
+    assert_eq!(node.memory.stats().found, 1, "the next one counts again");
+}
+
+#[test]
 fn weights_that_cannot_be_read_fail_who_waits_and_are_tried_again() {
     let node = Node::new(2);
     let a = node.home("a");
