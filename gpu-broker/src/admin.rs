@@ -43,6 +43,7 @@ pub(crate) async fn serve(
         .route("/metrics", get(metrics))
         .route("/v1/functions", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.functions)).await))
         .route("/v1/models", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.models)).await))
+        .route("/v1/decisions", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.decisions)).await))
         .route("/v1/devices", get(devices))
         .route("/v1/devices/{name}/fail", post(fail))
         .with_state(Shared { telemetry, ready, asks, may_fail });

@@ -11,6 +11,7 @@ use std::{
 use config::{Config, Environment, File, FileFormat};
 use faaswap_device::cuda;
 use faaswap_protocol::Bytes;
+use faaswap_scheduler::PolicyKind;
 
 use self::read::Reader;
 
@@ -24,6 +25,15 @@ const GPUS_MAX: usize = 64;
 const GPU_GRANULARITY: Bytes = Bytes::mib(2);
 /// How yes and no are written.
 const SWITCH: [(&str, bool); 4] = [("true", true), ("false", false), ("on", true), ("off", false)];
+
+/// Policies of the scheduler; all but the first are there to be compared with.
+const POLICIES: [(&str, PolicyKind); 5] = [
+    ("faaswap", PolicyKind::Faaswap),
+    ("torpor", PolicyKind::Torpor),
+    ("lru", PolicyKind::Lru),
+    ("fifo", PolicyKind::Fifo),
+    ("random", PolicyKind::Random { seed: 1 }),
+];
 
 /// All mistakes of a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +136,8 @@ pub struct Settings {
     pub tf32: bool,
     /// One swap-in in so many is read back from its device and compared; 0 for none.
     pub verify_every: u64,
+    /// Who decides what runs where.
+    pub policy: PolicyKind,
     /// Whether the admin port lets devices fail, to test what happens then.
     pub test_faults: bool,
     /// The devices that are listed.
@@ -190,6 +202,7 @@ impl Settings {
             gpu_fallback: from.choice("gpu_fallback", false, &SWITCH),
             tf32: from.choice("tf32", true, &SWITCH),
             verify_every: from.count("verify_every", VERIFY_EVERY, 0..=usize::MAX) as u64,
+            policy: from.choice("policy", PolicyKind::Faaswap, &POLICIES),
             test_faults: from.choice("test_faults", false, &SWITCH),
             devices: Vec::new(),
         }

@@ -5,10 +5,12 @@
 
 mod disk;
 mod functions;
+mod knowledge;
 mod models;
 mod peers;
 mod report;
 mod requests;
+mod swaps;
 
 use std::{
     cell::RefCell,
@@ -18,7 +20,7 @@ use std::{
     time::Instant,
 };
 
-use faaswap_device::{Device, DeviceError};
+use faaswap_device::Device;
 use faaswap_protocol::{Bytes, FunctionId, FunctionSpec, ModelDigest, Refusal, RequestId, Span};
 use faaswap_scheduler::{
     Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig,
@@ -26,6 +28,7 @@ use faaswap_scheduler::{
 use tokio::sync::Notify;
 
 pub(crate) use self::{
+    knowledge::DecisionReport,
     models::Loaded,
     peers::Next,
     report::{DeviceReport, Report},
@@ -33,13 +36,12 @@ pub(crate) use self::{
 use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
-    lane::{Ask, BoundModel, Lane, Peer, Run},
-    limits::QUIET_FOR,
+    lane::{Ask, Lane, Peer, Run},
     load::Loader,
     mailbox::{Ended, Mailbox, Outcome},
     store::Home,
     telemetry::{Telemetry, level},
-    verify::{Stay, Verifier},
+    verify::Verifier,
 };
 
 /// A device with its lanes.
@@ -157,7 +159,7 @@ impl Core {
         let scheduler = Scheduler::new(SchedulerConfig {
             function_queue_max: settings.function_queue_max,
             node_queue_max: settings.node_queue_max,
-            ..SchedulerConfig::default()
+            policy: settings.policy,
         });
         let core = Rc::new_cyclic(|me| {
             RefCell::new(Self {
@@ -227,7 +229,7 @@ impl Core {
         match action {
             Action::SwapOut { model, device } => self.swap_out(model, device),
             // Host memory has every model; copies between devices come with a device that can do them.
-            Action::SwapIn { model, device, source: _ } => self.swap_in(model, device),
+            Action::SwapIn { model, device, source } => self.swap_in(model, device, source),
             Action::Run { request, model, device, lane, resident } => self.run(request, model, device, lane, resident),
             Action::Refuse { request, refusal } => self.refuse(request, refusal),
             Action::WakeAt(at) => {
@@ -235,86 +237,6 @@ impl Core {
                 self.alarm.notify_one();
             }
         }
-    }
-
-    fn swap_in(&mut self, model: ModelId, device: DeviceId) {
-        let Some((bound, home)) = self.bound(model, device) else {
-            self.events.push_back(Event::SwapInFailed { model, device });
-            return;
-        };
-        *bound.copied_at() = None;
-        let Some(range) = bound.bound.range() else {
-            self.events.push_back(Event::SwapInDone { model, device, took: std::time::Duration::ZERO });
-            return;
-        };
-        let held = home.hold().map_err(|error| DeviceError::from(&error));
-        let weights = match held.and_then(|held| bound.hold(held)) {
-            Ok(weights) => weights,
-            Err(error) => return self.swap_in_failed(model, device, &error),
-        };
-        let mailbox = Arc::clone(&self.mailbox);
-        let to = Arc::clone(&bound);
-        let stay = self.verifier.wants_next().then(|| Stay {
-            device: Arc::clone(&bound.device),
-            range,
-            weights: Arc::clone(&weights),
-        });
-        let verifier = Arc::clone(&self.verifier);
-        let done = Box::new(move |result: Result<_, DeviceError>| {
-            *to.copied_at() = Some(Instant::now());
-            to.copied(result.is_ok());
-            if let Some(stay) = stay.filter(|_| result.is_ok()) {
-                verifier.look_at(stay);
-            }
-            mailbox.post(Ended::SwapIn { model, device, result });
-        });
-        let groups = bound.bound.groups();
-        let asked = self.devices[usize::from(device.0)].device.swap_in(range, weights, groups, done);
-        match asked {
-            Ok(()) => {
-                if let Some(model) = self.models.get_mut(&model) {
-                    model.on.push(device);
-                }
-            }
-            Err(error) => {
-                bound.copied(false);
-                self.swap_in_failed(model, device, &error);
-            }
-        }
-    }
-
-    fn swap_in_failed(&mut self, model: ModelId, device: DeviceId, error: &DeviceError) {
-        let name = &self.devices[usize::from(device.0)].device.info().name;
-        tracing::error!(%error, device = %name, "a model could not be swapped in");
-        self.telemetry.swap_failed(name);
-        self.events.push_back(match error {
-            DeviceError::Lost
-            | DeviceError::OutOfMemory { .. }
-            | DeviceError::Failed { .. }
-            | DeviceError::State { .. }
-            | DeviceError::Invalid(_) => Event::SwapInFailed { model, device },
-        });
-    }
-
-    fn swap_out(&mut self, model: ModelId, device: DeviceId) {
-        let Some((bound, _)) = self.bound(model, device) else { return };
-        let Some(range) = bound.bound.range() else { return };
-        let mailbox = Arc::clone(&self.mailbox);
-        let held = bound.let_go();
-        let done = Box::new(move |result| {
-            drop(held);
-            mailbox.post(Ended::SwapOut { model, device, result });
-        });
-        let asked = self.devices[usize::from(device.0)].device.swap_out(range, done);
-        if let Err(error) = asked {
-            self.swapped_out(model, device, Err(error));
-        }
-    }
-
-    fn bound(&self, model: ModelId, device: DeviceId) -> Option<(Arc<BoundModel>, &Home)> {
-        let loaded = &self.models.get(&model)?.loaded;
-        let bound = loaded.bound.iter().find(|(on, _)| *on == device)?;
-        Some((Arc::clone(&bound.1), &loaded.home))
     }
 
     fn run(&mut self, request: RequestKey, model: ModelId, device: DeviceId, lane: LaneId, resident: bool) {
@@ -353,74 +275,6 @@ impl Core {
                 }
             }
         }
-    }
-
-    fn swapped_in(
-        &mut self,
-        model: ModelId,
-        device: DeviceId,
-        result: Result<faaswap_device::SwapReport, DeviceError>,
-    ) {
-        let entry = &self.devices[usize::from(device.0)];
-        match result {
-            Ok(report) => {
-                self.telemetry.swapped_in(&entry.device.info().name, &report);
-                self.happen(Event::SwapInDone { model, device, took: report.took });
-            }
-            Err(error) => {
-                self.gone_from(model, device);
-                self.swap_in_failed(model, device, &error);
-                self.happen(Event::Woken);
-                self.look_for_lost_devices();
-            }
-        }
-    }
-
-    fn swapped_out(&mut self, model: ModelId, device: DeviceId, result: Result<(), DeviceError>) {
-        let name = &self.devices[usize::from(device.0)].device.info().name;
-        match result {
-            Ok(()) => self.telemetry.swapped_out(name),
-            Err(error) => {
-                tracing::error!(%error, device = %name, "a model could not be swapped out");
-                self.telemetry.swap_failed(name);
-                self.look_for_lost_devices();
-            }
-        }
-        self.gone_from(model, device);
-    }
-
-    /// Tells the scheduler of devices that have failed for good: what ran there is refused, what waits goes elsewhere.
-    fn look_for_lost_devices(&mut self) {
-        for index in 0..self.devices.len() {
-            let entry = &mut self.devices[index];
-            if entry.lost || !entry.device.is_lost() {
-                continue;
-            }
-            entry.lost = true;
-            let name = entry.device.info().name.clone();
-            tracing::error!(device = %name, "the device is lost: its requests are refused, others take over its functions");
-            self.telemetry.device_lost(&name);
-            self.happen(Event::DeviceLost { device: device_id(index) });
-        }
-        if self.devices.iter().all(|entry| entry.lost) {
-            self.broken.notify_one();
-        }
-    }
-
-    /// Where other devices have taken over, a lost one is brought back when nobody would notice.
-    fn start_anew_when_quiet(&mut self) {
-        if self.is_busy() || !self.loading.is_empty() || !self.devices.iter().any(|entry| entry.lost) {
-            self.quiet_since = None;
-        } else if self.quiet_since.get_or_insert_with(Instant::now).elapsed() >= QUIET_FOR {
-            self.broken.notify_one();
-        }
-    }
-
-    fn gone_from(&mut self, model: ModelId, device: DeviceId) {
-        if let Some(model) = self.models.get_mut(&model) {
-            model.on.retain(|on| *on != device);
-        }
-        self.drop_model_that_left(model);
     }
 
     /// The timer's turn.
@@ -464,6 +318,7 @@ impl Core {
         self.take_ended();
         self.look_for_lost_devices();
         self.start_anew_when_quiet();
+        self.tell_observations();
         self.cut_off_stalled();
         self.tell_progress();
         self.unload_idle();

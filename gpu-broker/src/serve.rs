@@ -91,6 +91,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let verifier = Verifier::start(settings.verify_every).map_err(ServeError::io("starting a thread"))?;
     let core =
         Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, verifier, devices);
+    core.borrow_mut().tell_links(telemetry.gpus());
     let listeners = accept::Listeners::bind(&settings)?;
     let (asks, questions) = mpsc::channel(admin::QUESTIONS_MAX);
     let (ready, is_ready) = watch::channel(false);

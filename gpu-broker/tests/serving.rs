@@ -46,8 +46,7 @@ fn every_answer_is_right_while_more_models_than_fit_swap_over_two_devices() {
         }
     }
     assert_eq!(residencies.len(), 2, "some were resident, some were swapped in");
-    assert!(broker.metric("faaswap_swaps_in_total{device=\"host0\"}") >= 1.0);
-    assert!(broker.metric("faaswap_swaps_in_total{device=\"host1\"}") >= 1.0);
+    assert!(swaps_in(&broker) >= 10.0, "ten models need as many swap-ins at least");
 }
 
 #[test]
@@ -59,15 +58,40 @@ fn hints_change_no_answer_whoever_gives_them_and_however_many() {
     let input = model.input(1);
     for hints in [0, 1, 500] {
         for _ in 0..hints {
-            client.say(&ToBroker::Expect { function }, &[]);
-            client.say(&ToBroker::Expect { function: FunctionId(u32::MAX) }, &[]);
+            client.say(&ToBroker::Expect { function, soon: hints == 1 }, &[]);
+            client.say(&ToBroker::Expect { function: FunctionId(u32::MAX), soon: true }, &[]);
         }
         client.ask(function, &[1, 128], &input);
         assert_eq!(client.answer().1.unwrap().floats(), model.expected(&input), "after {hints} hints");
     }
     let mut stranger = Client::greeted(&broker);
-    stranger.say(&ToBroker::Expect { function }, &[]);
+    stranger.say(&ToBroker::Expect { function, soon: false }, &[]);
     assert!(stranger.is_served());
+}
+
+#[test]
+fn a_hint_brings_weights_before_their_request_and_the_decision_says_so() {
+    let broker = Broker::start(TWO_SMALL_DEVICES);
+    let model = Linear { size: 256, seed: 4 };
+    let mut client = Client::greeted(&broker);
+    let function = client.register_file("hinted", &model.write(broker.dir.path())).unwrap();
+    assert!(broker.get("/v1/models")[0]["on"].as_array().unwrap().is_empty(), "nobody has asked yet");
+    client.say(&ToBroker::Expect { function, soon: false }, &[]);
+    wait_for("the weights are brought", || swaps_in(&broker) >= 1.0);
+    let input = model.input(1);
+    client.ask(function, &[1, 256], &input);
+    let answer = client.answer().1.unwrap();
+    assert_eq!(answer.floats(), model.expected(&input));
+    assert!(answer.timing.was_resident);
+    let decisions = broker.get("/v1/decisions");
+    let choices: Vec<_> = decisions.as_array().unwrap().iter().map(|d| d["choice"].as_str().unwrap()).collect();
+    assert_eq!(choices, ["bring_ahead", "run"], "{decisions}");
+    assert_eq!((&decisions[1]["function"], &decisions[0]["from"]), (&"hinted".into(), &"host".into()), "{decisions}");
+}
+
+/// Swap-ins on all devices.
+fn swaps_in(broker: &Broker) -> f64 {
+    ["host0", "host1"].map(|name| broker.metric(&format!("faaswap_swaps_in_total{{device=\"{name}\"}}"))).iter().sum()
 }
 
 /// Mapped bytes and capacity of each device, now and then.
@@ -244,7 +268,9 @@ fn a_late_request_is_refused_where_the_function_prefers_that() {
     let late = client.ask_in(function, &[1, 512], &model.input(0), Some(Duration::from_millis(1)));
     let (first, refusal) = client.answer();
     assert_eq!(first, late);
-    assert!(matches!(refusal.err(), Some(Refusal::DeadlinePassed { .. })));
+    // Whether it has passed, or only cannot be met any more, is a matter of microseconds.
+    let passed = |why: &Refusal| matches!(why, Refusal::DeadlinePassed { .. } | Refusal::DeadlineUnreachable { .. });
+    assert!(refusal.as_ref().is_err_and(passed));
     assert!(client.answer().1.is_ok());
 }
 

@@ -90,6 +90,8 @@ pub const BLOCKING_THREADS_MAX: usize = 6;
 pub const BODIES_OF_MAX_SIZE: usize = 4;
 /// Inputs of at least so many bytes are announced to the broker before they are written.
 pub const ANNOUNCED_FROM: u64 = 128 << 10;
+/// A body that streams in is announced where the function has not been asked for so long: its weights may have left.
+pub const ANNOUNCED_AFTER: Duration = Duration::from_millis(500);
 /// What a client that is told to come back should wait, in seconds.
 pub const RETRY_AFTER_S: u64 = 1;
 /// Idle connections kept to the handler behind the sidecar.

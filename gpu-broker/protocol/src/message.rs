@@ -175,11 +175,13 @@ pub enum ToBroker {
         /// Comes back.
         nonce: u64,
     },
-    /// A request of this function is about to come: its inputs are being written. A hint without an answer; a broker
-    /// that was asleep is awake by the time the request is there.
+    /// A request of this function is about to come: its inputs are on their way. A hint without an answer; weights may be
+    /// there, and a broker that was asleep awake, by the time the request is.
     Expect {
         /// Which function.
         function: FunctionId,
+        /// Whether it comes within a moment: its inputs are only being copied.
+        soon: bool,
     },
 }
 

@@ -53,7 +53,7 @@ fn to_broker() -> Vec<ToBroker> {
         ToBroker::Cancel { request },
         ToBroker::Release { request },
         ToBroker::Ping { nonce: u64::MAX },
-        ToBroker::Expect { function: FunctionId(5) },
+        ToBroker::Expect { function: FunctionId(5), soon: true },
     ]
 }
 

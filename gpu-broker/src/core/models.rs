@@ -109,6 +109,7 @@ impl Core {
         for device in devices {
             let charge = charge(weights, self.devices[usize::from(device.0)].device.as_ref());
             self.happen(Event::ModelBound { model: id, device, charge });
+            self.tell_model(id, device);
         }
         id
     }

@@ -138,7 +138,7 @@ impl Core {
             ToBroker::Cancel { request } => self.cancel(from, request),
             ToBroker::Release { request } => self.release(from, request),
             ToBroker::Ping { nonce } => self.say(from, &FromBroker::Pong { nonce }),
-            ToBroker::Expect { function } => self.expect(from, function),
+            ToBroker::Expect { function, soon } => self.expect(from, function, soon),
             ToBroker::Register { call, function } => self.register(from, call, function),
             ToBroker::Unregister { function } => self.unregister(from, function),
             ToBroker::Upload { call, model, files } => self.upload(from, call, model, files, std::mem::take(fds)),

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Core, device_id};
+use super::{Core, DecisionReport, device_id};
 
 /// One function.
 #[derive(Debug, Serialize)]
@@ -46,6 +46,7 @@ pub(crate) struct Report {
     pub(crate) functions: Vec<FunctionReport>,
     pub(crate) models: Vec<ModelReport>,
     pub(crate) devices: Vec<DeviceReport>,
+    pub(crate) decisions: Vec<DecisionReport>,
 }
 
 impl Core {
@@ -80,6 +81,7 @@ impl Core {
         let (mut functions, mut models): (Vec<_>, Vec<_>) = (functions.collect(), models.collect());
         functions.sort_by(|a, b| a.name.cmp(&b.name));
         models.sort_by(|a, b| a.model.cmp(&b.model));
-        Report { functions, models, devices: devices.collect() }
+        let (devices, decisions) = (devices.collect(), self.decisions());
+        Report { functions, models, devices, decisions }
     }
 }

@@ -7,7 +7,7 @@ use faaswap_protocol::{
     Bytes, Detail, FromBroker, FunctionId, Refusal, RequestId, Signature, Span, TensorSlice,
     limits::REQUESTS_IN_FLIGHT_MAX,
 };
-use faaswap_scheduler::{FunctionKey, Moment, RequestKey};
+use faaswap_scheduler::{Event, FunctionKey, Moment, RequestKey};
 
 use super::{Core, Outcome, PeerId, Request};
 use crate::{
@@ -96,14 +96,13 @@ impl Core {
         Ok(())
     }
 
-    /// A peer writes inputs: wakes whoever will be needed, while nothing else keeps them awake.
-    pub(super) fn expect(&self, from: PeerId, function: FunctionId) {
-        if !self.requests.is_empty() {
-            return;
-        }
-        let key = self.peers.get(&from).and_then(|entry| entry.functions.get(&function));
-        let model = key.and_then(|key| self.functions.get(key)).and_then(|function| self.models.get(&function.model));
-        let Some(model) = model else { return };
+    /// A peer writes inputs: the scheduler may bring weights, and whoever will be needed soon wakes up, while nothing
+    /// else keeps them awake.
+    pub(super) fn expect(&mut self, from: PeerId, function: FunctionId, soon: bool) {
+        let key = self.peers.get(&from).and_then(|entry| entry.functions.get(&function)).copied();
+        let Some((function, model)) = key.and_then(|key| Some((key, self.functions.get(&key)?.model))) else { return };
+        self.happen(Event::Expected { function });
+        let Some(model) = self.models.get(&model).filter(|_| soon && self.requests.is_empty()) else { return };
         self.expected.notify_one();
         // All lanes are idle, and the first idle one of a device is taken.
         let lanes = model.on.iter().filter_map(|device| self.devices.get(usize::from(device.0))?.lanes.first());

@@ -29,7 +29,7 @@ use super::{
     room::{NoPlace, Place, Room, Waiting},
     socket::{Frames, LinkError, Socket, Writer},
 };
-use crate::limits::{ANNOUNCED_FROM, PING_EVERY, PING_IDLE_EVERY, SILENCE_MAX};
+use crate::limits::{ANNOUNCED_AFTER, ANNOUNCED_FROM, PING_EVERY, PING_IDLE_EVERY, SILENCE_MAX};
 
 type Reply = Result<InferAnswer, Refusal>;
 
@@ -64,6 +64,8 @@ pub(super) struct Link {
     /// `None` once the connection is over.
     pending: Mutex<Option<HashMap<RequestId, Pending>>>,
     request_next: AtomicU64,
+    /// When the last answer came; at first, when the connection was made.
+    answered: Mutex<Instant>,
     retired: Notify,
 }
 
@@ -77,6 +79,7 @@ impl Link {
             room: Room::new(half),
             pending: Mutex::new(Some(HashMap::new())),
             request_next: AtomicU64::new(1),
+            answered: Mutex::new(Instant::now()),
             retired: Notify::new(),
         })
     }
@@ -105,6 +108,7 @@ impl Link {
         let place = self.room.take_for_draft(layout.total)?;
         let place = PlaceGuard { link: Arc::clone(self), place: Some(place) };
         let region = slab.request_region(place.slot()?).ok()?;
+        self.announce(layout.total, false);
         Some(Draft { link: Arc::clone(self), place, layout, region })
     }
 
@@ -149,7 +153,7 @@ impl Link {
         let payload = match (&self.slab, slot) {
             (Some(slab), Some(slot)) => {
                 let region = slab.request_region(slot).map_err(|_| Attempt::Lost)?;
-                self.announce(layout.total);
+                self.announce(layout.total, true);
                 fill(&region, request, &layout).map_err(|_| Attempt::Lost)?;
                 Vec::new()
             }
@@ -214,10 +218,12 @@ impl Link {
         Ok(answer)
     }
 
-    /// Lets the broker wake up while inputs are written, where that takes long enough.
-    fn announce(&self, bytes: u64) {
-        if bytes >= ANNOUNCED_FROM {
-            self.tell(&ToBroker::Expect { function: self.function });
+    /// Lets the broker get ready while inputs are written, where that takes long enough: wake up for those that come at
+    /// once, bring weights for those that stream in after a pause.
+    fn announce(&self, bytes: u64, soon: bool) {
+        let paused = || self.answered.lock().unwrap_or_else(PoisonError::into_inner).elapsed() >= ANNOUNCED_AFTER;
+        if bytes >= ANNOUNCED_FROM && (soon || paused()) {
+            self.tell(&ToBroker::Expect { function: self.function, soon });
         }
     }
 
@@ -315,6 +321,7 @@ impl Link {
         timing: Timing,
         payload: &Bytes,
     ) -> Result<(), LinkError> {
+        *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         let reply = self.take_pending(request)?;
         let outputs: Vec<_> = match &self.slab {
             Some(slab) => {
