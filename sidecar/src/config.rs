@@ -7,7 +7,12 @@ pub(crate) mod read;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use ::config::{Config, Environment, File, FileFormat};
 use faaswap_protocol::{Bytes, FunctionName, Late, Priority, Slo};
@@ -32,6 +37,8 @@ pub struct Start {
     pub command: Vec<String>,
     /// The environment.
     pub variables: BTreeMap<String, String>,
+    /// Where the configuration file lies, which names its model relative to itself.
+    pub folder: Option<PathBuf>,
 }
 
 impl Start {
@@ -102,11 +109,13 @@ impl Settings {
     /// Reads the file, where one is named, and the environment.
     pub fn load(file: Option<&Path>, start: &Start) -> Result<Self, ConfigError> {
         let mut text = String::new();
+        let mut start = start.clone();
         if let Some(path) = file {
+            start.folder = path.parent().map(Path::to_owned);
             text = std::fs::read_to_string(path)
                 .map_err(|e| ConfigError(vec![format!("{} cannot be read: {e}", path.display())]))?;
         }
-        Self::from_parts(&text, Environment::with_prefix("FAASWAP"), start)
+        Self::from_parts(&text, Environment::with_prefix("FAASWAP"), &start)
     }
 
     fn from_parts(text: &str, environment: Environment, start: &Start) -> Result<Self, ConfigError> {
@@ -131,7 +140,8 @@ impl Settings {
         let data = from.list("model_data");
         // A front that ends for want of a model would be started again and again; it says why it is not ready instead.
         let may_be_absent = watchdog.is_some();
-        let model = from.required("model", |text| read::model(text, data, may_be_absent));
+        let folder = start.folder.as_deref().filter(|_| start.variable("FAASWAP_MODEL").is_none());
+        let model = from.required("model", |text| read::model(text, folder, data, may_be_absent));
         let deadline = from.number("slo_ms", 1..=3_600_000).unwrap_or(1000);
         let percentile = from.parse("slo_percentile", read::percentile).unwrap_or(9800);
         let priority = from.one_of("priority", &[("latency", Priority::Latency), ("batch", Priority::Batch)]);

@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         return if watchdog::lock::path().exists() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let variables = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-    let start = Start { command: args.command, variables: variables.collect() };
+    let start = Start { command: args.command, variables: variables.collect(), folder: None };
     let settings = match Settings::load(args.config.as_deref(), &start) {
         Ok(settings) => settings,
         Err(error) => {

@@ -1,6 +1,11 @@
 //! Reads one value after the other and collects what is wrong with each.
 
-use std::{collections::BTreeSet, net::SocketAddr, ops::RangeInclusive, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
 
 use ::config::{Config, Map, Value};
 use faaswap_protocol::{Bytes, FunctionName, limits::SLAB_BYTES_MAX};
@@ -218,16 +223,21 @@ pub(super) fn slab(from: &mut Reader) -> SlabSizes {
 }
 
 /// A digest, a graph, or a folder with one. `may_be_absent`: a path that leads nowhere is no mistake of the settings.
-pub(super) fn model(text: &str, data: Vec<String>, may_be_absent: bool) -> Result<ModelRef, String> {
+pub(super) fn model(
+    text: &str,
+    folder: Option<&Path>,
+    data: Vec<String>,
+    may_be_absent: bool,
+) -> Result<ModelRef, String> {
     if text.starts_with("sha256:") {
         return text.parse().map(ModelRef::Digest).map_err(|error| error.to_string());
     }
-    let path = PathBuf::from(text);
+    let path = folder.unwrap_or(Path::new("")).join(text);
     if path.is_dir() {
         return Ok(ModelRef::Folder(path));
     }
     if !path.is_file() && !may_be_absent {
-        return Err(format!("'{text}' is neither a file, nor a folder, nor sha256:<digest>"));
+        return Err(format!("'{}' is neither a file, nor a folder, nor sha256:<digest>", path.display()));
     }
     Ok(ModelRef::File { graph: path, data })
 }

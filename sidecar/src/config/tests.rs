@@ -6,7 +6,7 @@ use super::*;
 
 fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
     let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
-    let start = Start { command: Vec::new(), variables: BTreeMap::from_iter(variables) };
+    let start = Start { variables: BTreeMap::from_iter(variables), ..Start::default() };
     let ours = start.variables.clone().into_iter().collect();
     Settings::from_parts(text, Environment::with_prefix("FAASWAP").source(Some(ours)), &start)
 }
@@ -156,4 +156,17 @@ fn a_command_or_a_mode_makes_the_sidecar_the_functions_front() {
     let side =
         load("", &[&model[..], &handler[..], &[("FAASWAP_MODE", "side"), ("FAASWAP_FUNCTION", "f")][..]].concat());
     assert!(side.unwrap_err().to_string().contains("neither a file"), "a side service's model must be there");
+}
+
+#[test]
+fn a_file_names_its_model_relative_to_itself_and_a_variable_to_where_we_are() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("m.onnx"), b"graph").unwrap();
+    let file = folder.path().join("function.toml");
+    std::fs::write(&file, "function = 'f'\nmodel = 'm.onnx'").unwrap();
+    let model = Settings::load(Some(&file), &Start::default()).unwrap().model;
+    assert_eq!(model, ModelRef::File { graph: folder.path().join("m.onnx"), data: vec![] });
+    let variables = BTreeMap::from([("FAASWAP_MODEL".to_owned(), "m.onnx".to_owned())]);
+    let elsewhere = Settings::load(Some(&file), &Start { variables, ..Start::default() }).unwrap_err();
+    assert!(elsewhere.to_string().contains("'m.onnx' is neither"), "{elsewhere}");
 }
