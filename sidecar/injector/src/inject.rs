@@ -80,22 +80,36 @@ fn put_sidecar(
 ) -> Result<(), NoPod> {
     let image = wish.image.as_deref().unwrap_or(&settings.sidecar_image);
     let mut sidecar = parts::sidecar(wish, image, function, transport);
-    let place = if settings.native_sidecar { "initContainers" } else { "containers" };
-    for place in ["initContainers", "containers"] {
-        let there = spec.get(place).and_then(Value::as_array).into_iter().flatten();
-        if there.into_iter().any(|container| container["name"] == SIDECAR) {
-            return Ok(());
-        }
+    let is_in = |spec: &Map<String, Value>, place: &str| {
+        spec.get(place).and_then(Value::as_array).into_iter().flatten().any(|container| container["name"] == SIDECAR)
+    };
+    if is_in(spec, "containers") {
+        return Ok(());
     }
-    if settings.native_sidecar {
+    let native = is_in(spec, "initContainers");
+    if native || settings.native_sidecar {
         sidecar.restart_policy = Some("Always".to_owned());
-        // Before the others, whose work may need it.
-        array(spec, place)?.insert(0, value(&sidecar)?);
+        put_native(array(spec, "initContainers")?, value(&sidecar)?, wish.model_volume.is_some());
     } else {
         sidecar.lifecycle = is_knative.then(parts::until_knative_drained);
-        array(spec, place)?.push(value(&sidecar)?);
+        array(spec, "containers")?.push(value(&sidecar)?);
     }
     Ok(())
+}
+
+/// Before the others, whose work may need it; but behind them where one of them fetches its model.
+fn put_native(containers: &mut Vec<Value>, sidecar: Value, is_fetched: bool) {
+    let there = containers.iter().position(|container| container["name"] == SIDECAR);
+    match (there, is_fetched) {
+        (None, false) => containers.insert(0, sidecar),
+        (None, true) => containers.push(sidecar),
+        (Some(_), false) => {}
+        // Another webhook came between: KServe's, with its storage initializer.
+        (Some(at), true) => {
+            let sidecar = containers.remove(at);
+            containers.push(sidecar);
+        }
+    }
 }
 
 /// Tells a container where inference is, or gives it the way to the broker.

@@ -89,6 +89,18 @@ fn a_container_that_another_webhook_adds_is_told_of_the_sidecar_too() {
 }
 
 #[test]
+fn the_sidecar_starts_behind_whatever_fetches_its_model_even_if_that_comes_later() {
+    let mut review = review("kserve");
+    let fetcher = review["request"]["object"]["spec"]["initContainers"].take();
+    let mut pod = patched(&review, &ask(&review, &settings(&[])));
+    pod["spec"]["initContainers"].as_array_mut().unwrap().push(fetcher[0].clone());
+    review["request"]["object"] = pod;
+    let pod = patched(&review, &ask(&review, &settings(&[])));
+    let names: Vec<_> = pod["spec"]["initContainers"].as_array().unwrap().iter().map(|one| &one["name"]).collect();
+    assert_eq!(names, ["storage-initializer", "faaswap-sidecar"]);
+}
+
+#[test]
 fn what_the_pod_said_itself_is_kept() {
     let review = review("deployment");
     let pod = patched(&review, &ask(&review, &settings(&[])));
@@ -96,7 +108,7 @@ fn what_the_pod_said_itself_is_kept() {
         pod["spec"]["containers"][0]["env"],
         json!([{"name": "FAASWAP_SIDECAR_URL", "value": "http://localhost:9463"}])
     );
-    assert_eq!(pod["spec"]["initContainers"][1]["name"], "fetch-model");
+    assert_eq!(pod["spec"]["initContainers"][0]["name"], "fetch-model");
     assert_eq!(pod["spec"]["tolerations"][0]["key"], "spot");
 }
 
