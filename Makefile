@@ -9,7 +9,7 @@ CARGO ?= cargo
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
-.PHONY: help demo test test-rust test-python test-large lint bench fetch fetch-go build release images render clean
+.PHONY: help demo test test-rust test-python test-containers test-large lint bench fetch fetch-go build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ test-large: fetch ## Runs the tests that need 8 GB of memory and minutes: weight
 
 test-python: fetch build $(VENV)/.ready
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(VENV)/bin/python -m pytest -q tests/python
+
+STATIC_TARGET := $(shell $(CARGO) -vV 2>/dev/null | sed -n 's/^host: //p')
+test-containers: fetch build $(VENV)/.ready ## Runs broker and function in containers of their own; skips without a Docker engine.
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --locked -p faaswap-sidecar --target $(STATIC_TARGET)
+	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_STATIC_DIR=$(CURDIR)/target/$(STATIC_TARGET)/release \
+	  $(VENV)/bin/python -m pytest -q -rs tests/containers
 
 lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is installed.
 	$(CARGO) fmt --all --check
