@@ -9,7 +9,7 @@ from node import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("faas-templates/*.md")])
 # Labels, resources and namespaces' labels that are not annotations of pods.
-OTHERS = {"slot", "broker", "metrics"}
+OTHERS = {"slot", "metrics"}
 
 
 def known_annotations():

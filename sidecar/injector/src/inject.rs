@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     parts::{self, MODELS_VOLUME, NODE_MODELS, SIDECAR, SIDECAR_URL, SLOT, SOCKET_FOLDER, SOCKET_VOLUME},
-    settings::Settings,
+    settings::{Selector, Settings},
     wish::{Mode, STATUS, Transport, Wish},
 };
 
@@ -154,9 +154,11 @@ fn place(spec: &mut Map<String, Value>, transport: Transport, settings: &Setting
     if !tolerations.contains(&toleration) {
         tolerations.push(toleration);
     }
-    if transport != Transport::Slot {
-        let (key, wanted) = &settings.node_selector;
-        object(spec, "nodeSelector")?.entry(key).or_insert_with(|| wanted.as_str().into());
+    match (&settings.node_selector, transport) {
+        (Selector::Label { key, value }, Transport::Uds | Transport::Tcp) => {
+            object(spec, "nodeSelector")?.entry(key).or_insert_with(|| value.as_str().into());
+        }
+        (Selector::Off, _) | (Selector::Label { .. }, Transport::Slot) => {}
     }
     Ok(())
 }

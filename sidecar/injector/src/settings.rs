@@ -28,9 +28,9 @@ pub struct Settings {
     /// What happens to a pod whose annotations are wrong.
     #[arg(long, env = "INJECTOR_ON_MISTAKE", value_enum, default_value = "deny")]
     pub on_mistake: OnMistake,
-    /// Where pods without slots may run, as key=value; slots place pods by themselves.
-    #[arg(long, env = "INJECTOR_NODE_SELECTOR", value_parser = pair, default_value = "faaswap.dev/broker=true")]
-    pub node_selector: (String, String),
+    /// Label of the nodes with a broker, as key=value, or off: there pods without slots go. Slots place pods by themselves.
+    #[arg(long, env = "INJECTOR_NODE_SELECTOR", value_parser = selector, default_value = "nvidia.com/gpu.present=true")]
+    pub node_selector: Selector,
     /// Folder with tls.crt and tls.key that somebody else renews; else the injector has its own authority.
     #[arg(long, env = "INJECTOR_TLS_DIR")]
     pub tls_dir: Option<PathBuf>,
@@ -60,7 +60,24 @@ pub enum OnMistake {
     Ignore,
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or_else(|| format!("'{text}' is not like key=value"))?;
-    Ok((key.to_owned(), value.to_owned()))
+/// A label of nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selector {
+    /// Every node has a broker.
+    Off,
+    /// Those with this label have one.
+    Label {
+        /// Its key.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+}
+
+fn selector(text: &str) -> Result<Selector, String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok(Selector::Label { key: key.to_owned(), value: value.to_owned() }),
+        None if text == "off" => Ok(Selector::Off),
+        Some(_) | None => Err(format!("'{text}' is neither key=value nor off")),
+    }
 }

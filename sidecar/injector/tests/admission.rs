@@ -136,6 +136,15 @@ fn wrong_annotations_are_refused_or_passed_over_as_the_operator_wants() {
 }
 
 #[test]
+fn pods_without_slots_go_where_brokers_are_unless_they_are_everywhere() {
+    let review = review("knative");
+    let pod = |arguments: &[&str]| patched(&review, &ask(&review, &settings(arguments)));
+    assert_eq!(pod(&["--node-selector", "a=b"])["spec"]["nodeSelector"], json!({"a": "b"}));
+    assert_eq!(pod(&["--node-selector", "off"])["spec"].get("nodeSelector"), None);
+    assert!(Settings::try_parse_from(["injector", "--node-selector", "nonsense"]).is_err());
+}
+
+#[test]
 fn a_pod_that_asks_for_nothing_is_not_touched() {
     let mut review = review("knative");
     review["request"]["object"]["metadata"]["annotations"] = json!({});

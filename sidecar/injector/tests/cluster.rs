@@ -155,6 +155,15 @@ async fn the_replica_that_writes_second_takes_the_authority_of_the_first() {
 }
 
 #[tokio::test]
+async fn a_client_of_a_real_cluster_can_be_made_with_the_tls_that_is_compiled_in() {
+    let cluster = Shop::default();
+    look(&cluster, &mut None, NOW).await.unwrap();
+    let mut config = kube::Config::new("https://10.96.0.1".parse().unwrap());
+    config.root_cert = Some(trusted(&cluster).iter().map(|certificate| certificate.to_vec()).collect());
+    assert_eq!(kube::Client::try_from(config).unwrap().default_namespace(), "default");
+}
+
+#[tokio::test]
 async fn reviews_are_answered_over_tls_by_a_certificate_that_the_bundle_vouches_for() {
     let cluster = Shop::default();
     let mut leaf = None;
