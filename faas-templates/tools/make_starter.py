@@ -3,7 +3,6 @@
 import pathlib
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 TEMPLATES = pathlib.Path(__file__).resolve().parents[1] / "template"

@@ -18,7 +18,7 @@ def known_annotations():
     return set(re.findall(r'"([a-z-]+)"', table))
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "faas-templates/stack.yaml"], ids=lambda path: path.name)
 def test_annotations_in_documents_exist(path):
     used = set(re.findall(r"faaswap\.dev/([a-z-]+[a-z])", path.read_text()))
     assert used <= known_annotations() | OTHERS, used - known_annotations() - OTHERS
