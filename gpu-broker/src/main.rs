@@ -11,11 +11,13 @@ use std::{
 use clap::{Parser, Subcommand};
 use faaswap_broker::{
     config::Settings,
+    device_plugin::{self, PluginSettings},
     limits::BLOCKING_THREADS_MAX,
     serve::{self, End},
     store,
 };
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, fmt};
 
 /// Counts, for itself, how often the broker has started anew because its devices had failed.
@@ -45,6 +47,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Tells the kubelet of this node's slots, until SIGTERM or SIGINT.
+    DevicePlugin(PluginSettings),
     /// Prepares one model; started by the broker itself.
     #[command(hide = true)]
     Prepare,
@@ -53,6 +57,10 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve { config, check } => return serve_command(config.as_deref(), check),
+        Command::DevicePlugin(settings) => {
+            log_to_stderr("info");
+            plugin(settings).map_err(|error| error.to_string())
+        }
         Command::Prepare => {
             log_to_stderr("warn");
             store::child()
@@ -122,6 +130,22 @@ fn run(settings: Settings) -> Result<End, Box<dyn std::error::Error>> {
             }
         };
         Ok(serve::serve(settings, program, stop).await?)
+    })
+}
+
+fn plugin(settings: PluginSettings) -> std::io::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stop = CancellationToken::new();
+        let told = async {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            stop.cancel();
+        };
+        tokio::join!(device_plugin::run(settings, stop.clone()), told);
+        Ok(())
     })
 }
 

@@ -1,20 +1,22 @@
 //! The sidecar as a process: opens its ports, reads the model, connects, serves until told to stop.
 //!
-//! Ports are opened before the model is read, so that a probe finds a sidecar that is not ready rather than none.
+//! Ports are opened before the model is read, so that a probe finds a sidecar that is not ready rather than none. A side
+//! service without its model ends; a front stays and says why it is not ready, because its pod would only be restarted.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use faaswap_protocol::FunctionSpec;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    broker::{Broker, BrokerConfig},
+    broker::{Broker, BrokerConfig, Target},
     config::Settings,
     infer::Function,
     limits::BODIES_OF_MAX_SIZE,
     model::{ModelError, ModelSource},
     server::{self, Served},
+    watchdog::{self, handler::HandlerEnd},
 };
 
 /// Why the sidecar cannot go on.
@@ -28,6 +30,25 @@ pub enum AppError {
         /// Why.
         error: io::Error,
     },
+    /// The lock file cannot be written.
+    #[error("cannot write the lock file {path} (suppress_lock=true does without): {error}")]
+    Lock {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// The handler cannot be started.
+    #[error("cannot start the handler '{program}': {error}")]
+    Start {
+        /// Its program.
+        program: String,
+        /// Why.
+        error: io::Error,
+    },
+    /// The handler ended by itself.
+    #[error("the handler ended: {0}")]
+    Handler(HandlerEnd),
     /// The model cannot be read.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -46,14 +67,48 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), AppE
         tokio::spawn(server::serve_metrics(metrics, Arc::clone(&function)));
     }
     let served = Served { function: Arc::clone(&function), body_bytes_max, upstream: settings.upstream.clone() };
-    let serving = server::serve(listener, served, stop.clone(), settings.drain_grace);
+    match settings.watchdog.clone() {
+        None => run_beside(listener, served, &settings, stop).await,
+        Some(watchdog) => {
+            let front = listen("front", SocketAddr::from(([0, 0, 0, 0], watchdog.port))).await?;
+            let url = format!("http://{}", listener.local_addr().unwrap_or(settings.listen));
+            // For the handler, which may ask for inferences while it answers: without the front's limits, and to the end.
+            let beside = Served { upstream: None, ..served.clone() };
+            tokio::spawn(server::serve(listener, beside, CancellationToken::new(), settings.drain_grace));
+            let attaching = async {
+                attach_or_say_why(&function, &settings).await;
+                std::future::pending().await
+            };
+            tokio::select! {
+                outcome = watchdog::run(front, served, watchdog, url, stop) => outcome,
+                outcome = attaching => outcome,
+            }
+        }
+    }
+}
+
+async fn run_beside(
+    listener: TcpListener,
+    served: Served,
+    settings: &Settings,
+    stop: CancellationToken,
+) -> Result<(), AppError> {
+    let function = Arc::clone(&served.function);
+    let serving = server::serve(listener, served, stop, settings.drain_grace);
     tokio::pin!(serving);
     tokio::select! {
         () = serving.as_mut() => return Ok(()),
-        attached = attach(&function, &settings) => attached?,
+        attached = attach(&function, settings) => attached?,
     }
     serving.await;
     Ok(())
+}
+
+async fn attach_or_say_why(function: &Function, settings: &Settings) {
+    if let Err(error) = attach(function, settings).await {
+        tracing::error!(%error, "the function has no model and will not be ready");
+        function.give_up(error.to_string());
+    }
 }
 
 async fn listen(port: &str, address: SocketAddr) -> Result<TcpListener, AppError> {
@@ -75,7 +130,10 @@ async fn attach(function: &Function, settings: &Settings) -> Result<(), AppError
         priority: settings.priority,
         late: settings.late,
     };
-    let config = BrokerConfig { slab: settings.slab, ..BrokerConfig::new(settings.broker.clone(), spec, model) };
+    // The list is never empty; a socket that is not there is where it would come.
+    let nearest = settings.brokers.first().cloned().unwrap_or(Target::Socket(PathBuf::new()));
+    let config = BrokerConfig::new(nearest, spec, model);
+    let config = BrokerConfig { slab: settings.slab, targets: settings.brokers.clone(), ..config };
     function.attach(Broker::start(config));
     Ok(())
 }

@@ -3,11 +3,12 @@
 //! The files that are named are not opened here; that they exist is checked, because a wrong path is the mistake that
 //! people make most.
 
-mod read;
+pub(crate) mod read;
 #[cfg(test)]
 mod tests;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -21,7 +22,31 @@ use self::read::Reader;
 use crate::{
     broker::{SlabSizes, Target},
     model::ModelRef,
+    watchdog::WatchdogSettings,
 };
+
+/// Where the node's broker listens for sidecars without a shared socket.
+const BROKER_PORT: u16 = 9470;
+/// The Service that leads to the broker of the pod's own node.
+const BROKER_SERVICE: &str = "gpu-broker.faaswap-system.svc:9470";
+
+/// How the process was started: what is behind `--`, and the variables that are the platform's rather than ours.
+#[derive(Clone, Debug, Default)]
+pub struct Start {
+    /// The handler's command, as far as it was given.
+    pub command: Vec<String>,
+    /// The environment.
+    pub variables: BTreeMap<String, String>,
+    /// Where the configuration file lies, which names its model relative to itself.
+    pub folder: Option<PathBuf>,
+}
+
+impl Start {
+    /// A variable that is set to something.
+    pub fn variable(&self, name: &str) -> Option<&str> {
+        self.variables.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())
+    }
+}
 
 /// All mistakes of a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -31,8 +56,9 @@ pub struct ConfigError(pub Vec<String>);
 /// The sidecar's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Where the broker listens: `broker_addr` if set, else `broker_socket`.
-    pub broker: Target,
+    /// Where brokers may listen, in the order in which they are tried: the socket, `broker_addr`, the node's address
+    /// (`HOST_IP`), and in a cluster the Service of the node's broker.
+    pub brokers: Vec<Target>,
     /// The function's name on the node.
     pub function: FunctionName,
     /// What clients call the model; the function's name where absent.
@@ -57,6 +83,8 @@ pub struct Settings {
     pub body_max: Bytes,
     /// How long new connections are taken after SIGTERM.
     pub drain_grace: Duration,
+    /// The function's front, where the sidecar stands in for of-watchdog.
+    pub watchdog: Option<WatchdogSettings>,
     /// Which log lines are written.
     pub log: String,
     /// How they are written.
@@ -79,16 +107,18 @@ pub enum LogFormat {
 
 impl Settings {
     /// Reads the file, where one is named, and the environment.
-    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+    pub fn load(file: Option<&Path>, start: &Start) -> Result<Self, ConfigError> {
         let mut text = String::new();
+        let mut start = start.clone();
         if let Some(path) = file {
+            start.folder = path.parent().map(Path::to_owned);
             text = std::fs::read_to_string(path)
                 .map_err(|e| ConfigError(vec![format!("{} cannot be read: {e}", path.display())]))?;
         }
-        Self::from_parts(&text, Environment::with_prefix("FAASWAP"))
+        Self::from_parts(&text, Environment::with_prefix("FAASWAP"), &start)
     }
 
-    fn from_parts(text: &str, environment: Environment) -> Result<Self, ConfigError> {
+    fn from_parts(text: &str, environment: Environment, start: &Start) -> Result<Self, ConfigError> {
         let build = |builder: ::config::ConfigBuilder<::config::builder::DefaultState>| {
             builder.build().map_err(|error| ConfigError(vec![error.to_string()]))
         };
@@ -96,49 +126,41 @@ impl Settings {
         let environment = build(Config::builder().add_source(environment.prefix_separator("_")))?;
         let merged = build(Config::builder().add_source(file.clone()).add_source(environment.clone()))?;
         let mut reader = Reader::new(&merged);
-        let settings = Self::read(&mut reader);
+        let settings = Self::read(&mut reader, start);
         reader.refuse_unknown(&file);
         let ignored = reader.unknown(&environment).into_iter().filter(|key| key != FILE_KEY).collect();
         reader.finish(settings.map(|settings| Self { ignored, ..settings }))
     }
 
     /// `None` only where the reader has noted why.
-    fn read(from: &mut Reader) -> Option<Self> {
-        let socket = from.text("broker_socket").unwrap_or_else(|| "/run/faaswap/broker.sock".to_owned());
-        let broker = match from.parse("broker_addr", read::host_and_port) {
-            Some(authority) => Target::Address(authority.to_string()),
-            None => Target::Socket(PathBuf::from(socket)),
-        };
-        let function = from.required("function", |text| text.parse::<FunctionName>().map_err(|e| e.to_string()));
-        let model_name = from.text("model_name");
+    fn read(from: &mut Reader, start: &Start) -> Option<Self> {
+        let brokers = read::brokers(from, start);
+        let watchdog = WatchdogSettings::read(from, start);
+        let (function, model_name) = (read::function(from, start, watchdog.is_some()), from.text("model_name"));
         let data = from.list("model_data");
-        let model = from.required("model", |text| read::model(text, data));
+        // A front that ends for want of a model would be started again and again; it says why it is not ready instead.
+        let may_be_absent = watchdog.is_some();
+        let folder = start.folder.as_deref().filter(|_| start.variable("FAASWAP_MODEL").is_none());
+        let model = from.required("model", |text| read::model(text, folder, data, may_be_absent));
         let deadline = from.number("slo_ms", 1..=3_600_000).unwrap_or(1000);
         let percentile = from.parse("slo_percentile", read::percentile).unwrap_or(9800);
         let priority = from.one_of("priority", &[("latency", Priority::Latency), ("batch", Priority::Batch)]);
         let late = from.one_of("late", &[("serve", Late::Serve), ("refuse", Late::Refuse)]);
-        let listen = from.parse("listen", read::address).unwrap_or(SocketAddr::from(([0, 0, 0, 0], 9463)));
+        let everywhere = |port| SocketAddr::from(([0, 0, 0, 0], port));
+        // Behind a front, the second port is for the handler alone.
+        let beside = if watchdog.is_some() { SocketAddr::from(([127, 0, 0, 1], 9463)) } else { everywhere(9463) };
+        let listen = from.parse("listen", read::address).unwrap_or(beside);
         let metrics_listen = from.parse("metrics_listen", read::address_or_off);
+        let metrics_default = if watchdog.is_some() { everywhere(8081) } else { everywhere(9465) };
         let upstream = from.parse("upstream", read::upstream);
-        let slab = SlabSizes {
-            request: from.number("slab_request_mib", 1..=1023).map_or(SlabSizes::default().request, Bytes::mib),
-            response: from.number("slab_response_mib", 1..=1023).map_or(SlabSizes::default().response, Bytes::mib),
-        };
-        if slab.request.get() + slab.response.get() > faaswap_protocol::limits::SLAB_BYTES_MAX.get() {
-            from.mistake(format!(
-                "slab_request_mib + slab_response_mib: {} + {} is more than the {} that a slab may have",
-                slab.request,
-                slab.response,
-                faaswap_protocol::limits::SLAB_BYTES_MAX
-            ));
-        }
+        let slab = read::slab(from);
         let body_max = Bytes::mib(from.number("body_mib_max", 1..=1024).unwrap_or(64));
         let drain_grace = Duration::from_millis(from.number("drain_grace_ms", 0..=600_000).unwrap_or(1000));
         let log = from.parse("log", read::log_filter).unwrap_or_else(|| "info".to_owned());
         let log_format = from.one_of("log_format", &[("text", LogFormat::Text), ("json", LogFormat::Json)]);
         let function = function?;
         Some(Self {
-            broker,
+            brokers,
             model_name: model_name.unwrap_or_else(|| function.to_string()),
             function,
             model: model?,
@@ -146,11 +168,12 @@ impl Settings {
             priority: priority.unwrap_or_default(),
             late: late.unwrap_or_default(),
             listen,
-            metrics_listen: metrics_listen.unwrap_or(Some(SocketAddr::from(([0, 0, 0, 0], 9465)))),
-            upstream,
+            metrics_listen: metrics_listen.unwrap_or(Some(metrics_default)),
+            upstream: upstream.or_else(|| watchdog.as_ref()?.upstream.clone()),
             slab,
             body_max,
             drain_grace,
+            watchdog,
             log,
             log_format: log_format.unwrap_or(LogFormat::Text),
             ignored: Vec::new(),

@@ -1,7 +1,8 @@
 //! The sidecar: how the world speaks to a function, and how a function reaches the broker.
 //!
 //! Decides nothing about devices. [`broker`] is the client of the broker, usable without HTTP; [`mod@http`] and [`grpc`]
-//! speak the Open Inference Protocol v2; [`infer`] is what both share; [`server`] owns the sockets; [`app`] joins them.
+//! speak the Open Inference Protocol v2; [`infer`] is what both share; [`server`] owns the sockets; [`watchdog`] is the
+//! function's front on OpenFaaS; [`app`] joins them.
 //!
 //! The client alone:
 //!
@@ -60,3 +61,4 @@ pub mod limits;
 pub mod metrics;
 pub mod model;
 pub mod server;
+pub mod watchdog;

@@ -100,6 +100,10 @@ pub const UPSTREAM_IDLE_MAX: usize = 32;
 pub const UPSTREAM_IDLE_WITHIN: Duration = Duration::from_millis(400);
 /// How long a stopping sidecar lets requests in flight finish.
 pub const DRAIN_WITHIN: Duration = Duration::from_secs(25);
+/// How long a handler may take to end once everything is answered; then it is killed.
+pub const HANDLER_END_WITHIN: Duration = Duration::from_secs(2);
+/// How long a handler may take to accept the connection that asks whether it is there.
+pub const HANDLER_PROBE_WITHIN: Duration = Duration::from_millis(500);
 /// Pause after a failed accept: out of descriptors gets better only when others close.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 

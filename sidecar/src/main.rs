@@ -5,8 +5,9 @@ use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 use clap::Parser;
 use faaswap_sidecar::{
     app,
-    config::{LogFormat, Settings},
+    config::{LogFormat, Settings, Start},
     limits::BLOCKING_THREADS_MAX,
+    watchdog,
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,12 @@ struct Args {
     /// Checks the configuration and ends.
     #[arg(long)]
     check: bool,
+    /// Says by the exit code whether the lock file of a front is there, as `fwatchdog -run-healthcheck` does.
+    #[arg(long)]
+    run_healthcheck: bool,
+    /// The handler to start behind the sidecar, which then is the function's front, as of-watchdog would be.
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -35,7 +42,12 @@ fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    let settings = match Settings::load(args.config.as_deref()) {
+    if args.run_healthcheck {
+        return if watchdog::lock::path().exists() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    let variables = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+    let start = Start { command: args.command, variables: variables.collect(), folder: None };
+    let settings = match Settings::load(args.config.as_deref(), &start) {
         Ok(settings) => settings,
         Err(error) => {
             eprintln!("faaswap-sidecar: {error}");

@@ -32,6 +32,13 @@ pub const FUNCTION_STATE: &str = "faaswap_sidecar_function_state";
 /// Requests passed to the handler, by outcome: `ok` or a failure's code.
 pub const UPSTREAM_REQUESTS: &str = "faaswap_sidecar_upstream_requests";
 
+/// Requests to the function's front by status and method; of-watchdog's name for them.
+pub const FRONT_REQUESTS: &str = "http_requests";
+/// How long they took.
+pub const FRONT_SECONDS: &str = "http_request_duration_seconds";
+/// How many are in work.
+pub const FRONT_IN_FLIGHT: &str = "http_requests_in_flight";
+
 /// Upper bounds of the latency buckets in seconds.
 const SECONDS: [f64; 14] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
 const STATES: [&str; 5] = ["connecting", "uploading", "preparing", "ready", "rejected"];
@@ -72,9 +79,62 @@ struct State {
     state: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByStatus {
+    code: u16,
+    method: &'static str,
+}
+
+/// What of-watchdog counts, by its names.
+#[derive(Clone, Debug)]
+pub struct Front {
+    requests: Family<ByStatus, Counter>,
+    seconds: Family<ByStatus, Histogram, fn() -> Histogram>,
+    in_flight: Gauge,
+}
+
+impl Default for Front {
+    fn default() -> Self {
+        Self {
+            requests: Family::default(),
+            seconds: Family::new_with_constructor(histogram),
+            in_flight: Gauge::default(),
+        }
+    }
+}
+
+/// A request that is in work until this is dropped.
+#[derive(Debug)]
+pub struct Observed<'a>(&'a Front);
+
+impl Front {
+    pub(crate) fn enter(&self) -> Observed<'_> {
+        self.in_flight.inc();
+        Observed(self)
+    }
+}
+
+impl Observed<'_> {
+    pub(crate) fn done(self, method: &http::Method, code: u16, took: Duration) {
+        const METHODS: [&str; 7] = ["DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"];
+        // A client may invent methods; a label may not.
+        let method = METHODS.into_iter().find(|known| *known == method.as_str()).unwrap_or("OTHER");
+        let labels = ByStatus { code, method };
+        self.0.requests.get_or_create(&labels).inc();
+        self.0.seconds.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+}
+
+impl Drop for Observed<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.dec();
+    }
+}
+
 /// The metrics of one sidecar.
 #[derive(Debug)]
 pub struct Metrics {
+    pub(crate) front: Front,
     registry: Registry,
     requests: Family<Outcome, Counter>,
     request_seconds: Family<ByProtocol, Histogram, fn() -> Histogram>,
@@ -94,6 +154,7 @@ fn histogram() -> Histogram {
 impl Default for Metrics {
     fn default() -> Self {
         let mut metrics = Self {
+            front: Front::default(),
             registry: Registry::default(),
             requests: Family::default(),
             request_seconds: Family::new_with_constructor(histogram),
@@ -115,6 +176,9 @@ impl Default for Metrics {
         registry.register(REQUESTS_WAITING, "Requests waiting for the broker or for room", metrics.waiting.clone());
         registry.register(FUNCTION_STATE, "1 for the state of the function", metrics.state.clone());
         registry.register(UPSTREAM_REQUESTS, "Requests passed to the handler", metrics.upstream.clone());
+        registry.register(FRONT_REQUESTS, "Requests to the function", metrics.front.requests.clone());
+        registry.register(FRONT_SECONDS, "How long requests to the function took", metrics.front.seconds.clone());
+        registry.register(FRONT_IN_FLIGHT, "Requests to the function in work", metrics.front.in_flight.clone());
         metrics
     }
 }
@@ -164,8 +228,13 @@ mod tests {
         metrics.answered(Protocol::http, Duration::from_millis(1), &Timing::default());
         metrics.failed(Protocol::grpc, Duration::from_millis(1), "not_ready");
         metrics.passed_upstream("ok");
+        metrics.front.enter().done(&http::Method::GET, 200, Duration::from_millis(1));
+        metrics.front.enter().done(&http::Method::from_bytes(b"BREW").unwrap(), 405, Duration::ZERO);
         let text = metrics.text(None, 3).unwrap();
         let names = [
+            FRONT_REQUESTS,
+            FRONT_SECONDS,
+            FRONT_IN_FLIGHT,
             REQUESTS,
             REQUEST_SECONDS,
             QUEUE_SECONDS,
@@ -180,5 +249,7 @@ mod tests {
             assert!(text.contains(&format!("# TYPE {name} ")), "{name} is missing in\n{text}");
         }
         assert!(text.contains("faaswap_sidecar_requests_total{protocol=\"grpc\",outcome=\"not_ready\"} 1"), "{text}");
+        assert!(text.contains("http_requests_total{code=\"405\",method=\"OTHER\"} 1"), "{text}");
+        assert!(text.contains("http_requests_in_flight 0"), "{text}");
     }
 }

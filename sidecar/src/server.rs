@@ -40,7 +40,7 @@ use crate::{
 };
 
 /// What is served, and how large a body may be.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Served {
     /// The function.
     pub function: Arc<Function>,
@@ -52,7 +52,7 @@ pub struct Served {
 
 impl Served {
     /// The whole stack, outermost layer first.
-    fn stack(&self) -> crate::http::limit::Limit<Dispatch> {
+    pub(crate) fn stack(&self) -> crate::http::limit::Limit<Dispatch> {
         let oip = Arc::new(Oip::new(Arc::clone(&self.function), self.body_bytes_max));
         let grpc = Grpc::new(Arc::clone(&self.function), self.body_bytes_max);
         let upstream = self.upstream.clone().map(|authority| Upstream::new(authority, Arc::clone(&self.function)));
@@ -60,24 +60,46 @@ impl Served {
     }
 }
 
+/// How serving ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Drain {
+    /// How long new connections are still taken, because load balancers learn late.
+    pub grace: Duration,
+    /// How long requests in flight may go on after that.
+    pub within: Duration,
+}
+
 /// Serves until `stop` is cancelled, then lets requests in flight finish. Readiness turns off at once; new connections
-/// are taken for `grace` more, because load balancers learn late.
+/// are taken for `grace` more.
 pub async fn serve(listener: TcpListener, served: Served, stop: CancellationToken, grace: Duration) {
+    let (stack, function) = (served.stack(), Arc::clone(&served.function));
+    serve_stack(listener, stack, function, stop, Drain { grace, within: DRAIN_WITHIN }).await;
+}
+
+/// The same for any service.
+pub(crate) async fn serve_stack<S>(
+    listener: TcpListener,
+    stack: S,
+    function: Arc<Function>,
+    stop: CancellationToken,
+    drain: Drain,
+) where
+    S: Service<Request<Incoming>, Response = reply::Reply, Error = std::convert::Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
     let connections = Connections::new(CONNECTIONS_MAX);
-    let function = Arc::clone(&served.function);
-    let stack = served.stack();
     let over = async {
         stop.cancelled().await;
-        tracing::info!(grace_ms = grace.as_millis(), "shutting down");
+        tracing::info!(grace_ms = drain.grace.as_millis(), "shutting down");
         function.drain();
-        sleep(grace).await;
+        sleep(drain.grace).await;
     };
     tokio::select! {
         () = over => {}
         () = connections.accept(&listener, stack) => {}
     }
     drop(listener);
-    connections.drain().await;
+    connections.drain(drain.within).await;
 }
 
 /// Serves `/metrics`, and the two probes, until dropped.
@@ -154,10 +176,10 @@ impl Connections {
         }
     }
 
-    async fn drain(self) {
+    async fn drain(self, within: Duration) {
         self.closing.cancel();
         self.open.close();
-        if timeout(DRAIN_WITHIN, self.open.wait()).await.is_err() {
+        if timeout(within, self.open.wait()).await.is_err() {
             tracing::warn!(connections = self.open.len(), "connections cut off while draining");
         }
     }

@@ -17,6 +17,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("faaswap-device", &["faaswap-protocol"]),
     ("faaswap-engine", &["faaswap-protocol", "faaswap-slab", "faaswap-device"]),
     ("faaswap-sidecar", &["faaswap-protocol", "faaswap-slab"]),
+    ("faaswap-injector", &[]),
     ("faaswap-broker", &["faaswap-protocol", "faaswap-slab", "faaswap-scheduler", "faaswap-device", "faaswap-engine"]),
     ("faaswap-simulation", &["faaswap-protocol", "faaswap-scheduler"]),
     ("faaswap-gpu-tests", &["faaswap-protocol", "faaswap-device", "faaswap-engine"]),

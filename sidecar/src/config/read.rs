@@ -1,15 +1,24 @@
 //! Reads one value after the other and collects what is wrong with each.
 
-use std::{collections::BTreeSet, net::SocketAddr, ops::RangeInclusive, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
 
 use ::config::{Config, Map, Value};
+use faaswap_protocol::{Bytes, FunctionName, limits::SLAB_BYTES_MAX};
 use http::uri::Authority;
 
-use super::ConfigError;
-use crate::model::ModelRef;
+use super::{BROKER_PORT, BROKER_SERVICE, ConfigError, Start};
+use crate::{
+    broker::{SlabSizes, Target},
+    model::ModelRef,
+};
 
 /// Reads keys and remembers which were asked for.
-pub(super) struct Reader {
+pub(crate) struct Reader {
     table: Map<String, Value>,
     known: BTreeSet<&'static str>,
     mistakes: Vec<String>,
@@ -24,7 +33,7 @@ impl Reader {
         Self { table: table(config), known: BTreeSet::new(), mistakes: Vec::new() }
     }
 
-    pub(super) fn mistake(&mut self, what: String) {
+    pub(crate) fn mistake(&mut self, what: String) {
         self.mistakes.push(what);
     }
 
@@ -57,7 +66,7 @@ impl Reader {
     }
 
     /// Reads a key; `None`: it is not set, or set wrongly, which is noted.
-    pub(super) fn parse<T>(&mut self, key: &'static str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+    pub(crate) fn parse<T>(&mut self, key: &'static str, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         let text = self.value(key)?.clone().into_string().map_err(|_| "a text or number is expected".to_owned());
         match text.as_deref().map(str::trim) {
             Ok("") => None,
@@ -84,18 +93,18 @@ impl Reader {
         value
     }
 
-    pub(super) fn text(&mut self, key: &'static str) -> Option<String> {
+    pub(crate) fn text(&mut self, key: &'static str) -> Option<String> {
         self.parse(key, |text| Ok(text.to_owned()))
     }
 
-    pub(super) fn number(&mut self, key: &'static str, allowed: RangeInclusive<u64>) -> Option<u64> {
+    pub(crate) fn number(&mut self, key: &'static str, allowed: RangeInclusive<u64>) -> Option<u64> {
         self.parse(key, |text| {
             let number = text.parse().ok().filter(|n| allowed.contains(n));
             number.ok_or_else(|| format!("'{text}' is no whole number from {} to {}", allowed.start(), allowed.end()))
         })
     }
 
-    pub(super) fn one_of<T: Copy>(&mut self, key: &'static str, choices: &[(&str, T)]) -> Option<T> {
+    pub(crate) fn one_of<T: Copy>(&mut self, key: &'static str, choices: &[(&str, T)]) -> Option<T> {
         self.parse(key, |text| {
             let found = choices.iter().find(|(name, _)| *name == text).map(|(_, value)| *value);
             let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
@@ -134,7 +143,7 @@ pub(super) fn host_and_port(text: &str) -> Result<Authority, String> {
 }
 
 /// `host:port`, with `http://` in front or without.
-pub(super) fn upstream(text: &str) -> Result<Authority, String> {
+pub(crate) fn upstream(text: &str) -> Result<Authority, String> {
     let bare = text.strip_prefix("http://").unwrap_or(text);
     host_and_port(bare.strip_suffix('/').unwrap_or(bare)).map_err(|why| format!("{why} nor http://host:port"))
 }
@@ -160,17 +169,75 @@ pub(super) fn log_filter(text: &str) -> Result<String, String> {
     }
 }
 
-/// A digest, a graph, or a folder with one.
-pub(super) fn model(text: &str, data: Vec<String>) -> Result<ModelRef, String> {
+/// Where brokers may listen, nearest first.
+pub(super) fn brokers(from: &mut Reader, start: &Start) -> Vec<Target> {
+    let socket = from.text("broker_socket").unwrap_or_else(|| "/run/faaswap/broker.sock".to_owned());
+    let mut brokers = vec![Target::Socket(PathBuf::from(socket))];
+    let address = from.parse("broker_addr", host_and_port).map(|authority| authority.to_string());
+    brokers.extend(address.map(Target::Address));
+    if let Some(node) = start.variable("HOST_IP").and_then(|ip| ip.parse::<std::net::IpAddr>().ok()) {
+        brokers.push(Target::Address(SocketAddr::from((node, BROKER_PORT)).to_string()));
+    }
+    // Every pod has this variable; elsewhere nobody could resolve the name.
+    if start.variable("KUBERNETES_SERVICE_HOST").is_some() {
+        brokers.push(Target::Address(BROKER_SERVICE.to_owned()));
+    }
+    brokers
+}
+
+/// The function's name: set, or behind a front what the platform calls it.
+pub(super) fn function(from: &mut Reader, start: &Start, is_front: bool) -> Option<FunctionName> {
+    let parse = |text: &str| text.parse::<FunctionName>().map_err(|e| e.to_string());
+    if from.text("function").is_none()
+        && is_front
+        && let Some(Ok(name)) = name_of_platform(start).map(|name| parse(&name))
+    {
+        return Some(name);
+    }
+    from.required("function", parse)
+}
+
+/// What OpenFaaS or Knative call the function; else the pod's name without what its Deployment appended.
+fn name_of_platform(start: &Start) -> Option<String> {
+    if let Some(name) = start.variable("OPENFAAS_NAME").or_else(|| start.variable("K_SERVICE")) {
+        return Some(name.to_owned());
+    }
+    let parts: Vec<_> = start.variable("HOSTNAME")?.split('-').collect();
+    let is_pod = parts.len() > 2 && parts.last().is_some_and(|hash| hash.len() == 5);
+    Some(if is_pod { parts.get(..parts.len() - 2)?.join("-") } else { parts.join("-") })
+}
+
+/// The halves of the slab, within what one may have.
+pub(super) fn slab(from: &mut Reader) -> SlabSizes {
+    let slab = SlabSizes {
+        request: from.number("slab_request_mib", 1..=1023).map_or(SlabSizes::default().request, Bytes::mib),
+        response: from.number("slab_response_mib", 1..=1023).map_or(SlabSizes::default().response, Bytes::mib),
+    };
+    if slab.request.get() + slab.response.get() > SLAB_BYTES_MAX.get() {
+        from.mistake(format!(
+            "slab_request_mib + slab_response_mib: {} + {} is more than the {SLAB_BYTES_MAX} that a slab may have",
+            slab.request, slab.response,
+        ));
+    }
+    slab
+}
+
+/// A digest, a graph, or a folder with one. `may_be_absent`: a path that leads nowhere is no mistake of the settings.
+pub(super) fn model(
+    text: &str,
+    folder: Option<&Path>,
+    data: Vec<String>,
+    may_be_absent: bool,
+) -> Result<ModelRef, String> {
     if text.starts_with("sha256:") {
         return text.parse().map(ModelRef::Digest).map_err(|error| error.to_string());
     }
-    let path = PathBuf::from(text);
+    let path = folder.unwrap_or(Path::new("")).join(text);
     if path.is_dir() {
         return Ok(ModelRef::Folder(path));
     }
-    if !path.is_file() {
-        return Err(format!("'{text}' is neither a file, nor a folder, nor sha256:<digest>"));
+    if !path.is_file() && !may_be_absent {
+        return Err(format!("'{}' is neither a file, nor a folder, nor sha256:<digest>", path.display()));
     }
     Ok(ModelRef::File { graph: path, data })
 }

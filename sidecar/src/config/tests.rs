@@ -5,8 +5,10 @@
 use super::*;
 
 fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
-    let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    Settings::from_parts(text, Environment::with_prefix("FAASWAP").source(Some(variables)))
+    let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+    let start = Start { variables: BTreeMap::from_iter(variables), ..Start::default() };
+    let ours = start.variables.clone().into_iter().collect();
+    Settings::from_parts(text, Environment::with_prefix("FAASWAP").source(Some(ours)), &start)
 }
 
 fn digest() -> String {
@@ -20,7 +22,7 @@ fn with(text: &str) -> Settings {
 #[test]
 fn a_function_and_a_model_are_all_that_must_be_said() {
     let settings = with("");
-    assert_eq!(settings.broker, Target::Socket("/run/faaswap/broker.sock".into()));
+    assert_eq!(settings.brokers, [Target::Socket("/run/faaswap/broker.sock".into())]);
     assert_eq!(settings.model_name, "team/f");
     assert_eq!(settings.slo, Slo { deadline: Duration::from_secs(1), percentile: 9800 });
     assert_eq!((settings.priority, settings.late), (Priority::Latency, Late::Serve));
@@ -51,7 +53,7 @@ fn the_environment_wins_over_the_file_and_says_everything_that_the_file_can() {
         ("FAASWAP_SERVICE_HOST", "10.0.0.9"),
     ];
     let settings = load("function = \"f\"\nslo_ms = 7", &variables).unwrap();
-    assert_eq!(settings.broker, Target::Address("10.0.0.1:9470".into()));
+    assert_eq!(settings.brokers[1..], [Target::Address("10.0.0.1:9470".into())]);
     assert_eq!(settings.function.as_str(), "g");
     assert_eq!(settings.model_name, "resnet");
     assert_eq!(settings.slo, Slo { deadline: Duration::from_millis(50), percentile: 9950 });
@@ -115,4 +117,56 @@ fn a_percentile_has_two_decimals_at_most() {
     for bad in ["0", "100", "99.999", "-1", "+1", "x", "", "9.x", "700.00"] {
         assert!(read::percentile(bad).is_err(), "{bad}");
     }
+}
+
+#[test]
+fn brokers_are_looked_for_at_the_socket_then_where_told_then_on_the_node() {
+    let digest = digest();
+    let variables = [
+        ("FAASWAP_FUNCTION", "f"),
+        ("FAASWAP_MODEL", &*digest),
+        ("FAASWAP_BROKER_SOCKET", "/s"),
+        ("FAASWAP_BROKER_ADDR", "broker:1"),
+        ("HOST_IP", "fd00::7"),
+        ("KUBERNETES_SERVICE_HOST", "10.96.0.1"),
+    ];
+    let address = |text: &str| Target::Address(text.to_owned());
+    let expected = [
+        Target::Socket("/s".into()),
+        address("broker:1"),
+        address("[fd00::7]:9470"),
+        address("gpu-broker.faaswap-system.svc:9470"),
+    ];
+    assert_eq!(load("", &variables).unwrap().brokers, expected);
+}
+
+#[test]
+fn a_command_or_a_mode_makes_the_sidecar_the_functions_front() {
+    let model = [("FAASWAP_MODEL", "/not/there.onnx"), ("HOSTNAME", "resize-image-7d9f8b6c5d-x2x4z")];
+    let handler = [("fprocess", "python index.py"), ("upstream_url", "http://127.0.0.1:5000/")];
+    let settings = load("", &[&model[..], &handler[..]].concat()).unwrap();
+    assert_eq!((settings.function.as_str(), settings.listen.to_string().as_str()), ("resize-image", "127.0.0.1:9463"));
+    assert_eq!(settings.metrics_listen.unwrap().port(), 8081);
+    assert_eq!(settings.upstream.unwrap(), "127.0.0.1:5000");
+    let watchdog = settings.watchdog.unwrap();
+    assert_eq!(watchdog.command, ["python", "index.py"]);
+    let alone = [&model[..], &[("FAASWAP_MODE", "watchdog"), ("OPENFAAS_NAME", "o")][..]].concat();
+    let alone = load("", &alone).unwrap();
+    assert_eq!((alone.function.as_str(), alone.watchdog.unwrap().command.len()), ("o", 0));
+    let side =
+        load("", &[&model[..], &handler[..], &[("FAASWAP_MODE", "side"), ("FAASWAP_FUNCTION", "f")][..]].concat());
+    assert!(side.unwrap_err().to_string().contains("neither a file"), "a side service's model must be there");
+}
+
+#[test]
+fn a_file_names_its_model_relative_to_itself_and_a_variable_to_where_we_are() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("m.onnx"), b"graph").unwrap();
+    let file = folder.path().join("function.toml");
+    std::fs::write(&file, "function = 'f'\nmodel = 'm.onnx'").unwrap();
+    let model = Settings::load(Some(&file), &Start::default()).unwrap().model;
+    assert_eq!(model, ModelRef::File { graph: folder.path().join("m.onnx"), data: vec![] });
+    let variables = BTreeMap::from([("FAASWAP_MODEL".to_owned(), "m.onnx".to_owned())]);
+    let elsewhere = Settings::load(Some(&file), &Start { variables, ..Start::default() }).unwrap_err();
+    assert!(elsewhere.to_string().contains("'m.onnx' is neither"), "{elsewhere}");
 }

@@ -14,6 +14,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use serde::Serialize;
+use tokio::{sync::OwnedSemaphorePermit, time::Sleep};
 
 use super::{
     REFUSAL_HEADER,
@@ -35,6 +36,49 @@ pub enum ReplyBody {
     Grpc(tonic::body::Body),
     /// From the handler behind the sidecar.
     Upstream(Incoming),
+    /// Any of these that holds a place until it is sent, and breaks off when its time is over.
+    Guarded(Box<Guarded>),
+}
+
+/// A body with a place and a time limit.
+#[derive(Debug)]
+pub struct Guarded {
+    body: ReplyBody,
+    place: Option<OwnedSemaphorePermit>,
+    until: Option<Pin<Box<Sleep>>>,
+}
+
+/// A reply was not sent in the time that it may take.
+#[derive(Debug, thiserror::Error)]
+#[error("the reply took longer than the function's time limit")]
+struct OverTime;
+
+impl ReplyBody {
+    /// This body, holding a place until it is sent, and breaking off at an instant.
+    pub fn guarded(self, place: OwnedSemaphorePermit, until: Option<tokio::time::Instant>) -> Self {
+        if self.is_end_stream() {
+            return self;
+        }
+        let until = until.map(|until| Box::pin(tokio::time::sleep_until(until)));
+        Self::Guarded(Box::new(Guarded { body: self, place: Some(place), until }))
+    }
+}
+
+impl Guarded {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        match polled {
+            Poll::Pending if self.until.as_mut().is_some_and(|until| until.as_mut().poll(cx).is_ready()) => {
+                self.place = None;
+                Poll::Ready(Some(Err(Box::new(OverTime))))
+            }
+            Poll::Ready(None | Some(Err(_))) => {
+                self.place = None;
+                polled
+            }
+            Poll::Ready(Some(Ok(_))) | Poll::Pending => polled,
+        }
+    }
 }
 
 impl Body for ReplyBody {
@@ -46,6 +90,7 @@ impl Body for ReplyBody {
             Self::Pieces(pieces) => Poll::Ready(pieces.pop_front().map(|piece| Ok(Frame::data(piece)))),
             Self::Grpc(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
             Self::Upstream(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Guarded(guarded) => guarded.poll(cx),
         }
     }
 
@@ -54,6 +99,7 @@ impl Body for ReplyBody {
             Self::Pieces(pieces) => pieces.is_empty(),
             Self::Grpc(body) => body.is_end_stream(),
             Self::Upstream(body) => body.is_end_stream(),
+            Self::Guarded(guarded) => guarded.body.is_end_stream(),
         }
     }
 
@@ -65,6 +111,7 @@ impl Body for ReplyBody {
             }
             Self::Grpc(body) => body.size_hint(),
             Self::Upstream(body) => body.size_hint(),
+            Self::Guarded(guarded) => guarded.body.size_hint(),
         }
     }
 }

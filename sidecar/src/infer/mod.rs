@@ -47,6 +47,8 @@ pub struct Function {
     pub stats: stats::Stats,
     /// Counts for Prometheus.
     pub metrics: Metrics,
+    /// Why there will be no broker client.
+    trouble: std::sync::OnceLock<String>,
     draining: AtomicBool,
     bodies: Budget,
 }
@@ -59,6 +61,7 @@ impl Function {
             broker: std::sync::OnceLock::new(),
             stats: stats::Stats::default(),
             metrics: Metrics::default(),
+            trouble: std::sync::OnceLock::new(),
             draining: AtomicBool::new(false),
             bodies: Budget { left: AtomicUsize::new(bodies_bytes_max) },
         })
@@ -67,6 +70,11 @@ impl Function {
     /// Gives the function its broker client, once.
     pub fn attach(&self, broker: Broker) {
         let _first = self.broker.set(broker);
+    }
+
+    /// Says, once, why the function will never be ready.
+    pub fn give_up(&self, why: String) {
+        let _first = self.trouble.set(why);
     }
 
     /// The broker client, once there is one.
@@ -79,7 +87,7 @@ impl Function {
         match self.broker() {
             _ if self.is_draining() => "shutting down".to_owned(),
             Some(broker) => broker.state().to_string(),
-            None => "reading the model".to_owned(),
+            None => self.trouble.get().map_or("the model is being read", String::as_str).to_owned(),
         }
     }
 
@@ -115,8 +123,12 @@ impl Function {
 
     /// What the model takes and gives; before the function was ever ready, a failure that says why not.
     pub fn known(&self) -> Result<Arc<Known>, Failure> {
-        let broker = self.broker().ok_or_else(not_attached)?;
+        let broker = self.broker().ok_or_else(|| self.not_attached())?;
         broker.known().ok_or_else(|| Failure::Infer(broker.state().into()))
+    }
+
+    fn not_attached(&self) -> Failure {
+        Failure::NotReady(format!("the function is not ready: {}", self.state_text()))
     }
 
     /// Checks that a request means this model.
@@ -142,7 +154,7 @@ impl Function {
 
     /// Runs one checked request; where there is a draft, its inputs lie there.
     pub async fn infer(&self, request: &InferRequest, draft: Option<Draft>) -> Result<InferAnswer, Failure> {
-        let broker = self.broker().ok_or_else(not_attached)?;
+        let broker = self.broker().ok_or_else(|| self.not_attached())?;
         Ok(match draft {
             Some(draft) => broker.infer_drafted(request, draft).await?,
             None => broker.infer(request).await?,
@@ -166,10 +178,6 @@ impl Function {
             }
         }
     }
-}
-
-fn not_attached() -> Failure {
-    Failure::NotReady("the function is not ready: the model is being read".to_owned())
 }
 
 /// An amount of memory that is lent out.

@@ -1,0 +1,55 @@
+"""A handler as functions have one: python3 handler.py PORT. Says what it was asked; paths make it slow, fail or end."""
+
+import http.server
+import os
+import signal
+import sys
+import threading
+import time
+
+# How long it serves on after SIGTERM, as handlers behind a watchdog do.
+SERVES_ON_S = 1.5
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def answer(self):
+        body = self.body()
+        if self.path.startswith("/slow"):
+            time.sleep(float(self.path.removeprefix("/slow/")))
+        if self.path == "/exit/0" or self.path == "/exit/3":
+            os._exit(int(self.path[-1]))
+        said = f"{self.command} {self.path} {self.headers.get('X-Call-Id')} {self.headers.get('Host') is not None} {len(body)}"
+        said = os.environ.get("FAASWAP_SIDECAR_URL", "") if self.path == "/url" else said
+        self.send_response(418 if self.path == "/teapot" else 200)
+        self.send_header("X-From", "handler")
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said.encode())
+
+    do_GET = do_POST = do_PUT = do_DELETE = answer
+
+    def log_message(self, *_):
+        pass
+
+    def handle_one_request(self):
+        try:
+            super().handle_one_request()
+        except (BrokenPipeError, ConnectionResetError):
+            # Whoever asked did not wait; that is what some tests are about.
+            self.close_connection = True
+
+
+signal.signal(signal.SIGTERM, lambda *_: threading.Timer(SERVES_ON_S, os._exit, [0]).start())
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
