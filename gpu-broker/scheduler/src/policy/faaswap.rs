@@ -185,7 +185,8 @@ impl Faaswap {
             if self.refuses(books, slot, waiting, best, actions) {
                 return Outcome::GivenUp;
             }
-            if best.ends_at_best > waiting.deadline {
+            let is_head = books.functions.get(slot).and_then(|function| function.fresh.front()) == Some(&waiting);
+            if is_head && best.ends_at_best > waiting.deadline {
                 books.give_up_head(slot);
                 return Outcome::GivenUp;
             }
@@ -305,7 +306,7 @@ impl Faaswap {
         }
     }
 
-    /// Gives the oldest request that waits too long its turn, once in so many starts or when nothing else goes.
+    /// Gives the oldest request that waits too long its turn, once in so many starts.
     fn serve_the_starved(&mut self, books: &mut Books, actions: &mut Vec<Action>) {
         let Some(&(arrived, request)) = books.ready.by_age.first() else { return };
         if self.starts < STARVED_TURN || books.now - arrived < STARVED_AFTER {
