@@ -102,6 +102,8 @@ struct Model {
     /// Devices that it is on, or on the way to or from.
     on: Vec<DeviceId>,
     from_disk: Option<disk::FromDisk>,
+    /// Why its last swap-in failed, if it did.
+    swap_error: Option<String>,
     leaving: bool,
 }
 
@@ -231,7 +233,10 @@ impl Core {
             // Host memory has every model; copies between devices come with a device that can do them.
             Action::SwapIn { model, device, source } => self.swap_in(model, device, source),
             Action::Run { request, model, device, lane, resident } => self.run(request, model, device, lane, resident),
-            Action::Refuse { request, refusal } => self.refuse(request, refusal),
+            Action::Refuse { request, refusal } => {
+                let refusal = self.explained(request, refusal);
+                self.refuse(request, refusal);
+            }
             Action::WakeAt(at) => {
                 self.wake_at = Some(at);
                 self.alarm.notify_one();

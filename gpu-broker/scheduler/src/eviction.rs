@@ -85,3 +85,78 @@ impl Random {
         usize::try_from(self.bits() % (n as u64).max(1)).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use faaswap_protocol::Bytes;
+
+    use super::*;
+    use crate::{
+        cost::Cost,
+        event::ModelId,
+        model::{StayId, Weights},
+        time::At,
+    };
+
+    fn at(ms: u64) -> At {
+        At::START + Span::millis(ms)
+    }
+
+    /// A model with a stay on each of so many devices, asked for at these times.
+    fn model(mib: u64, run_ms: u64, deadline_ms: u64, copies: usize, asked: &[u64]) -> Model {
+        let mut cost = Cost::prior(Bytes::mib(mib));
+        cost.measured(Bytes::mib(mib), Span::millis(run_ms));
+        let (charge, retry_at) = (Bytes::mib(mib), At::START);
+        let mut model = Model { deadline: Span::millis(deadline_ms), ..Model::new(ModelId(0)) };
+        asked.iter().for_each(|ms| model.demand.asked(at(*ms)));
+        for device in 0..copies {
+            model.homes.push(Home { device, charge, cost, failures: 0, retry_at });
+            model.stays.push(Stay {
+                id: StayId(0),
+                device,
+                weights: Weights::Resident,
+                charge,
+                in_flight: 0,
+                lent: 0,
+                asked: At::START,
+                last_used: at(asked.last().copied().unwrap_or(0)),
+                kept_until: At::START,
+                doomed: false,
+                listed: None,
+            });
+        }
+        model
+    }
+
+    fn worth(rule: &mut Eviction, model: &Model) -> Worth {
+        let home = &model.homes[0];
+        // 10 GB/s.
+        let copy = Span::of_nanos(home.cost.weights.get() / 10);
+        rule.worth(model, home, &model.stays[0], copy)
+    }
+
+    #[test]
+    fn duplicates_leave_before_the_last_copy_of_anything() {
+        let (duplicate, sole) = (model(1340, 43, 200, 2, &[1, 2, 3]), model(20, 12, 80, 1, &[1]));
+        assert!(worth(&mut Eviction::Regret, &duplicate) < worth(&mut Eviction::Regret, &sole));
+    }
+
+    #[test]
+    fn what_is_asked_for_more_stays_longer() {
+        let (often, seldom) = (model(100, 9, 80, 1, &[1, 2, 3]), model(100, 9, 80, 1, &[3]));
+        assert!(worth(&mut Eviction::Regret, &seldom) < worth(&mut Eviction::Regret, &often));
+    }
+
+    #[test]
+    fn of_two_that_are_asked_for_alike_the_one_whose_swap_endangers_its_deadline_stays() {
+        let (heavy, light) = (model(1340, 43, 200, 1, &[1, 2]), model(57, 25, 80, 1, &[1, 2]));
+        assert!(worth(&mut Eviction::Regret, &light) < worth(&mut Eviction::Regret, &heavy));
+    }
+
+    #[test]
+    fn the_published_rule_keeps_heavy_models_whatever_was_used_last() {
+        let (heavy, light) = (model(1340, 43, 200, 1, &[1]), model(57, 25, 80, 1, &[9]));
+        assert!(worth(&mut Eviction::HeavyLast, &light) < worth(&mut Eviction::HeavyLast, &heavy));
+        assert!(worth(&mut Eviction::Lru, &heavy) < worth(&mut Eviction::Lru, &light));
+    }
+}

@@ -5,6 +5,7 @@
 
 mod ahead;
 mod faaswap;
+mod means;
 mod plan;
 mod predict;
 mod published;

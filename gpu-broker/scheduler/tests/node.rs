@@ -153,6 +153,28 @@ fn a_hint_brings_the_model_before_its_request_unless_somebody_waits() {
     assert_eq!(node.tell(Event::Expected { function: FunctionKey(1) }), [], "model 0 is in flight");
 }
 
+/// One request a second; then another model that needs all the memory is asked for once.
+#[test]
+fn a_model_that_is_asked_for_by_the_clock_is_brought_before_its_request() {
+    let mut node = Node::new(&[(10, 1)], &[6, 10], Late::Serve);
+    let asks = (1..=10).map(|second| (second * 1_000, 0)).chain([(10_500, 1)]);
+    for (request, (at, function)) in asks.enumerate() {
+        node.now = ms(at);
+        node.ask(request as u64, function, 50);
+        node.finish_copy();
+        node.now = ms(at + 2);
+        node.finish_run(0);
+    }
+    for at in 10_504..11_000 {
+        node.now = ms(at);
+        node.tell(Event::Woken);
+        node.finish_copy();
+    }
+    node.now = ms(11_000);
+    assert_eq!(node.ask(99, 0, 50)[0], run(99, 0, 0, 0, true));
+    assert!(node.scheduler.decisions().any(|decision| decision.choice == Choice::BringAhead));
+}
+
 #[test]
 fn a_model_that_cannot_be_brought_is_refused_after_some_tries_and_not_tried_for_ever() {
     let mut node = Node::new(&[(10, 1)], &[6, 3], Late::Serve);

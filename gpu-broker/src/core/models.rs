@@ -102,6 +102,7 @@ impl Core {
             idle_since: Some(Instant::now()),
             on: Vec::new(),
             from_disk: None,
+            swap_error: None,
             leaving: false,
         };
         self.models.insert(id, model);

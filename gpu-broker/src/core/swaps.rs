@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Instant};
 
 use faaswap_device::DeviceError;
-use faaswap_scheduler::{DeviceId, Event, ModelId, Source};
+use faaswap_protocol::{Detail, Refusal};
+use faaswap_scheduler::{DeviceId, Event, ModelId, RequestKey, Source};
 
 use super::{Core, Home, device_id};
 use crate::{lane::BoundModel, limits::QUIET_FOR, mailbox::Ended, verify::Stay};
@@ -68,13 +69,23 @@ impl Core {
         let name = &self.devices[usize::from(device.0)].device.info().name;
         tracing::error!(%error, device = %name, "a model could not be swapped in");
         self.telemetry.swap_failed(name);
-        self.events.push_back(match error {
-            DeviceError::Lost
-            | DeviceError::OutOfMemory { .. }
-            | DeviceError::Failed { .. }
-            | DeviceError::State { .. }
-            | DeviceError::Invalid(_) => Event::SwapInFailed { model, device },
-        });
+        if let Some(model) = self.models.get_mut(&model).filter(|_| *error != DeviceError::Lost) {
+            model.swap_error = Some(error.to_string());
+        }
+        self.events.push_back(Event::SwapInFailed { model, device });
+    }
+
+    /// A refusal with what is known here: where weights could not be brought, why not.
+    pub(super) fn explained(&self, request: RequestKey, refusal: Refusal) -> Refusal {
+        if refusal != Refusal::HardwareFault {
+            return refusal;
+        }
+        let function = self.requests.get(&request).and_then(|request| self.functions.get(&request.function));
+        let model = function.and_then(|function| self.models.get(&function.model));
+        match model.and_then(|model| model.swap_error.clone()) {
+            Some(why) => Refusal::RunFailed { reason: Detail::from(format!("its weights cannot be brought: {why}")) },
+            None => refusal,
+        }
     }
 
     pub(super) fn swap_out(&mut self, model: ModelId, device: DeviceId) {
@@ -108,6 +119,9 @@ impl Core {
         match result {
             Ok(report) => {
                 self.telemetry.swapped_in(&entry.device.info().name, &report);
+                if let Some(model) = self.models.get_mut(&model) {
+                    model.swap_error = None;
+                }
                 self.happen(Event::SwapInDone { model, device, took: report.took });
             }
             Err(error) => {

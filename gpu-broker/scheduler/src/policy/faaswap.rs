@@ -9,12 +9,14 @@ use faaswap_protocol::{Late, Refusal};
 use super::{
     Policy, Trigger,
     ahead::Ahead,
+    means::{COPY_ENDS_SOON, Means, runs_at_once},
     plan::Plan,
     predict::{Prediction, Question},
 };
 use crate::{
     books::{Books, Ended, Stage},
     decision::{Choice, Decision},
+    device::Device,
     event::Action,
     limits::{CONTROL_EVERY, LOOKED_AT_MAX, STARVED_AFTER, STARVED_TURN},
     ready::{Function, Rank, Tier, Waiting},
@@ -26,8 +28,6 @@ use crate::{
 const PROMISED_TO_MAX: usize = 16;
 /// Requests of one function that one pass looks at.
 const OF_ONE_FUNCTION_MAX: usize = 4;
-/// A copy may be asked for while one to the same device ends within this time.
-const COPY_ENDS_SOON: Span = Span::micros(500);
 /// The class threshold's range, in thousandths of a request.
 const THRESHOLD_MIN: i64 = 10_000;
 const THRESHOLD_MAX: i64 = 1_000_000;
@@ -85,6 +85,32 @@ impl Faaswap {
         books.threshold_permille =
             if late { (threshold / 2).max(THRESHOLD_MIN) } else { (threshold + threshold / 4).min(THRESHOLD_MAX) };
         (self.ended, self.missed) = (0, 0);
+    }
+
+    /// Looks at as much as what happened calls for; gives when to look again.
+    fn look(&mut self, books: &mut Books, trigger: Trigger, actions: &mut Vec<Action>) -> At {
+        let newcomer = match trigger {
+            Trigger::Nothing => return self.wake,
+            Trigger::Arrived(slot) => Some(slot),
+            Trigger::Changed => None,
+        };
+        if books.ready.waiting_len() == 0 {
+            self.reached = None;
+            return self.ahead.look(books, actions);
+        }
+        if let Some(slot) = newcomer.filter(|slot| wants_refusal(books, *slot)) {
+            let wake = self.pass(books, actions);
+            self.refuse_newcomer(books, slot, actions);
+            return wake;
+        }
+        if !Means::of(books).any() {
+            self.reached = None;
+            return At::NEVER;
+        }
+        match newcomer.filter(|slot| self.is_behind(books, *slot)) {
+            Some(slot) => self.wake.min(self.look_at(books, Tier::High, slot, actions)),
+            None => self.pass(books, actions),
+        }
     }
 
     /// One look at everything that waits, most urgent first.
@@ -159,7 +185,8 @@ impl Faaswap {
             if self.refuses(books, slot, waiting, best, actions) {
                 return Outcome::GivenUp;
             }
-            if best.ends_at_best > waiting.deadline {
+            let is_head = books.functions.get(slot).and_then(|function| function.fresh.front()) == Some(&waiting);
+            if is_head && best.ends_at_best > waiting.deadline {
                 books.give_up_head(slot);
                 return Outcome::GivenUp;
             }
@@ -188,7 +215,9 @@ impl Faaswap {
         if in_time || tier == Tier::Batch {
             self.plan.promise(best.device, best.opening, best.ends, (waiting.deadline - best.ends) / 2);
         }
-        Outcome::Waits(best.opening.start.max(books.now))
+        // A busy lane reports its end; only weights that come to an idle one need a look at a certain moment.
+        let idle = books.devices.get(best.device).is_some_and(Device::has_idle_lane);
+        Outcome::Waits(if idle { best.opening.start.max(books.now) } else { At::NEVER })
     }
 
     /// The place with the best prediction, and how many were compared.
@@ -277,7 +306,7 @@ impl Faaswap {
         }
     }
 
-    /// Gives the oldest request that waits too long its turn, once in so many starts or when nothing else goes.
+    /// Gives the oldest request that waits too long its turn, once in so many starts.
     fn serve_the_starved(&mut self, books: &mut Books, actions: &mut Vec<Action>) {
         let Some(&(arrived, request)) = books.ready.by_age.first() else { return };
         if self.starts < STARVED_TURN || books.now - arrived < STARVED_AFTER {
@@ -334,26 +363,7 @@ impl Faaswap {
 impl Policy for Faaswap {
     fn fill(&mut self, books: &mut Books, trigger: Trigger, actions: &mut Vec<Action>) -> At {
         self.control(books);
-        self.wake = match trigger {
-            Trigger::Nothing => self.wake,
-            _ if books.ready.waiting_len() == 0 => {
-                self.reached = None;
-                self.ahead.look(books, actions)
-            }
-            Trigger::Arrived(slot) if wants_refusal(books, slot) => {
-                let wake = self.pass(books, actions);
-                self.refuse_newcomer(books, slot, actions);
-                wake
-            }
-            _ if !Means::of(books).any() => {
-                self.reached = None;
-                At::NEVER
-            }
-            Trigger::Arrived(slot) if self.is_behind(books, slot) => {
-                self.wake.min(self.look_at(books, Tier::High, slot, actions))
-            }
-            Trigger::Arrived(_) | Trigger::Changed => self.pass(books, actions),
-        };
+        self.wake = self.look(books, trigger, actions);
         self.wake
     }
 
@@ -372,49 +382,8 @@ impl Policy for Faaswap {
     }
 }
 
-/// What there is to give.
-#[derive(Clone, Copy)]
-struct Means {
-    lane: bool,
-    link: bool,
-    /// No link is in use.
-    quiet: bool,
-}
-
-impl Means {
-    fn of(books: &Books) -> Self {
-        let mut means = Self { lane: false, link: false, quiet: true };
-        for (place, device) in books.devices.iter().enumerate().filter(|(_, device)| !device.lost) {
-            let idle = device.copies.is_empty();
-            means.lane |= device.has_idle_lane();
-            means.link |= idle || books.links.free_at(place) <= books.now + COPY_ENDS_SOON;
-            means.quiet &= idle;
-        }
-        means
-    }
-
-    fn any(self) -> bool {
-        self.lane || self.link
-    }
-
-    /// Whether anything could be done for this function: a lane for what is held, a link for what is not.
-    fn suffice(self, books: &Books, tier: Tier, slot: Slot) -> bool {
-        let model = books.functions.get(slot).and_then(|function| books.models.get(function.model));
-        let Some(model) = model else { return false };
-        let link = if tier < Tier::Late { self.link } else { self.quiet };
-        if model.stays.is_empty() { link } else { self.lane || (link && tier < Tier::Late) }
-    }
-}
-
 fn wants_refusal(books: &Books, slot: Slot) -> bool {
     books.functions.get(slot).is_some_and(|function| function.late == Late::Refuse)
-}
-
-/// Whether a model is on a device with an idle lane.
-fn runs_at_once(books: &Books, slot: Slot) -> bool {
-    let model = books.functions.get(slot).and_then(|function| books.models.get(function.model));
-    let idle = |device: usize| books.devices.get(device).is_some_and(|on| !on.lost && on.has_idle_lane());
-    model.is_some_and(|model| model.stays.iter().any(|stay| idle(stay.device)))
 }
 
 fn remember(books: &mut Books, slot: Slot, waiting: Waiting, best: Prediction, compared: u16, choice: Choice) {

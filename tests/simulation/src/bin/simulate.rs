@@ -214,25 +214,27 @@ impl Run {
     }
 
     /// The largest rate at which 99 of 100 functions are compliant, as a share of what the node could carry at all.
+    /// The published policy is asked for less: far beyond what it carries, its queues take long to simulate.
     fn bursty(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bursty", 99, (30, 270, 30), false, scenario::bursty)
+        self.share_of_optimum("bursty", 99, ([(180, 270), (30, 120)], 30), false, scenario::bursty)
     }
 
     /// The same where 95 of 100 are compliant, on one device whose link is scarce. Its requests are independent.
     fn bus_bound(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bus-bound", 95, (4, 60, 2), true, scenario::bus_bound)
+        self.share_of_optimum("bus-bound", 95, ([(4, 60), (4, 60)], 2), true, scenario::bus_bound)
     }
 
     fn share_of_optimum(
         &mut self,
         name: &str,
         percent: u32,
-        (low, high, step): (usize, usize, usize),
+        (ranges, step): ([(usize, usize); 2], usize),
         by_rates: bool,
         make: fn(f64, u64) -> scenario::Stage,
     ) -> std::io::Result<()> {
         let found = both(|policy| {
             let mut best = None;
+            let (low, high) = ranges[usize::from(policy != PolicyKind::Faaswap)];
             largest(low, high, step, |rate| {
                 let (node, models, workload) = make(ratio(rate as u64, 1), 1);
                 let outcome = scenario::play(&node, &models, &workload, policy, 1);
