@@ -92,6 +92,8 @@ pub const BODIES_OF_MAX_SIZE: usize = 4;
 pub const ANNOUNCED_FROM: u64 = 128 << 10;
 /// A body that streams in is announced where the function has not been asked for so long: its weights may have left.
 pub const ANNOUNCED_AFTER: Duration = Duration::from_millis(500);
+/// How long an answer is looked for before its request sleeps, and the longest work of the broker's for which that is done.
+pub const LOOKED_FOR_MAX: Duration = Duration::from_micros(150);
 /// What a client that is told to come back should wait, in seconds.
 pub const RETRY_AFTER_S: u64 = 1;
 /// Idle connections kept to the handler behind the sidecar.

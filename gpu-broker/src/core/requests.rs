@@ -101,8 +101,13 @@ impl Core {
     pub(super) fn expect(&mut self, from: PeerId, function: FunctionId, soon: bool) {
         let key = self.peers.get(&from).and_then(|entry| entry.functions.get(&function)).copied();
         let Some((function, model)) = key.and_then(|key| Some((key, self.functions.get(&key)?.model))) else { return };
-        self.happen(Event::Expected { function });
-        let Some(model) = self.models.get(&model).filter(|_| soon && self.requests.is_empty()) else { return };
+        let Some(model) = self.models.get(&model) else { return };
+        if model.on.is_empty() {
+            return self.happen(Event::Expected { function });
+        }
+        if !soon || !self.requests.is_empty() {
+            return;
+        }
         self.expected.notify_one();
         // All lanes are idle, and the first idle one of a device is taken.
         let lanes = model.on.iter().filter_map(|device| self.devices.get(usize::from(device.0))?.lanes.first());
