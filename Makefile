@@ -8,6 +8,7 @@ VENV := $(CACHE)/venv
 CARGO ?= cargo
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
+BENCH_BINS := faaswap-broker faaswap-sidecar faaswap-bench
 
 .PHONY: help demo test test-rust test-python test-containers test-large lint bench bench-scheduler simulate fetch fetch-go fetch-queue-proxy build release images render clean
 
@@ -41,7 +42,8 @@ lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is 
 	@if command -v cargo-deny >/dev/null; then cargo deny check bans licenses sources; \
 	else echo "cargo-deny is not installed: licences and edges are checked by tests/tests/tidy.rs alone"; fi
 
-bench: fetch release ## Measures the figures of the README, each beside its reference in the same run.
+bench: fetch ## Measures the figures of the README, each beside its reference in the same run.
+	$(CARGO) build --release --locked $(BENCH_BINS:%=--bin %)
 	@target/release/faaswap-bench
 
 simulate: ## Simulates the scheduler on the paper's node and on H100s: tables and plots in target/simulation.

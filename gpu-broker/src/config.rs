@@ -122,7 +122,7 @@ pub struct Settings {
     pub keep_warm: Duration,
     /// How long preparing one model may take.
     pub prepare_within: Duration,
-    /// Models that are prepared at a time.
+    /// Models that are prepared at a time on the processor; on a GPU it is always one.
     pub prepare_parallel: usize,
     /// How long requests may take to end after SIGTERM.
     pub drain_within: Duration,
@@ -220,7 +220,7 @@ impl Settings {
             if std::mem::discriminant(&device.kind) != std::mem::discriminant(&self.devices[0].kind) {
                 reader.mistake(format!("device {}: all devices of a broker must be of one kind", device.name));
             }
-            let Some(chunk) = device.chunk.or(DeviceSettings::host0().chunk) else { continue };
+            let Some(chunk) = device.chunk else { continue };
             if chunk == Bytes::ZERO || !chunk.get().is_multiple_of(unit.get()) {
                 reader.mistake(format!("device {}: chunk must be a multiple of {unit}", device.name));
             } else if let Some(memory) = device.memory.filter(|memory| *memory < chunk) {

@@ -230,7 +230,6 @@ impl Core {
     fn act(&mut self, action: Action) {
         match action {
             Action::SwapOut { model, device } => self.swap_out(model, device),
-            // Host memory has every model; copies between devices come with a device that can do them.
             Action::SwapIn { model, device, source } => self.swap_in(model, device, source),
             Action::Run { request, model, device, lane, resident } => self.run(request, model, device, lane, resident),
             Action::Refuse { request, refusal } => {

@@ -107,7 +107,7 @@ fn serve_command(config: Option<&Path>, check: bool) -> ExitCode {
 fn start_anew() -> std::io::Error {
     let starts = std::env::var(STARTS).ok().and_then(|text| text.parse::<u32>().ok()).unwrap_or(0).saturating_add(1);
     let pause = START_PAUSE.saturating_mul(starts - 1).min(START_PAUSE_MAX);
-    tracing::error!(starts, ?pause, "no device is left that works: starting anew to have lost devices back");
+    tracing::error!(starts, ?pause, "starting anew to have lost devices back");
     std::thread::sleep(pause);
     match std::env::current_exe() {
         Ok(program) => Exec::new(program).args(std::env::args_os().skip(1)).env(STARTS, starts.to_string()).exec(),

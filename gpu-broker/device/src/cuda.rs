@@ -84,9 +84,10 @@ pub struct CudaConfig {
     pub lanes: usize,
     /// Most scratch memory of one lane.
     pub scratch_max: Bytes,
-    /// Other GPUs, by the driver's count: they may bring weights from this one's memory, and this one's weights may come
-    /// over their links.
+    /// Other GPUs, by the driver's count, that may bring weights from this one's memory.
     pub peers: Vec<u32>,
+    /// Those over whose links this one's weights may come too; each lends 64 MiB for it.
+    pub detours: Vec<u32>,
 }
 
 impl CudaConfig {
@@ -101,6 +102,7 @@ impl CudaConfig {
             lanes: 8,
             scratch_max: SCRATCH_MAX_DEFAULT,
             peers: Vec::new(),
+            detours: Vec::new(),
         }
     }
 }
@@ -160,8 +162,7 @@ impl CudaDevice {
         let chunk = config.chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
         let (free, total) = context.memory()?;
         let wanted = config.memory.unwrap_or_else(|| free.checked_sub(config.reserve).unwrap_or(Bytes::ZERO));
-        let peers: Vec<_> = config.peers.iter().filter_map(|&peer| i32::try_from(peer).ok()).collect();
-        let pool = Pool::new(&context, wanted, chunk, &peers)?;
+        let pool = Pool::new(&context, wanted, chunk, &others(&config.peers, ordinal))?;
         let capacity = pool.size();
         if capacity == Bytes::ZERO {
             return Err(DeviceError::OutOfMemory { needed: wanted.max(config.chunk), free });
@@ -179,7 +180,7 @@ impl CudaDevice {
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
         let shared = Arc::new(Shared::new(info, context, &pool));
-        let threads = start_threads(&shared, pool, &peers)?;
+        let threads = start_threads(&shared, pool, &others(&config.detours, ordinal))?;
         let threads = Mutex::new(threads);
         Ok(Arc::new(Self { shared, memory, dummy, binding: Mutex::new(()), ordinal, threads }))
     }
@@ -366,7 +367,12 @@ fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), Dev
     zeroed.and(addresses.unmap(0, len))
 }
 
-fn start_threads(shared: &Arc<Shared>, pool: Pool, peers: &[i32]) -> Result<Vec<JoinHandle<()>>, DeviceError> {
+/// GPUs by the driver's own type of number, without this one.
+fn others(gpus: &[u32], this: i32) -> Vec<i32> {
+    gpus.iter().filter_map(|&gpu| i32::try_from(gpu).ok()).filter(|&gpu| gpu != this).collect()
+}
+
+fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let failed = |e: std::io::Error| DeviceError::Failed { call: "starting the link's threads", reason: e.to_string() };
     let (ends, copying) = sync_channel(link::AHEAD_MAX);
     let finishing = Arc::clone(shared);
@@ -376,8 +382,8 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, peers: &[i32]) -> Result<Vec<
         .map_err(failed)?;
     let context = &shared.context;
     let mut detours = Vec::new();
-    for &peer in peers.iter().filter(|&&peer| peer != context.device) {
-        detours.extend(Detour::new(context, peer)?);
+    for &other in over {
+        detours.extend(Detour::new(context, other)?);
     }
     shared.has_detours(detours.iter().map(|detour| detour.ordinal).collect());
     let (copies, order, copied) = (Queue::new(context)?, Queue::new(context)?, Event::new(context)?);

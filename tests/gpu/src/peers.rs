@@ -31,7 +31,8 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
         let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
         let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + (64 << 20)));
         let open = |ordinal: u32| -> Result<Arc<dyn Device>> {
-            let config = CudaConfig { memory, lanes: 1, peers: vec![0, 1], ..model::config(ordinal)? };
+            let config =
+                CudaConfig { memory, lanes: 1, peers: vec![0, 1], detours: vec![0, 1], ..model::config(ordinal)? };
             Ok(CudaDevice::open(&config)?)
         };
         let (holder, other) = (open(0)?, open(1)?);

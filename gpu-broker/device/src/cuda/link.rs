@@ -195,7 +195,7 @@ impl Link {
             self.record(source, detour, &event)?;
             last = Some(event);
         }
-        if let Some(last) = &last {
+        if let (Source::Both(..), Some(last)) = (source, &last) {
             self.copies.wait(last)?;
         }
         self.copies.record(&timed.end)?;

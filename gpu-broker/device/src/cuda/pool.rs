@@ -37,7 +37,7 @@ impl Pool {
         }
         if !pool.memory.is_empty() {
             pool.window.open(0, pool.memory.len() * chunk)?;
-            for &peer in peers.iter().filter(|&&peer| peer != context.device) {
+            for &peer in peers {
                 if can_reach(peer, context.device)? {
                     pool.window.open_to(peer, 0, pool.memory.len() * chunk)?;
                     pool.readers.push(peer);
