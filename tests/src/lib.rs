@@ -10,7 +10,7 @@ pub mod models;
 pub mod node;
 pub mod oip;
 pub mod process;
-pub mod random;
+pub use faaswap_simulation::random;
 pub mod stats;
 pub mod trouble;
 

@@ -20,7 +20,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("faaswap-injector", &[]),
     ("faaswap-broker", &["faaswap-protocol", "faaswap-slab", "faaswap-scheduler", "faaswap-device", "faaswap-engine"]),
     ("faaswap-simulation", &["faaswap-protocol", "faaswap-scheduler"]),
-    ("faaswap-gpu-tests", &["faaswap-protocol", "faaswap-device", "faaswap-engine"]),
+    ("faaswap-gpu-tests", &["faaswap-protocol", "faaswap-device", "faaswap-engine", "faaswap-simulation"]),
     (
         "faaswap-tests",
         &[
@@ -31,6 +31,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "faaswap-engine",
             "faaswap-broker",
             "faaswap-sidecar",
+            "faaswap-simulation",
         ],
     ),
 ];

@@ -17,7 +17,6 @@ mod links;
 mod many;
 mod model;
 mod peers;
-mod random;
 mod record;
 mod stats;
 mod tiers;

@@ -20,12 +20,12 @@ use faaswap_device::{
 };
 use faaswap_engine::{Prepared, Runtime};
 use faaswap_protocol::{Bytes, DType};
+use faaswap_simulation::random::Random;
 use serde_json::json;
 
 use crate::{
     Result,
     model::{self, Asked},
-    random::Random,
     record::{Record, Records, Target},
     stats::median_ms,
 };
@@ -88,7 +88,7 @@ fn variant(prepared: &Prepared, variant: u64) -> Result<HostWeights> {
         };
         let (start, len) = (usize::try_from(weight.offset)?, usize::try_from(weight.len)?);
         for element in bytes[start..start + len].chunks_exact_mut(width * 64) {
-            let turn = random.next();
+            let turn = random.bits();
             element.iter_mut().step_by(width).enumerate().for_each(|(i, low)| *low ^= (turn >> i & 1) as u8);
         }
     }
@@ -185,7 +185,7 @@ fn charge(function: &Function) -> u64 {
 fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64, until: Instant) -> Result<()> {
     let mut random = Random::new(seed);
     while Instant::now() < until {
-        let which = usize::try_from(random.next() % functions.len() as u64)?;
+        let which = random.below(functions.len());
         let Ok(mut state) = functions[which].state.try_lock() else { continue };
         let Some(brought) = bring(functions, books, which, &mut state)? else {
             // All memory is under functions that run.

@@ -44,21 +44,29 @@ pub(super) struct Kernels {
 }
 
 const NAMES: [&CStr; 5] = [c"copy16", c"copy1", c"fill4", c"fill1", c"trap"];
-/// Every thread takes the units at its own place and then at every so many further on.
-const PTX: &CStr = c"
-.version 7.0
-.target sm_70
-.address_size 64
-.visible .entry copy16(.param .u64 to, .param .u64 from, .param .u64 n)
+/// The text of a kernel over `n` units: every thread takes those at its own place and then at every so many further on.
+/// `%d1` is where to, `%d2` the second argument, `%d4` the unit.
+macro_rules! kernel {
+    ($name:literal, $second:literal, $before:literal, $each:literal) => {
+        concat!(
+            ".visible .entry ",
+            $name,
+            "(.param .u64 to, .param .u64 ",
+            $second,
+            ", .param .u64 n)
 {
     .reg .pred %p<2>;
     .reg .b32 %r<12>;
     .reg .b64 %d<10>;
     ld.param.u64 %d1, [to];
-    ld.param.u64 %d2, [from];
+    ld.param.u64 %d2, [",
+            $second,
+            "];
     ld.param.u64 %d3, [n];
     cvta.to.global.u64 %d1, %d1;
-    cvta.to.global.u64 %d2, %d2;
+    ",
+            $before,
+            "
     mov.u32 %r1, %ctaid.x;
     mov.u32 %r2, %ntid.x;
     mov.u32 %r3, %tid.x;
@@ -70,109 +78,69 @@ const PTX: &CStr = c"
 next:
     setp.ge.u64 %p1, %d4, %d3;
     @%p1 bra done;
-    shl.b64 %d6, %d4, 4;
+",
+            $each,
+            "    add.u64 %d4, %d4, %d5;
+    bra next;
+done:
+    ret;
+}
+"
+        )
+    };
+}
+
+const PTX: &str = concat!(
+    "
+.version 7.0
+.target sm_70
+.address_size 64
+",
+    kernel!(
+        "copy16",
+        "from",
+        "cvta.to.global.u64 %d2, %d2;",
+        "    shl.b64 %d6, %d4, 4;
     add.u64 %d7, %d2, %d6;
     add.u64 %d8, %d1, %d6;
     ld.volatile.global.v4.u32 {%r7, %r8, %r9, %r10}, [%d7];
     st.global.v4.u32 [%d8], {%r7, %r8, %r9, %r10};
-    add.u64 %d4, %d4, %d5;
-    bra next;
-done:
-    ret;
-}
-.visible .entry copy1(.param .u64 to, .param .u64 from, .param .u64 n)
-{
-    .reg .pred %p<2>;
-    .reg .b32 %r<12>;
-    .reg .b64 %d<10>;
-    ld.param.u64 %d1, [to];
-    ld.param.u64 %d2, [from];
-    ld.param.u64 %d3, [n];
-    cvta.to.global.u64 %d1, %d1;
-    cvta.to.global.u64 %d2, %d2;
-    mov.u32 %r1, %ctaid.x;
-    mov.u32 %r2, %ntid.x;
-    mov.u32 %r3, %tid.x;
-    mov.u32 %r4, %nctaid.x;
-    mad.lo.u32 %r5, %r1, %r2, %r3;
-    cvt.u64.u32 %d4, %r5;
-    mul.lo.u32 %r6, %r2, %r4;
-    cvt.u64.u32 %d5, %r6;
-next:
-    setp.ge.u64 %p1, %d4, %d3;
-    @%p1 bra done;
-    add.u64 %d7, %d2, %d4;
+"
+    ),
+    kernel!(
+        "copy1",
+        "from",
+        "cvta.to.global.u64 %d2, %d2;",
+        "    add.u64 %d7, %d2, %d4;
     add.u64 %d8, %d1, %d4;
     ld.volatile.global.u8 %r7, [%d7];
     st.global.u8 [%d8], %r7;
-    add.u64 %d4, %d4, %d5;
-    bra next;
-done:
-    ret;
-}
-.visible .entry fill4(.param .u64 to, .param .u64 value, .param .u64 n)
-{
-    .reg .pred %p<2>;
-    .reg .b32 %r<12>;
-    .reg .b64 %d<10>;
-    ld.param.u64 %d1, [to];
-    ld.param.u64 %d2, [value];
-    ld.param.u64 %d3, [n];
-    cvta.to.global.u64 %d1, %d1;
-    cvt.u32.u64 %r7, %d2;
-    mov.u32 %r1, %ctaid.x;
-    mov.u32 %r2, %ntid.x;
-    mov.u32 %r3, %tid.x;
-    mov.u32 %r4, %nctaid.x;
-    mad.lo.u32 %r5, %r1, %r2, %r3;
-    cvt.u64.u32 %d4, %r5;
-    mul.lo.u32 %r6, %r2, %r4;
-    cvt.u64.u32 %d5, %r6;
-next:
-    setp.ge.u64 %p1, %d4, %d3;
-    @%p1 bra done;
-    shl.b64 %d6, %d4, 2;
+"
+    ),
+    kernel!(
+        "fill4",
+        "value",
+        "cvt.u32.u64 %r7, %d2;",
+        "    shl.b64 %d6, %d4, 2;
     add.u64 %d8, %d1, %d6;
     st.global.u32 [%d8], %r7;
-    add.u64 %d4, %d4, %d5;
-    bra next;
-done:
-    ret;
-}
-.visible .entry fill1(.param .u64 to, .param .u64 value, .param .u64 n)
-{
-    .reg .pred %p<2>;
-    .reg .b32 %r<12>;
-    .reg .b64 %d<10>;
-    ld.param.u64 %d1, [to];
-    ld.param.u64 %d2, [value];
-    ld.param.u64 %d3, [n];
-    cvta.to.global.u64 %d1, %d1;
-    cvt.u32.u64 %r7, %d2;
-    mov.u32 %r1, %ctaid.x;
-    mov.u32 %r2, %ntid.x;
-    mov.u32 %r3, %tid.x;
-    mov.u32 %r4, %nctaid.x;
-    mad.lo.u32 %r5, %r1, %r2, %r3;
-    cvt.u64.u32 %d4, %r5;
-    mul.lo.u32 %r6, %r2, %r4;
-    cvt.u64.u32 %d5, %r6;
-next:
-    setp.ge.u64 %p1, %d4, %d3;
-    @%p1 bra done;
-    add.u64 %d8, %d1, %d4;
+"
+    ),
+    kernel!(
+        "fill1",
+        "value",
+        "cvt.u32.u64 %r7, %d2;",
+        "    add.u64 %d8, %d1, %d4;
     st.global.u8 [%d8], %r7;
-    add.u64 %d4, %d4, %d5;
-    bra next;
-done:
-    ret;
-}
-.visible .entry trap(.param .u64 to, .param .u64 from, .param .u64 n)
+"
+    ),
+    ".visible .entry trap(.param .u64 to, .param .u64 from, .param .u64 n)
 {
     trap;
     ret;
 }
-";
+\0"
+);
 const THREADS: u32 = 256;
 /// Enough to keep the bus busy, few enough to leave the GPU to others.
 const BLOCKS_MAX: u32 = 64;
