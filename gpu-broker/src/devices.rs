@@ -28,14 +28,20 @@ pub(crate) struct Opened {
 
 /// Opens what is configured, or what is there.
 pub(crate) fn open(settings: &Settings, runtime: &Runtime) -> Result<Opened, ServeError> {
-    let wanted = wanted(settings)?;
-    let gpus = wanted.iter().any(|device| matches!(device.kind, DeviceKind::Gpu { .. }));
-    match open_all(&wanted, settings, runtime) {
-        Err(error) if gpus && settings.gpu_fallback => {
+    match wanted(settings).and_then(|wanted| open_all(&wanted, settings, runtime)) {
+        Err(error) if settings.gpu_fallback && may_have_gpus(settings) => {
             tracing::error!(%error, "no GPU can be used: serving with the host device, as gpu_fallback wants");
             open_all(&[DeviceSettings::host0()], settings, runtime)
         }
         opened => opened,
+    }
+}
+
+/// Whether GPUs are asked for, or taken where they are.
+fn may_have_gpus(settings: &Settings) -> bool {
+    match settings.devices.first() {
+        Some(device) => matches!(device.kind, DeviceKind::Gpu { .. }),
+        None => settings.devices_choice != DevicesChoice::Host,
     }
 }
 
@@ -57,7 +63,6 @@ fn wanted(settings: &Settings) -> Result<Vec<DeviceSettings>, ServeError> {
         Ok(count) if count > 0 => Ok((0..count.unsigned_abs()).map(DeviceSettings::gpu).collect()),
         Ok(_) if settings.devices_choice == DevicesChoice::Auto => Ok(vec![DeviceSettings::host0()]),
         Ok(_) => Err(failed(DeviceError::Invalid("the CUDA driver sees no GPU: is one assigned to this container?"))),
-        Err(_) if settings.gpu_fallback => Ok(vec![DeviceSettings::host0()]),
         Err(error) => Err(failed(error)),
     }
 }
