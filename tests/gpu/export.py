@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Exports the paper's models to ONNX with PyTorch (random weights from a seed) and times PyTorch on them.
 
-    export.py OUT [name ...]     writes OUT/NAME-fp32/model.onnx, OUT/NAME-fp16/model.onnx and OUT/torch.json
+    export.py OUT [--only onnx|times] [name ...]     writes OUT/NAME-fp32/model.onnx, OUT/NAME-fp16/model.onnx and OUT/torch.json
 
-What is there already from the same PyTorch and GPU is left as it is.
+What is there already from the same PyTorch and GPU is left as it is. Models are exported several at a time, each by a process
+of its own; then they are timed, one after the other and alone on the GPU.
 
 Needs torch, torchvision and transformers, a GPU, and no network.
 """
-import json, os, statistics, sys, time
+import argparse, json, os, statistics, subprocess, sys, time
 
 import torch
 import torchvision.models as tv
@@ -16,6 +17,8 @@ from transformers import BertConfig, BertModel
 SEED = 7
 OPSET = 17
 KINDS = ("fp32", "fp16")
+# Models that are exported at a time.
+AT_ONCE = 8
 
 
 class Bert(torch.nn.Module):
@@ -136,40 +139,78 @@ def known(path, here):
     return found if all(found.get(key) == value for key, value in here.items()) else here
 
 
+def dress(model, kind):
+    return model.half() if kind == "fp16" else model
+
+
+def export(out, name):
+    make, example, inputs = MODELS[name]
+    torch.manual_seed(SEED)
+    model = calm(make().eval())
+    for kind in KINDS:
+        start = time.time()
+        # On the GPU: not all kernels of half precision exist for the processor.
+        model = dress(model, kind).cuda()
+        folder = f"{out}/{name}-{kind}"
+        os.makedirs(folder, exist_ok=True)
+        torch.onnx.export(model, tuple(x.cuda() for x in example(kind == "fp16")), f"{folder}/part", input_names=inputs,
+                          output_names=["y"], dynamo=False, opset_version=OPSET, do_constant_folding=True)
+        os.replace(f"{folder}/part", f"{folder}/model.onnx")
+        size = os.path.getsize(f"{folder}/model.onnx") / 1e6
+        print(f"{name}-{kind}: {size:.0f} MB, exported in {time.time() - start:.1f} s", flush=True)
+
+
+def export_all(out, names):
+    """Runs this program for some models at a time; what one of them needs is mostly one core."""
+    waiting = [name for name in names if not all(os.path.exists(f"{out}/{name}-{kind}/model.onnx") for kind in KINDS)]
+    # The longest first.
+    waiting.sort(key=lambda name: name != "bert_large")
+    running, failed = [], 0
+    while waiting or running:
+        while waiting and len(running) < min(AT_ONCE, os.cpu_count() or 1):
+            running.append(subprocess.Popen([sys.executable, __file__, out, "--one", waiting.pop(0)]))
+        failed += running.pop(0).wait() != 0
+    if failed:
+        sys.exit(f"{failed} models could not be exported")
+
+
+def time_all(out, names):
+    here = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
+    figures = known(f"{out}/torch.json", here)
+    for name in names:
+        if all(f"{name}-{kind}" in figures for kind in KINDS):
+            continue
+        make, example, _ = MODELS[name]
+        with torch.device("cuda"):
+            model = make().eval()
+        for kind in KINDS:
+            figures[f"{name}-{kind}"] = measure(dress(model, kind), example(kind == "fp16"))
+            print(f"{name}-{kind}: {figures[f'{name}-{kind}']}", flush=True)
+        # After each model, so that what ends this process costs no more than one.
+        with open(f"{out}/torch.json", "w") as file:
+            json.dump(figures, file, indent=1)
+
+
 def main():
-    out, names = sys.argv[1], sys.argv[2:] or list(MODELS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out")
+    parser.add_argument("names", nargs="*", metavar="name", default=list(MODELS))
+    parser.add_argument("--only", choices=("onnx", "times"))
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = set(args.names) - set(MODELS)
+    if unknown:
+        parser.error(f"there is no model {', '.join(sorted(unknown))}")
     # What our programs do too, so that like is compared with like.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    here = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
-    figures = known(f"{out}/torch.json", here)
-    for name in names:
-        if all(f"{name}-{kind}" in figures and os.path.exists(f"{out}/{name}-{kind}/model.onnx") for kind in KINDS):
-            print(f"{name}: exported before", flush=True)
-            continue
-        make, example, inputs = MODELS[name]
-        torch.manual_seed(SEED)
-        model = calm(make().eval())
-        for kind in KINDS:
-            start = time.time()
-            model = model.half() if kind == "fp16" else model
-            args = example(kind == "fp16")
-            folder = f"{out}/{name}-{kind}"
-            os.makedirs(folder, exist_ok=True)
-            # Half precision is exported on the GPU: not all of its kernels exist for the processor.
-            on = model.cuda() if kind == "fp16" else model
-            moved = tuple(x.cuda() for x in args) if kind == "fp16" else args
-            torch.onnx.export(on, moved, f"{folder}/model.onnx", input_names=inputs, output_names=["y"],
-                              dynamo=False, opset_version=OPSET, do_constant_folding=True)
-            model = on.cpu()
-            exported = time.time() - start
-            figures[f"{name}-{kind}"] = measure(model, args)
-            size = os.path.getsize(f"{folder}/model.onnx") / 1e6
-            print(f"{name}-{kind}: {size:.0f} MB, exported in {exported:.1f} s, {figures[f'{name}-{kind}']}", flush=True)
-        # After each model, so that what ends this process costs no more than one.
-        with open(f"{out}/torch.json", "w") as file:
-            json.dump(figures, file, indent=1)
+    if args.one:
+        return export(args.out, args.names[0])
+    if args.only != "times":
+        export_all(args.out, args.names)
+    if args.only != "onnx":
+        time_all(args.out, args.names)
 
 
 main()

@@ -4,8 +4,10 @@ use std::{
     fs,
     io::Read,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant},
 };
 
 use faaswap_device::{Device, DeviceError, HostWeights, SwapReport, cuda::CudaConfig};
@@ -21,6 +23,8 @@ use crate::Result;
 
 /// Later groups' size.
 const GROUP_BYTES: Bytes = Bytes::mib(8);
+/// Longest time to prepare one model in one layout: a hang shall not cost the rest of a run.
+const PREPARES_WITHIN: Duration = Duration::from_secs(150);
 
 pub(crate) fn runtime() -> Result<Runtime> {
     let library = std::env::var_os("ORT_DYLIB_PATH").ok_or("ORT_DYLIB_PATH names no ONNX Runtime")?;
@@ -51,7 +55,7 @@ pub(crate) fn prepare(model: &Path, out: &Path, channels_last: bool) -> Result<P
     let log = fs::File::create(out.join("prepare.log"))?;
     let mut child = Command::new(std::env::current_exe()?).arg("prepare").stdin(Stdio::piped()).stderr(log).spawn()?;
     serde_json::to_writer(child.stdin.take().ok_or("no pipe")?, &job)?;
-    let status = child.wait()?;
+    let status = wait(&mut child, out)?;
     let log = fs::read_to_string(out.join("prepare.log")).unwrap_or_default();
     match Prepared::open(out) {
         Ok(prepared) => {
@@ -62,6 +66,22 @@ pub(crate) fn prepare(model: &Path, out: &Path, channels_last: bool) -> Result<P
             Ok(prepared)
         }
         Err(error) => Err(format!("{error}; {status}; {}", log.trim_end()).into()),
+    }
+}
+
+/// Waits for a child that prepares, and ends one that takes too long.
+fn wait(child: &mut Child, out: &Path) -> Result<ExitStatus> {
+    let until = Instant::now() + PREPARES_WITHIN;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= until {
+            println!("    {}: still preparing after {PREPARES_WITHIN:?}; ending it", out.display());
+            child.kill()?;
+            return Ok(child.wait()?);
+        }
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
