@@ -168,7 +168,7 @@ def export_all(out, names):
     running, failed = [], 0
     while waiting or running:
         while waiting and len(running) < min(AT_ONCE, os.cpu_count() or 1):
-            running.append(subprocess.Popen([sys.executable, __file__, out, "--one", waiting.pop(0)]))
+            running.append(subprocess.Popen([sys.executable, __file__, "--one", out, waiting.pop(0)]))
         failed += running.pop(0).wait() != 0
     if failed:
         sys.exit(f"{failed} models could not be exported")

@@ -29,6 +29,7 @@ use std::{
         mpsc::sync_channel,
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use faaswap_protocol::Bytes;
@@ -47,7 +48,7 @@ use self::{
     source::Source,
 };
 pub use self::{
-    lane::{Constants, IO_BYTES_MAX, Program, Run},
+    lane::{Constants, IO_BYTES_MAX, Program, Run, RunTimes},
     probe::{PROBE_WITHIN, measure_links},
     shared::SWAPS_QUEUED_MAX,
 };
@@ -64,6 +65,10 @@ pub const CHUNK_DEFAULT: Bytes = Bytes::mib(16);
 pub const RESERVE_DEFAULT: Bytes = Bytes::mib(8 << 10);
 /// Most scratch memory of one lane.
 pub const SCRATCH_MAX_DEFAULT: Bytes = Bytes::mib(4 << 10);
+/// How long a program that is to be launched looks for its weights' copies to be queued, before it sleeps.
+const QUEUED_LOOKS_FOR: Duration = Duration::from_micros(300);
+/// Bytes of weights that arrive while a thread wakes up.
+const LATE_BYTES: u64 = 8 << 20;
 /// Most constants of all models.
 const CONSTANTS_MAX: usize = 64 << 30;
 
@@ -281,18 +286,17 @@ impl CudaDevice {
         if last == 0 {
             return Ok(());
         }
-        self.shared.wait_recorded(range, last - 1)
+        self.shared.wait_recorded(range, last - 1, QUEUED_LOOKS_FOR)
     }
 
-    /// The end of the range's swap-in, where one is under way.
-    fn last_copy(&self, range: RangeId) -> Result<Option<Arc<Event>>, DeviceError> {
+    /// A moment of the range's swap-in when little of it is left, where one is under way.
+    fn late_copy(&self, range: RangeId) -> Result<Option<Arc<Event>>, DeviceError> {
         let mut books = self.shared.books()?;
         let found = books.ranges.get(range)?;
-        if !found.unfinished || found.groups == 0 {
-            return Ok(None);
+        match found.late_group {
+            Some(late) if found.state != State::Resident => books.event(&self.shared.context, range, late).map(Some),
+            _ => Ok(None),
         }
-        let last = found.groups - 1;
-        books.event(&self.shared.context, range, last).map(Some)
     }
 
     /// Copies within the device, behind what is queued on the stream.
@@ -332,10 +336,12 @@ impl CudaDevice {
             }
             if range.state == State::Out {
                 (range.groups, range.recorded, range.failed) = (count, 0, None);
+                range.late_group = late_group(&groups, size);
             }
             Ok(())
         };
-        self.queue(range, Step::AskIn, check, Swap::In { source, groups, done })
+        let asked = Instant::now();
+        self.queue(range, Step::AskIn, check, Swap::In { source, groups: Arc::clone(&groups), asked, done })
     }
 
     fn queue(
@@ -358,6 +364,13 @@ impl CudaDevice {
         }
         queued
     }
+}
+
+/// The group behind which so little is left to copy that waking up takes about as long.
+fn late_group(groups: &[Group], size: Bytes) -> Option<u32> {
+    let late = size.get().checked_sub(LATE_BYTES)?;
+    let group = groups.iter().position(|group| group.offset + group.len >= late)?;
+    u32::try_from(group).ok().filter(|_| group + 1 < groups.len())
 }
 
 fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), DeviceError> {

@@ -17,6 +17,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
+    time::Instant,
 };
 
 use faaswap_protocol::Bytes;
@@ -186,7 +187,7 @@ impl Device for HostDevice {
             }
             Ok(())
         };
-        self.queue(range, Step::AskIn, check, Swap::In { weights, groups, done })
+        self.queue(range, Step::AskIn, check, Swap::In { weights, groups, asked: Instant::now(), done })
     }
 
     fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError> {

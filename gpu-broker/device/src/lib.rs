@@ -74,6 +74,10 @@ pub struct DeviceMemory {
 pub struct SwapReport {
     /// Bytes of weights copied.
     pub copied: Bytes,
+    /// How long it waited for the link, and for earlier work there.
+    pub waited: Duration,
+    /// The part of its work spent queueing copies; zero where they are not queued.
+    pub queueing: Duration,
     /// From the start of the work (not counting the wait for earlier work of the link) to the last byte.
     pub took: Duration,
     /// The part of it spent putting memory behind addresses.

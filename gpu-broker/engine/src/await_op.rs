@@ -123,6 +123,9 @@ impl Operator for Await {
             let stream = context.stream()?.ok_or_else(|| ort::Error::new("an Await node has no stream"))?;
             let stream = Stream(stream.as_ptr().expose_provenance());
             waiter.device.await_group(waiter.range, group, stream).map_err(ort::Error::wrap)?;
+            if let Some(workspace) = cuda.products_workspace().map_err(ort::Error::wrap)? {
+                raw::use_workspace(context, workspace)?;
+            }
             raw::pass_on(context, |to, from, len| {
                 let copied = cuda.copy_within(stream, to.expose_provenance(), from.expose_provenance(), len);
                 copied.map_err(ort::Error::wrap)

@@ -11,7 +11,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use faaswap_device::{Device, DeviceError, Group, RangeId, Stream, cuda::Constants};
+use faaswap_device::{
+    Device, DeviceError, Group, RangeId, Stream,
+    cuda::{Constants, RunTimes},
+};
 use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape};
 use faaswap_slab::Region;
 use ort::session::{Session, builder::GraphOptimizationLevel};
@@ -262,6 +265,11 @@ impl Bound {
     pub fn time_program(&self) -> Result<Option<std::time::Duration>, EngineError> {
         let Some(programs) = &self.programs else { return Ok(None) };
         Ok(Some(programs.begin()?.time_alone()?))
+    }
+
+    /// On a GPU: where the time of the program's last run went.
+    pub fn last_run(&self) -> Option<RunTimes> {
+        self.programs.as_ref().map(Programs::last_run)
     }
 
     /// On a GPU: why the model keeps a session, which costs it device memory; `None` where its program stands alone.

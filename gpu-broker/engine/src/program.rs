@@ -15,7 +15,7 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, RangeId,
-    cuda::{Constants, CudaDevice, IO_BYTES_MAX, Program, Run},
+    cuda::{Constants, CudaDevice, IO_BYTES_MAX, Program, Run, RunTimes},
 };
 use faaswap_protocol::{Bytes, Shape, Signature, TensorSpec};
 use ort::session::Session;
@@ -91,6 +91,10 @@ impl Programs {
 
     pub(crate) fn replaced(&self) -> (usize, usize) {
         self.program.replaced()
+    }
+
+    pub(crate) fn last_run(&self) -> RunTimes {
+        self.program.last()
     }
 
     /// Begins a run, alone in the program's lane.

@@ -27,8 +27,10 @@ use ort::{
 
 use crate::{EngineError, manifest::Initializer, onnx};
 
+mod cublas;
 mod cuda;
 
+pub(crate) use cublas::use_workspace;
 pub(crate) use cuda::{DeviceRun, device_tensor, share_device_memory};
 
 /// Turns a status into a result, and frees it.

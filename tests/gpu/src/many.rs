@@ -1,4 +1,4 @@
-//! Many functions on one GPU: bound, swapped, run in lanes at once, under constant eviction, every output checked.
+//! Many functions on each GPU: bound, swapped, run in lanes at once, under constant eviction, every output checked.
 //!
 //! Functions of one model have weights of their own, so that an answer from another one's weights is seen. What an
 //! answer must be is what the function said when it was first run, alone; and that is close to what a plain session says.
@@ -16,7 +16,7 @@ use std::{
 
 use faaswap_device::{
     Device, HostWeights,
-    cuda::{CudaConfig, CudaDevice},
+    cuda::{self, CudaConfig, CudaDevice},
 };
 use faaswap_engine::{Prepared, Runtime};
 use faaswap_protocol::{Bytes, DType};
@@ -185,7 +185,8 @@ fn charge(function: &Function) -> u64 {
 fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64, until: Instant) -> Result<()> {
     let mut random = Random::new(seed);
     while Instant::now() < until {
-        let which = random.below(functions.len());
+        // Not all are asked equally often, as anywhere.
+        let which = random.below(functions.len()).min(random.below(functions.len()));
         let Ok(mut state) = functions[which].state.try_lock() else { continue };
         let Some(brought) = bring(functions, books, which, &mut state)? else {
             // All memory is under functions that run.
@@ -212,14 +213,25 @@ fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64
     Ok(())
 }
 
-/// Constant eviction over all functions, in as many lanes as there are threads.
-pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
-    let runtime = model::runtime()?;
-    let prepared = model::prepared(&models.join("prepared"))?;
+/// What happened on one GPU.
+struct Stressed {
+    gpu: String,
+    functions: usize,
+    seconds: f64,
+    answers: u64,
+    wrong: u64,
+    failed: u64,
+    swaps: u64,
+    /// Device memory that was free before and not afterwards.
+    grown: f64,
+}
+
+/// Constant eviction over all functions of one GPU, in as many lanes as there are threads.
+fn stress_one(runtime: &Runtime, prepared: &[(String, Prepared)], ordinal: u32, plan: Plan) -> Result<Stressed> {
     let device: Arc<dyn Device> =
-        CudaDevice::open(&CudaConfig { memory: Some(plan.memory), lanes: 8, ..model::config(0)? })?;
+        CudaDevice::open(&CudaConfig { memory: Some(plan.memory), lanes: 8, ..model::config(ordinal)? })?;
     let cuda = device.as_cuda().ok_or("no GPU")?;
-    let functions = bind_all(&runtime, &device, &prepared, plan.functions)?;
+    let functions = bind_all(runtime, &device, prepared, plan.functions)?;
     let books = Mutex::new(Books { free: device.info().capacity.get(), clock: 0, resident: BTreeMap::new() });
     let counts = Counts::default();
     let (before, start) = (cuda.driver_memory()?.0, Instant::now());
@@ -231,34 +243,68 @@ pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
             .collect();
         threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
     });
-    let took = start.elapsed().as_secs_f64();
+    let seconds = start.elapsed().as_secs_f64();
     for function in &functions {
         if lock(&function.state).resident {
             function.asked.swap_out()?;
         }
     }
-    let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
-    let (answers, wrong, swaps) = (count(&counts.answers), count(&counts.wrong), count(&counts.swaps));
     let grown = before.get() as f64 - cuda.driver_memory()?.0.get() as f64;
+    let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
+    let told = Stressed {
+        gpu: cuda.gpu_name()?,
+        functions: functions.len(),
+        seconds,
+        answers: count(&counts.answers),
+        wrong: count(&counts.wrong),
+        failed: count(&counts.failed),
+        swaps: count(&counts.swaps),
+        grown,
+    };
     println!(
-        "stress: {answers} answers of {} functions in {took:.0} s ({:.0}/s), {swaps} swap-ins, {wrong} wrong, {} failed, \
+        "stress on GPU {ordinal}: {} answers of {} functions in {seconds:.0} s ({:.0}/s), {} swap-ins, {} wrong, {} failed, \
          GPU memory grew by {:.1} MB",
-        functions.len(),
-        answers as f64 / took,
-        count(&counts.failed),
+        told.answers,
+        told.functions,
+        told.answers as f64 / seconds,
+        told.swaps,
+        told.wrong,
+        told.failed,
         grown / 1e6
     );
-    std::fs::write(
-        out.join("stress.json"),
-        serde_json::to_vec_pretty(&json!({"functions": functions.len(), "answers": answers, "wrong": wrong,
-            "swaps_in": swaps, "seconds": took, "memory_grown_bytes": grown}))?,
-    )?;
-    Records::new(out, "stress", cuda.gpu_name()?)?.add(&[
+    all.into_iter().collect::<Result<Vec<()>>>()?;
+    Ok(told)
+}
+
+/// Constant eviction on all GPUs at once.
+pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
+    let runtime = model::runtime()?;
+    let prepared = model::prepared(&models.join("prepared"))?;
+    let gpus = u32::try_from(cuda::count()?)?;
+    let all: Vec<Result<Stressed>> = thread::scope(|scope| {
+        let (runtime, prepared) = (&runtime, &prepared);
+        let threads: Vec<_> =
+            (0..gpus).map(|ordinal| scope.spawn(move || stress_one(runtime, prepared, ordinal, plan))).collect();
+        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
+    });
+    let all = all.into_iter().collect::<Result<Vec<_>>>()?;
+    let sum = |of: fn(&Stressed) -> u64| all.iter().map(of).sum::<u64>();
+    let (answers, wrong) = (sum(|s| s.answers), sum(|s| s.wrong));
+    let gpu = all.first().map(|first| first.gpu.clone()).ok_or("no GPU")?;
+    let each: Vec<_> = all
+        .iter()
+        .map(|s| {
+            json!({"functions": s.functions, "answers": s.answers, "wrong": s.wrong, "failed": s.failed,
+                   "swaps_in": s.swaps, "seconds": s.seconds, "memory_grown_bytes": s.grown})
+        })
+        .collect();
+    std::fs::write(out.join("stress.json"), serde_json::to_vec_pretty(&each)?)?;
+    let grown = all.iter().map(|s| s.grown).fold(0.0, f64::max);
+    Records::new(out, "stress", gpu)?.add(&[
         Record::of("stress_wrong_outputs", "all", (wrong as f64, "outputs"), None, Target::AtMost(0.0))
             .counting(answers, wrong),
         Record::of("stress_memory_growth", "all", (grown / 1e6, "MB"), None, Target::Told),
     ])?;
-    all.into_iter().collect::<Result<Vec<()>>>()?;
     if wrong > 0 { Err(format!("{wrong} of {answers} outputs are wrong").into()) } else { Ok(()) }
 }
 

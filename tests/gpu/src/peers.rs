@@ -70,6 +70,7 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
             two.push(done.recv()??.took.as_secs_f64() * 1e3);
             asked.swap_out()?;
         }
+        let together = both_at_once(&held, &asked)?;
         let (one, two) = (median(&mut one), median(&mut two));
         println!("peers: {name:20} over one link {one:.3} ms, over two {two:.3} ms ({:.3}x)", two / one);
         let bytes = asked.weights.size().get() as f64;
@@ -88,6 +89,9 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
         kept.push(Record::of("peer_swap_bandwidth", name, speed, plain, Target::AtLeast(0.85)));
         kept.push(request.counting(3 * ROUNDS as u64, wrong as u64));
         let target = if name.starts_with("bert") { Target::AtMost(0.60) } else { Target::Told };
+        println!("peers: {name:20} a swap on each GPU at once takes {together:.3}x of one alone");
+        let slower = (together, "of the time alone");
+        kept.push(Record::of("two_swaps_at_once", name, slower, None, Target::AtMost(1.10)));
         kept.push(Record::of("two_link_load", name, (two, "ms"), Some((one, "one link")), target));
         Records::new(out, "peers", holder.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&kept)?;
         std::fs::write(out.join("peers.json"), serde_json::to_vec_pretty(&records)?)?;
@@ -96,4 +100,23 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How much longer a swap takes on both GPUs at once than on one alone, from host memory.
+fn both_at_once(held: &Asked, asked: &Asked) -> Result<f64> {
+    let (mut alone, mut together) = (Vec::new(), Vec::new());
+    held.swap_out()?;
+    for _ in 0..ROUNDS {
+        for one in [held, asked] {
+            alone.push(one.swap_in()?.took.as_secs_f64());
+            one.swap_out()?;
+        }
+        let begun = [held.begin_swap_in()?, asked.begin_swap_in()?];
+        for done in begun {
+            together.push(done.recv()??.took.as_secs_f64());
+        }
+        held.swap_out()?;
+        asked.swap_out()?;
+    }
+    Ok(median(&mut together) / median(&mut alone))
 }

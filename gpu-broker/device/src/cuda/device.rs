@@ -1,6 +1,9 @@
 //! The CUDA device as every caller sees one.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use faaswap_protocol::Bytes;
 
@@ -55,6 +58,7 @@ impl Device for CudaDevice {
             state: State::Out,
             groups: 0,
             recorded: 0,
+            late_group: None,
             events: Vec::new(),
             failed: None,
             chunks: Vec::new(),
@@ -130,7 +134,7 @@ impl Device for CudaDevice {
 
     fn await_group(&self, range: RangeId, group: u32, stream: Stream) -> Result<(), DeviceError> {
         if stream == Stream::CALLER {
-            self.shared.wait_recorded(range, group)?;
+            self.shared.wait_recorded(range, group, Duration::ZERO)?;
             let event = self.shared.books()?.event(&self.shared.context, range, group)?;
             let waited = event.wait();
             return self.shared.noted(waited);
@@ -138,7 +142,7 @@ impl Device for CudaDevice {
         // SAFETY: the engine names the stream of a kernel that is being run.
         let captured = unsafe { queue::is_captured(stream.0) }?;
         if !captured {
-            self.shared.wait_recorded(range, group)?;
+            self.shared.wait_recorded(range, group, Duration::ZERO)?;
             if self.shared.books()?.ranges.get(range)?.lent {
                 return Ok(());
             }

@@ -15,7 +15,7 @@ use std::{
 
 use super::{
     CudaDevice,
-    arena::{Arena, Purpose, with_purpose},
+    arena::{self, Arena, Purpose, with_purpose},
     driver::{Context, Pinned},
     kernels::Work,
     queue::{Event, Graph, Queue},
@@ -26,16 +26,24 @@ use crate::{Device, DeviceError, RangeId, Stream};
 pub const IO_BYTES_MAX: usize = 1 << 30;
 /// How long a run looks for its end once that is near.
 const TAIL_LOOKS_FOR: Duration = Duration::from_micros(300);
+/// What is usual moves by this part of the difference where a run took longer.
+const USUAL_FOLLOWS: u64 = 8;
 /// How much earlier than needed a sleeper is woken: what timers are late by.
 const WAKES_WITHIN: Duration = Duration::from_micros(150);
 /// What a lane's pinned memory grows by.
 const IO_GROW_BY: usize = 4 << 20;
+/// Workspace of a lane for matrix products: what cuBLAS takes by itself on GPUs of this kind.
+const WORKSPACE: usize = 32 << 20;
+/// Outputs up to this size are copied by a kernel, which begins sooner than the copy engine does.
+const OUTPUTS_BY_KERNEL: usize = 256 << 10;
 
 /// One lane.
 pub(super) struct Lane {
     pub(super) queue: Queue,
     done: Event,
     pub(super) scratch: Mutex<Arena>,
+    /// For matrix products; empty until the first.
+    workspace: Mutex<Arena>,
     /// Locked by whoever runs something in this lane.
     io: Mutex<Io>,
     io_base: u64,
@@ -53,6 +61,7 @@ impl Lane {
             queue: Queue::new(context)?,
             done: Event::new(context)?,
             scratch: Mutex::new(Arena::new(context, scratch_max)?),
+            workspace: Mutex::new(Arena::new(context, WORKSPACE)?),
             io_base: device.base(),
             io: Mutex::new(Io { device, host: Pinned::new(context, IO_GROW_BY)? }),
         })
@@ -60,6 +69,10 @@ impl Lane {
 
     pub(super) fn scratch(&self) -> MutexGuard<'_, Arena> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn workspace(&self) -> MutexGuard<'_, Arena> {
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn io(&self) -> MutexGuard<'_, Io> {
@@ -71,11 +84,38 @@ impl Lane {
 pub struct Program {
     graph: Graph,
     lane: usize,
-    /// How long its last run took with the weights there, in microseconds; 0 before the first.
+    /// How long it takes at least, from its launch and with the weights there, in microseconds; 0 before the first run.
     usual_us: AtomicU64,
+    last: Mutex<RunTimes>,
+}
+
+/// Where the time of a run went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunTimes {
+    /// Until the program was launched: inputs are queued, and the weights' copies are queued and mapped.
+    pub until_launch: Duration,
+    /// From there to the last output.
+    pub after: Duration,
 }
 
 impl Program {
+    /// Notes how long a run took. What is usual follows shorter runs at once and longer ones slowly: who sleeps too long
+    /// is late, who wakes too early looks a moment longer.
+    fn took(&self, times: RunTimes, resident: bool) {
+        if resident {
+            let took = u64::try_from(times.after.as_micros()).unwrap_or(u64::MAX);
+            let usual = self.usual_us.load(Ordering::Relaxed);
+            let next = if usual == 0 { took } else { took.min(usual + (took.saturating_sub(usual)) / USUAL_FOLLOWS) };
+            self.usual_us.store(next, Ordering::Relaxed);
+        }
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = times;
+    }
+
+    /// Where the time of the last run went.
+    pub fn last(&self) -> RunTimes {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// In which lane it runs.
     pub fn lane(&self) -> usize {
         self.lane
@@ -147,6 +187,15 @@ impl CudaDevice {
         usize::try_from(lane.io_base).map_err(|_| DeviceError::Invalid("an address that does not fit"))
     }
 
+    /// The workspace for matrix products of the lane that the calling thread works in: its address and size.
+    pub fn products_workspace(&self) -> Result<Option<(usize, usize)>, DeviceError> {
+        let Some(Purpose::Scratch(lane)) = arena::purpose() else { return Ok(None) };
+        let mut workspace = self.lane(lane)?.workspace();
+        self.shared.noted(workspace.grow(WORKSPACE))?;
+        let address = usize::try_from(workspace.base());
+        Ok(Some((address.map_err(|_| DeviceError::Invalid("an address that does not fit"))?, WORKSPACE)))
+    }
+
     /// Memory for a model's constants: what is taken inside of [`CudaDevice::for_constants`] lives as long as this.
     pub fn constants(&self) -> Constants {
         Constants { device: Arc::clone(&self.memory), owner: self.memory.new_owner() }
@@ -193,6 +242,7 @@ impl CudaDevice {
         let peak = binding.scratch().peak();
         // Two arenas of the same history need the same; what another history adds is grown into during the capture.
         target.scratch().grow(peak)?;
+        target.workspace().grow(binding.workspace().mapped())?;
         let before = target.scratch().live();
         binding.queue.begin_capture()?;
         let worked = with_purpose(Purpose::Scratch(lane), work);
@@ -202,7 +252,7 @@ impl CudaDevice {
         if target.scratch().live() != before {
             return Err(DeviceError::Invalid("the run keeps scratch memory for itself").into());
         }
-        Ok(Program { graph, lane, usual_us: AtomicU64::new(0) })
+        Ok(Program { graph, lane, usual_us: AtomicU64::new(0), last: Mutex::default() })
     }
 
     /// Begins a run of a program: waits until its lane is free.
@@ -255,30 +305,26 @@ impl Run<'_> {
         outputs: (usize, usize),
     ) -> Result<(), DeviceError> {
         let started = Instant::now();
-        let swapping = weights.map_or(Ok(None), |(range, _)| self.device.last_copy(range));
+        let swapping = weights.map_or(Ok(None), |(range, _)| self.device.late_copy(range));
         let swapping = self.device.shared.noted(swapping)?;
         let went = self.queue_all(weights, inputs, outputs);
+        let launched = Instant::now();
         // Also after a failure: what was queued uses memory that goes back with this run.
-        let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(swapping.as_deref(), started));
+        let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(swapping.as_deref(), launched));
+        self.program.took(RunTimes { until_launch: launched - started, after: launched.elapsed() }, swapping.is_none());
         self.device.shared.noted(went.and(done))
     }
 
     /// Sleeps until the run is nearly done, then looks for its end, for a moment: waking up takes as long as a few
-    /// layers. Nearly done is when the last weights are there, or where they were, a little before the usual time.
-    fn wait(&self, swapping: Option<&Event>, started: Instant) -> Result<(), DeviceError> {
-        match swapping {
-            Some(last) => last.wait()?,
-            None => {
-                let usual = Duration::from_micros(self.program.usual_us.load(Ordering::Relaxed));
-                thread::sleep(usual.saturating_sub(started.elapsed()).saturating_sub(WAKES_WITHIN));
-            }
+    /// layers. Nearly done is a little before the usual time, and not before nearly all weights are there.
+    fn wait(&self, swapping: Option<&Event>, launched: Instant) -> Result<(), DeviceError> {
+        if let Some(late) = swapping {
+            late.wait()?;
         }
+        let usual = Duration::from_micros(self.program.usual_us.load(Ordering::Relaxed));
+        thread::sleep(usual.saturating_sub(launched.elapsed()).saturating_sub(WAKES_WITHIN));
         if !self.lane.done.look(TAIL_LOOKS_FOR)? {
             self.lane.done.wait()?;
-        }
-        if swapping.is_none() {
-            let took = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-            self.program.usual_us.store(took, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -313,11 +359,16 @@ impl Run<'_> {
             }
         }
         self.program.graph.launch(&self.lane.queue)?;
-        if outputs.1 > 0 {
-            let to = self.stretch(outputs.0, outputs.1)?;
+        let (to, from) = (self.stretch(outputs.0, outputs.1)?, self.lane.io_base + outputs.0 as u64);
+        match outputs.1 {
+            0 => Ok(()),
+            1..=OUTPUTS_BY_KERNEL => {
+                let (to, len) = (to.expose_provenance() as u64, outputs.1.next_multiple_of(16));
+                // SAFETY: as above.
+                unsafe { self.device.memory.kernels.queue(Work::Copy { to, from, len }, &self.lane.queue) }
+            }
             // SAFETY: as above.
-            unsafe { self.lane.queue.copy_out(to, self.lane.io_base + outputs.0 as u64, outputs.1) }?;
+            _ => unsafe { self.lane.queue.copy_out(to, from, outputs.1) },
         }
-        Ok(())
     }
 }

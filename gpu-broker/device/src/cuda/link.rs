@@ -36,8 +36,7 @@ pub(super) struct Copying {
     last: Option<Arc<Event>>,
     /// Keeps the weights where they are read.
     source: Source,
-    size: Bytes,
-    mapping: Duration,
+    report: SwapReport,
     done: OnDone<SwapReport>,
 }
 
@@ -83,7 +82,9 @@ impl Link {
         let _guard = LoseAtEnd(&shared);
         while let Some(Job { range, swap }) = shared.next_job() {
             match swap {
-                Swap::In { source, groups, done } => self.swap_in(range, source, &groups, done),
+                Swap::In { source, groups, asked, done } => {
+                    self.swap_in(range, source, &groups, asked.elapsed(), done);
+                }
                 Swap::Out { done } => {
                     let result = self.swap_out(range);
                     done(self.shared.noted(result));
@@ -102,16 +103,29 @@ impl Link {
         self.copies.finish(&Event::new(&self.shared.context)?)
     }
 
-    fn swap_in(&mut self, range: RangeId, source: Source, groups: &[Group], done: OnDone<SwapReport>) {
+    fn swap_in(
+        &mut self,
+        range: RangeId,
+        source: Source,
+        groups: &[Group],
+        waited: Duration,
+        done: OnDone<SwapReport>,
+    ) {
         let size = self.shared.change(range, |range| range.weights);
         let begun = self.shared.context.enter();
         self.shared.step(range, Step::Begin);
-        let mut mapping = Duration::ZERO;
-        let filled = begun.and_then(|()| self.fill(range, (&source, size), groups, &mut mapping));
+        let mut report = SwapReport {
+            copied: size,
+            waited,
+            queueing: Duration::ZERO,
+            mapping: Duration::ZERO,
+            took: Duration::ZERO,
+        };
+        let filled = begun.and_then(|()| self.fill(range, (&source, size), groups, &mut report));
         match self.shared.noted(filled) {
             Ok((timed, last)) => {
                 self.shared.change(range, |range| range.unfinished = true);
-                let copying = Copying { range, timed, last, source, size, mapping, done };
+                let copying = Copying { range, timed, last, source, report, done };
                 if let Err(gone) = self.ends.send(copying) {
                     (gone.0.done)(Err(DeviceError::Lost));
                 }
@@ -139,7 +153,8 @@ impl Link {
 
     fn swap_out(&mut self, range: RangeId) -> Result<(), DeviceError> {
         self.shared.context.enter()?;
-        self.shared.wait_until(range, |range| (!range.unfinished && range.readers == 0).then_some(Ok(())))?;
+        self.shared
+            .wait_until(range, Duration::ZERO, |range| (!range.unfinished && range.readers == 0).then_some(Ok(())))?;
         self.empty(range)?;
         self.shared.step(range, Step::Leave);
         Ok(())
@@ -151,13 +166,14 @@ impl Link {
         range: RangeId,
         (source, size): (&Source, Bytes),
         groups: &[Group],
-        mapping: &mut Duration,
+        report: &mut SwapReport,
     ) -> Result<(Timed, Option<Arc<Event>>), DeviceError> {
+        let begun = Instant::now();
         let chunks = self.take_chunks(range, size)?;
         let queued = self.queue_groups(range, source, groups, &chunks)?;
-        let begun = Instant::now();
+        report.queueing = begun.elapsed();
         self.map(range, &chunks)?;
-        *mapping = begun.elapsed();
+        report.mapping = begun.elapsed() - report.queueing;
         let all = u32::try_from(groups.len()).expect("there are at most GROUPS_MAX groups");
         self.shared.change(range, |range| range.recorded = all);
         Ok(queued)
@@ -313,10 +329,9 @@ fn pieces(group: &Group, chunks: &[usize], size: usize) -> Vec<(usize, (usize, u
 
 /// Waits for the ends of copies, in order, and reports them.
 pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>) {
-    for Copying { range, timed, last, source, size, mapping, done } in ends {
+    for Copying { range, timed, last, source, report, done } in ends {
         let waited = last.map_or(Ok(()), |last| last.wait()).and_then(|()| timed.end.wait());
         let took = waited.and_then(|()| timed.end.since(&timed.start));
-        let copied = size;
         drop((source, timed));
         let lost = |took| if shared.is_lost() { Err(DeviceError::Lost) } else { Ok(took) };
         let result = shared.noted(took).and_then(lost);
@@ -327,7 +342,7 @@ pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>) {
         }
         shared.change(range, |range| range.unfinished = false);
         // Weights can be used once they are there and mapped, whichever comes last.
-        done(result.map(|took| SwapReport { copied, took: took.max(mapping), mapping }));
+        done(result.map(|took| SwapReport { took: took.max(report.mapping), ..report }));
     }
 }
 

@@ -35,10 +35,12 @@ pub(super) fn rewrite(context: &Arc<Context>, graph: cu::CUgraph, kernels: &Kern
     // SAFETY: the table has room for as many nodes as the driver has said.
     check("cuGraphGetNodes", unsafe { cu::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &raw mut count) })?;
     let mut done = Rewritten { nodes: count, ..Rewritten::default() };
-    for node in nodes {
-        let mut kind = cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
-        // SAFETY: the node is one of the graph's.
-        check("cuGraphNodeGetType", unsafe { cu::cuGraphNodeGetType(node, &raw mut kind) })?;
+    let nodes = nodes.into_iter().map(|node| Ok((node, kind_of(node)?))).collect::<Result<Vec<_>, DeviceError>>()?;
+    let takes_memory = |kind| kind == cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEM_ALLOC;
+    if nodes.iter().any(|&(_, kind)| takes_memory(kind)) {
+        return keep_all(context, nodes, done);
+    }
+    for (node, kind) in nodes {
         let work = if kind == cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY {
             copy_of(context, node, &mut done._host)?
         } else if kind == cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET {
@@ -52,6 +54,35 @@ pub(super) fn rewrite(context: &Arc<Context>, graph: cu::CUgraph, kernels: &Kern
                 done.replaced += 1;
             }
             None => done.left += 1,
+        }
+    }
+    Ok(done)
+}
+
+fn kind_of(node: cu::CUgraphNode) -> Result<cu::CUgraphNodeType, DeviceError> {
+    let mut kind = cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
+    // SAFETY: the node is one of a graph that is alive; the driver writes its kind.
+    check("cuGraphNodeGetType", unsafe { cu::cuGraphNodeGetType(node, &raw mut kind) })?;
+    Ok(kind)
+}
+
+/// Leaves a graph as it is that takes memory itself: the driver lets no node of such a one be replaced. What it reads
+/// from host memory cannot become its own then.
+fn keep_all(
+    context: &Arc<Context>,
+    nodes: Vec<(cu::CUgraphNode, cu::CUgraphNodeType)>,
+    mut done: Rewritten,
+) -> Result<Rewritten, DeviceError> {
+    for (node, kind) in nodes {
+        if kind == cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY {
+            let mut host = Vec::new();
+            copy_of(context, node, &mut host)?;
+            if !host.is_empty() {
+                return Err(DeviceError::Invalid("the run takes memory from the driver and reads the host's"));
+            }
+            done.left += 1;
+        } else if kind == cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET {
+            done.left += 1;
         }
     }
     Ok(done)

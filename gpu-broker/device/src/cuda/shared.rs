@@ -6,6 +6,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use faaswap_protocol::Bytes;
@@ -26,7 +27,7 @@ use crate::{
 pub const SWAPS_QUEUED_MAX: usize = 4096;
 
 pub(super) enum Swap {
-    In { source: Source, groups: Arc<[Group]>, done: OnDone<SwapReport> },
+    In { source: Source, groups: Arc<[Group]>, asked: Instant, done: OnDone<SwapReport> },
     Out { done: OnDone<()> },
 }
 
@@ -44,6 +45,8 @@ pub(super) struct Range {
     pub(super) groups: u32,
     /// How many of them are queued on the link, each with its event recorded.
     pub(super) recorded: u32,
+    /// The group behind which little is left; `None` where all of it is little.
+    pub(super) late_group: Option<u32>,
     /// One per group. They stay for as long as the range does: programs wait for them.
     pub(super) events: Vec<Arc<Event>>,
     pub(super) failed: Option<DeviceError>,
@@ -98,6 +101,8 @@ pub(super) struct Shared {
     detours: OnceLock<Vec<i32>>,
     books: Mutex<Books>,
     news: Condvar,
+    /// Counts news, for those who look for them.
+    told: AtomicU64,
     work: Condvar,
     lost: AtomicBool,
 }
@@ -113,6 +118,7 @@ impl Shared {
             detours: OnceLock::new(),
             books: Mutex::default(),
             news: Condvar::new(),
+            told: AtomicU64::new(0),
             work: Condvar::new(),
             lost: AtomicBool::new(false),
         }
@@ -158,7 +164,7 @@ impl Shared {
     pub(super) fn lose(&self) {
         let _books = self.lock();
         self.lost.store(true, Ordering::SeqCst);
-        self.news.notify_all();
+        self.tell();
         self.work.notify_all();
     }
 
@@ -173,6 +179,11 @@ impl Shared {
     pub(super) fn close(&self) {
         self.lock().closing = true;
         self.work.notify_all();
+        self.tell();
+    }
+
+    fn tell(&self) {
+        self.told.fetch_add(1, Ordering::SeqCst);
         self.news.notify_all();
     }
 
@@ -212,7 +223,7 @@ impl Shared {
         let mut books = self.lock();
         let changed = change(books.ranges.get(id).expect("a range with swaps under way is not released"));
         drop(books);
-        self.news.notify_all();
+        self.tell();
         changed
     }
 
@@ -224,16 +235,28 @@ impl Shared {
         });
     }
 
-    /// Waits until something that `ready` looks for has come about. `ready` sees the range, and ends the wait.
+    /// Waits until something that `ready` looks for has come about. `ready` sees the range, and ends the wait. Looks for
+    /// so long before it sleeps: waking up takes longer than what is waited for where that is near.
     pub(super) fn wait_until<T>(
         &self,
         id: RangeId,
+        look: Duration,
         mut ready: impl FnMut(&mut Range) -> Option<Result<T, DeviceError>>,
     ) -> Result<T, DeviceError> {
+        let started = Instant::now();
         let mut books = self.books()?;
         loop {
             if let Some(outcome) = ready(books.ranges.get(id)?) {
                 return outcome;
+            }
+            if started.elapsed() < look {
+                let told = self.told.load(Ordering::SeqCst);
+                drop(books);
+                while self.told.load(Ordering::SeqCst) == told && started.elapsed() < look {
+                    std::hint::spin_loop();
+                }
+                books = self.books()?;
+                continue;
             }
             books = self.news.wait(books).unwrap_or_else(PoisonError::into_inner);
             if self.is_lost() {
@@ -243,8 +266,8 @@ impl Shared {
     }
 
     /// Waits until the copies of the groups `0..=group` are queued on the link; returns the event of the last of them.
-    pub(super) fn wait_recorded(&self, id: RangeId, group: u32) -> Result<(), DeviceError> {
-        self.wait_until(id, |range| {
+    pub(super) fn wait_recorded(&self, id: RangeId, group: u32, look: Duration) -> Result<(), DeviceError> {
+        self.wait_until(id, look, |range| {
             if range.lent || (range.recorded > group && range.state != State::Out) {
                 return Some(Ok(()));
             }

@@ -72,8 +72,10 @@ impl Link {
         let _guard = LoseAtEnd(&shared);
         while let Some(Job { range, reservation, swap }) = shared.next_job() {
             match swap {
-                Swap::In { weights, groups, done } => {
+                Swap::In { weights, groups, asked, done } => {
+                    let waited = asked.elapsed();
                     let result = self.swap_in(range, &reservation, &weights, &groups);
+                    let result = result.map(|report| SwapReport { waited, ..report });
                     drop((reservation, weights));
                     done(result);
                 }
@@ -160,7 +162,8 @@ impl Link {
             }
             self.shared.publish(range, arrived);
         }
-        Ok(SwapReport { copied: Bytes::of_len(copied), took: started.elapsed(), mapping })
+        let (waited, queueing) = (Duration::ZERO, Duration::ZERO);
+        Ok(SwapReport { copied: Bytes::of_len(copied), waited, queueing, took: started.elapsed(), mapping })
     }
 
     /// Takes chunks for the range out of the pool, and says how to lend them.

@@ -10,6 +10,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::Instant,
 };
 
 use faaswap_protocol::Bytes;
@@ -28,7 +29,7 @@ const SPINS: usize = 128;
 
 /// A swap that waits for the link.
 pub(super) enum Swap {
-    In { weights: Arc<HostWeights>, groups: Arc<[Group]>, done: OnDone<SwapReport> },
+    In { weights: Arc<HostWeights>, groups: Arc<[Group]>, asked: Instant, done: OnDone<SwapReport> },
     Out { done: OnDone<()> },
 }
 

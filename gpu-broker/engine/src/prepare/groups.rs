@@ -4,22 +4,39 @@
 use faaswap_protocol::Bytes;
 
 use crate::{
-    limits::{FIRST_GROUP_BYTES, GROUPS_MAX},
+    limits::{FIRST_GROUP_BYTES, GROUPS_COST_ONE_IN, GROUPS_MAX},
     manifest::{GroupSpan, Initializer},
 };
 
+/// As [`cut_from`], with as many groups as a link can have without losing time on them, where each costs it as much as
+/// copying `cost` bytes does.
+pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Bytes, cost: u64) -> Vec<GroupSpan> {
+    let most = match cost {
+        0 => usize::MAX,
+        cost => usize::try_from(weights_bytes / (GROUPS_COST_ONE_IN * cost)).unwrap_or(usize::MAX).max(2),
+    };
+    let mut first = FIRST_GROUP_BYTES.get();
+    loop {
+        let groups = cut_from(initializers, weights_bytes, first, largest.get().max(first));
+        if groups.len() <= most || first >= weights_bytes {
+            return groups;
+        }
+        first = first.saturating_add(first / 2);
+    }
+}
+
 /// Cuts where initializers start; groups join without gaps and end with the weights. No group but the last is below its
-/// wanted size unless the next initializer would more than double it.
-pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Bytes) -> Vec<GroupSpan> {
-    let largest = largest.get().max(weights_bytes.div_ceil(GROUPS_MAX / 2)).max(1);
-    let mut wanted = FIRST_GROUP_BYTES.get().min(largest);
+/// wanted size, the smallest at the beginning, unless the next initializer would more than double it.
+fn cut_from(initializers: &[Initializer], weights_bytes: u64, smallest: u64, largest: u64) -> Vec<GroupSpan> {
+    let largest = largest.max(weights_bytes.div_ceil(GROUPS_MAX / 2)).max(1);
+    let mut wanted = smallest.min(largest);
     let mut groups = Vec::new();
     let mut start = 0;
     for weight in initializers {
         let have = weight.offset - start;
         let with = (weight.offset + weight.len) - start;
         // What is left halves from group to group towards the end.
-        let wanted_here = wanted.min(((weights_bytes - start) / 2).max(FIRST_GROUP_BYTES.get()));
+        let wanted_here = wanted.min(((weights_bytes - start) / 2).max(smallest));
         if have >= wanted_here || (have > 0 && with > wanted_here.saturating_mul(2)) {
             groups.push(GroupSpan { offset: start, len: have });
             start = weight.offset;
@@ -55,7 +72,7 @@ mod tests {
     #[test]
     fn groups_join_grow_and_end_with_the_weights() {
         let (table, total) = weights(&[128 << 10; 400]);
-        let groups = cut(&table, total, Bytes::mib(4));
+        let groups = cut(&table, total, Bytes::mib(4), 0);
         assert_eq!(groups[0].len, FIRST_GROUP_BYTES.get());
         assert!(groups.windows(2).all(|w| w[0].offset + w[0].len == w[1].offset));
         assert_eq!(groups.iter().map(|g| g.len).sum::<u64>(), total);
@@ -65,7 +82,7 @@ mod tests {
     #[test]
     fn a_huge_initializer_does_not_delay_the_small_ones_before_it() {
         let (table, total) = weights(&[2048, 2048, 100 << 20, 2048]);
-        let groups = cut(&table, total, Bytes::mib(4));
+        let groups = cut(&table, total, Bytes::mib(4), 0);
         assert_eq!(groups.iter().map(|g| g.len).collect::<Vec<_>>(), [4096, 100 << 20, 2048]);
         assert_eq!(table.iter().map(|w| group_at(&groups, w.offset)).collect::<Vec<_>>(), [0, 0, 1, 2]);
     }
@@ -73,8 +90,20 @@ mod tests {
     #[test]
     fn no_model_has_more_than_the_most_groups() {
         let (table, total) = weights(&[1 << 20; 4000]);
-        let groups = cut(&table, total, Bytes::mib(1));
+        let groups = cut(&table, total, Bytes::mib(1), 0);
         assert!(groups.len() as u64 <= GROUPS_MAX, "{}", groups.len());
-        assert_eq!(cut(&[], 0, Bytes::mib(1)), []);
+        assert_eq!(cut(&[], 0, Bytes::mib(1), 0), []);
+    }
+
+    #[test]
+    fn groups_are_fewer_where_each_costs_time() {
+        let (table, total) = weights(&[128 << 10; 400]);
+        let (free, dear) = (cut(&table, total, Bytes::mib(4), 0), cut(&table, total, Bytes::mib(4), 192 << 10));
+        assert!(dear.len() < free.len() && dear.len() as u64 <= total / (GROUPS_COST_ONE_IN * (192 << 10)));
+        assert!(dear.windows(2).all(|w| w[0].offset + w[0].len == w[1].offset));
+        assert_eq!(dear.iter().map(|g| g.len).sum::<u64>(), total);
+        assert!(dear[0].len < dear[1].len, "the first is small still");
+        let (table, total) = weights(&[128 << 10; 30]);
+        assert_eq!(cut(&table, total, Bytes::mib(4), 192 << 10).len(), 2, "a small model has two");
     }
 }

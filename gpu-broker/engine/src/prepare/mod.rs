@@ -34,7 +34,7 @@ pub use self::{
 };
 use crate::{
     EngineError, Manifest, PlainSession, PrepareError, Prepared, Runtime, Target, await_op,
-    limits::GRAPH_FILE_BYTES_MAX,
+    limits::{GRAPH_FILE_BYTES_MAX, GROUP_COSTS_BYTES},
     manifest::{MANIFEST_FILE, MANIFEST_VERSION, MODEL_FILE},
     onnx::{GraphProto, ModelProto, OperatorSetIdProto},
 };
@@ -105,7 +105,7 @@ fn rewrite(
         concat::split_wide(graph);
     }
     let (initializers, weights_bytes) = weights::extract(graph, work, &job.out_dir, on_gpu)?;
-    let groups = groups::cut(&initializers, weights_bytes, job.group_bytes);
+    let groups = groups::cut(&initializers, weights_bytes, job.group_bytes, if on_gpu { GROUP_COSTS_BYTES } else { 0 });
     let group_of = |offset: u64, len: u64| groups::group_at(&groups, offset + len - 1);
     let group_of: HashMap<_, _> = initializers.iter().map(|w| (w.name.clone(), group_of(w.offset, w.len))).collect();
     let placed = awaits::place(graph, &group_of);
