@@ -37,7 +37,7 @@ pub const UPLOADS_MAX: usize = 4;
 /// Parts of an upload that wait to be written.
 pub const UPLOAD_PARTS_QUEUED_MAX: usize = 2;
 /// Most models that are opened (read, copied to host memory, bound) at a time.
-pub const LOADS_MAX: usize = 2;
+pub const LOADS_MAX: usize = 4;
 /// Reads of weights from disk at a time; a disk that is fast needs several to be so.
 pub const WEIGHT_READS_IN_FLIGHT: usize = 4;
 /// Most models that wait to be read from disk.

@@ -15,16 +15,18 @@ mod measure;
 mod peer;
 mod pool;
 mod probe;
+mod program;
 mod queue;
 mod rewrite;
 mod shared;
 mod source;
+mod stages;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Condvar, Mutex, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
         mpsc::sync_channel,
     },
@@ -48,8 +50,9 @@ use self::{
     source::Source,
 };
 pub use self::{
-    lane::{Constants, IO_BYTES_MAX, Program, Run, RunTimes},
+    lane::{Constants, IO_BYTES_MAX, Run},
     probe::{PROBE_WITHIN, measure_links},
+    program::{Program, RunTimes},
     shared::SWAPS_QUEUED_MAX,
 };
 use crate::{
@@ -67,6 +70,8 @@ pub const RESERVE_DEFAULT: Bytes = Bytes::mib(8 << 10);
 pub const SCRATCH_MAX_DEFAULT: Bytes = Bytes::mib(4 << 10);
 /// How long a program that is to be launched looks for its weights' copies to be queued, before it sleeps.
 const QUEUED_LOOKS_FOR: Duration = Duration::from_micros(300);
+/// How many models are bound at once where nothing else is said.
+pub const BINDING_DEFAULT: usize = 4;
 /// Bytes of weights that arrive while a thread wakes up.
 const LATE_BYTES: u64 = 8 << 20;
 /// Most constants of all models.
@@ -87,6 +92,8 @@ pub struct CudaConfig {
     pub chunk: Bytes,
     /// How many programs may run at once.
     pub lanes: usize,
+    /// How many models may be bound at once: mostly the processor's work, and each has a lane's memory.
+    pub binding: usize,
     /// Most scratch memory of one lane.
     pub scratch_max: Bytes,
     /// Other GPUs, by the driver's count, that may bring weights from this one's memory.
@@ -105,6 +112,7 @@ impl CudaConfig {
             reserve: RESERVE_DEFAULT,
             chunk: CHUNK_DEFAULT,
             lanes: 8,
+            binding: BINDING_DEFAULT,
             scratch_max: SCRATCH_MAX_DEFAULT,
             peers: Vec::new(),
             detours: Vec::new(),
@@ -124,7 +132,9 @@ pub fn count() -> Result<i32, DeviceError> {
 
 /// Memory other than the pool: arenas, by purpose.
 pub(crate) struct Memory {
+    /// Those for programs, then those for binding, then the device's own.
     lanes: Vec<Lane>,
+    binding: usize,
     kernels: Kernels,
     constants: Mutex<(Arena, HashMap<u64, Vec<u64>>)>,
     owners: AtomicU64,
@@ -149,8 +159,11 @@ pub struct CudaDevice {
     memory: Arc<Memory>,
     /// Lies behind ranges while models are bound; what is there does not matter.
     dummy: Physical,
-    /// Binding is for one at a time: it has one lane.
-    binding: Mutex<()>,
+    /// The lanes that nobody binds in now.
+    binding: Mutex<Vec<usize>>,
+    bound: Condvar,
+    /// Held by whoever captures, and shared by those who may spoil that.
+    capturing: RwLock<()>,
     ordinal: i32,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -178,16 +191,30 @@ impl CudaDevice {
         tracing::info!(name = config.name, gpu = context.model_name()?, %total, %free, weights = %capacity, "GPU");
         let info = DeviceInfo { name: config.name.clone(), capacity, chunk: config.chunk };
         let scratch = config.scratch_max.as_len().ok_or(DeviceError::Invalid("more scratch than can be"))?;
-        let lanes = (0..=config.lanes.max(1)).map(|_| Lane::new(&context, scratch)).collect::<Result<_, _>>()?;
+        let lanes = (0..config.lanes.max(1) + config.binding.max(1) + 1)
+            .map(|_| Lane::new(&context, scratch))
+            .collect::<Result<_, _>>()?;
         let constants = Mutex::new((Arena::new(&context, CONSTANTS_MAX)?, HashMap::new()));
         let kernels = Kernels::load(&context)?;
-        let memory = Arc::new(Memory { lanes, kernels, constants, owners: AtomicU64::new(0) });
+        let memory =
+            Arc::new(Memory { lanes, kernels, binding: config.binding.max(1), constants, owners: AtomicU64::new(0) });
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
         let shared = Arc::new(Shared::new(info, context, &pool));
         let threads = start_threads(&shared, pool, &others(&config.detours, ordinal))?;
         let threads = Mutex::new(threads);
-        Ok(Arc::new(Self { shared, memory, dummy, binding: Mutex::new(()), ordinal, threads }))
+        let first = config.lanes.max(1);
+        let binding = Mutex::new((first..first + config.binding.max(1)).collect());
+        Ok(Arc::new(Self {
+            shared,
+            memory,
+            dummy,
+            binding,
+            bound: Condvar::new(),
+            capturing: RwLock::new(()),
+            ordinal,
+            threads,
+        }))
     }
 
     /// The driver's number of this GPU.
@@ -215,15 +242,15 @@ impl CudaDevice {
         self.shared.lose();
     }
 
-    /// Does work that binds a model: with one chunk behind all of its range, alone on the device in this.
+    /// Does work that binds a model, in the lane that it is told: with one chunk behind all of the model's range.
     pub fn bind<T, E: From<DeviceError>>(
         &self,
         range: Option<RangeId>,
-        work: impl FnOnce() -> Result<T, E>,
+        work: impl FnOnce(usize) -> Result<T, E>,
     ) -> Result<T, E> {
-        let _alone = self.binding.lock().unwrap_or_else(PoisonError::into_inner);
+        let lane = self.binding_lane();
         self.shared.context.enter()?;
-        let Some(range) = range else { return work() };
+        let Some(range) = range else { return work(lane.number) };
         let addresses = {
             let mut books = self.shared.books()?;
             let found = books.ranges.get(range)?;
@@ -232,22 +259,47 @@ impl CudaDevice {
                 return Err(DeviceError::State { range, state, wanted }.into());
             }
             found.lent = true;
-            Arc::clone(&found.addresses)
+            let behind = std::mem::take(&mut found.behind);
+            let addresses = Arc::clone(&found.addresses);
+            drop(books);
+            if let Err(error) = self.shared.noted(addresses.unmap(0, behind)) {
+                self.shared.change(range, |range| range.lent = false);
+                return Err(error.into());
+            }
+            addresses
         };
         let chunk = self.shared.info.chunk.as_len().unwrap_or(usize::MAX);
         let lent = (0..addresses.len()).step_by(chunk).try_for_each(|at| addresses.map(at, &self.dummy, chunk));
         let lent = lent.and_then(|()| addresses.open(0, addresses.len()));
-        let result = lent.map_err(E::from).and_then(|()| work());
-        let finished = self.finish(self.binding_lane());
+        let result = lent.map_err(E::from).and_then(|()| work(lane.number));
+        let finished = self.finish(lane.number);
         let unmapped = addresses.unmap(0, addresses.len());
         self.shared.change(range, |range| range.lent = false);
         self.shared.noted(finished.and(unmapped))?;
         result
     }
 
-    /// Device memory for the purpose that the calling thread has named; that of binding where it named none.
+    /// Does work of libraries that may wait for the whole device, as when a session is made, first run, or dropped: to do so
+    /// spoils what other threads capture, so it is done while nobody does.
+    pub fn beside_captures<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _nobody = self.capturing.read().unwrap_or_else(PoisonError::into_inner);
+        work()
+    }
+
+    /// Waits for a lane to bind in.
+    fn binding_lane(&self) -> BindingLane<'_> {
+        let mut free = self.binding.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(number) = free.pop() {
+                return BindingLane { device: self, number };
+            }
+            free = self.bound.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Device memory for the purpose that the calling thread has named; the device's own scratch where it named none.
     pub fn allocate(&self, len: usize) -> Result<usize, DeviceError> {
-        let address = match arena::purpose().unwrap_or(Purpose::Scratch(self.binding_lane())) {
+        let address = match arena::purpose().unwrap_or(Purpose::Scratch(self.own_lane())) {
             Purpose::Constants(owner) => {
                 let (arena, owners) = &mut *self.memory.constants.lock().unwrap_or_else(PoisonError::into_inner);
                 let address = arena.take(len)?;
@@ -276,17 +328,17 @@ impl CudaDevice {
     /// Memory of constants and of scratch, by our count.
     pub fn arenas(&self) -> (Bytes, Bytes) {
         let constants = self.memory.constants.lock().unwrap_or_else(PoisonError::into_inner).0.mapped();
-        let scratch = self.memory.lanes.iter().map(|lane| lane.scratch().mapped()).sum();
+        let scratch = self.memory.lanes.iter().map(|lane| lane.scratch().mapped() + lane.workspace().mapped()).sum();
         (Bytes::of_len(constants), Bytes::of_len(scratch))
     }
 
-    /// Waits until all copies of the range's swap-in are queued, so that a program that waits for them may be launched.
-    pub fn wait_queued(&self, range: RangeId) -> Result<(), DeviceError> {
-        let last = self.shared.books()?.ranges.get(range)?.groups;
-        if last == 0 {
-            return Ok(());
+    /// Waits until the copies of the range's first groups, so many, are queued and have memory behind their addresses: so
+    /// that a part of a program that waits for them may be launched.
+    pub(super) fn wait_queued(&self, range: RangeId, groups: u32) -> Result<(), DeviceError> {
+        match groups.checked_sub(1) {
+            Some(last) => self.shared.wait_recorded(range, last, QUEUED_LOOKS_FOR),
+            None => Ok(()),
         }
-        self.shared.wait_recorded(range, last - 1, QUEUED_LOOKS_FOR)
     }
 
     /// A moment of the range's swap-in when little of it is left, where one is under way.
@@ -373,6 +425,19 @@ fn late_group(groups: &[Group], size: Bytes) -> Option<u32> {
     u32::try_from(group).ok().filter(|_| group + 1 < groups.len())
 }
 
+/// A lane that is bound in, until this is dropped.
+struct BindingLane<'d> {
+    device: &'d CudaDevice,
+    number: usize,
+}
+
+impl Drop for BindingLane<'_> {
+    fn drop(&mut self) {
+        self.device.binding.lock().unwrap_or_else(PoisonError::into_inner).push(self.number);
+        self.device.bound.notify_one();
+    }
+}
+
 fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), DeviceError> {
     let addresses = Addresses::reserve(context, len)?;
     addresses.map(0, memory, len)?;
@@ -400,7 +465,7 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<J
     }
     shared.has_detours(detours.iter().map(|detour| detour.ordinal).collect());
     let (copies, order, copied) = (Queue::new(context)?, Queue::new(context)?, Event::new(context)?);
-    let link = Link { shared: Arc::clone(shared), pool, copies, detours, order, copied, ends };
+    let link = Link { shared: Arc::clone(shared), pool, copies, detours, order, copied, ends, stale: VecDeque::new() };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
     Ok(vec![link, finish])

@@ -208,7 +208,7 @@ impl Bound {
         Ok(())
     }
 
-    /// Makes a program of a session on the GPU's binding lane; where that cannot be, a session that stays, in a lane.
+    /// Makes a program of a session on a binding lane of the GPU; where that cannot be, a session that stays, in a lane.
     fn make_program(
         &mut self,
         runtime: &Runtime,
@@ -219,15 +219,17 @@ impl Bound {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         let lane = program::next_lane(cuda);
         let range = self.range();
-        let signature = self.manifest.signature.clone();
+        let (signature, groups) = (self.manifest.signature.clone(), self.groups());
         let made = IoLayout::of(&signature).and_then(|io| {
             let constants = cuda.constants();
-            let made = cuda.bind(range, || {
-                let stream = cuda.stream(cuda.binding_lane())?;
-                cuda.for_constants(&constants, || self.make_session(runtime, prepared, target, Some(stream)))?;
+            let made = cuda.bind(range, |binding| {
+                let stream = cuda.stream(binding)?;
+                cuda.for_constants(&constants, || {
+                    cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
+                })?;
                 let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
                 let names = (&self.input_names[..], &self.output_names[..]);
-                program::make(device, session, &signature, names, io, lane, constants)
+                program::make(device, session, &signature, names, io, (lane, binding), &groups, constants)
             });
             made.map_err(|error: EngineError| error.to_string())
         });
@@ -237,18 +239,20 @@ impl Bound {
                 self.programs = Some(programs);
                 if self.kept.is_none() {
                     // What it has on the device goes; the addresses of the weights are in the program by now.
-                    self.session = None;
+                    cuda.beside_captures(|| self.session = None);
                     self.weights = None;
                 }
             }
             Err(why) => {
                 tracing::info!(%why, "a model runs without a program");
-                self.session = None;
+                cuda.beside_captures(|| self.session = None);
                 self.kept = Some(why);
                 self.lane = Some(lane);
                 let constants = cuda.constants();
                 let stream = cuda.stream(lane)?;
-                cuda.for_constants(&constants, || self.make_session(runtime, prepared, target, Some(stream)))?;
+                cuda.for_constants(&constants, || {
+                    cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
+                })?;
                 self.constants = Some(constants);
             }
         }
@@ -393,6 +397,16 @@ impl Bound {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let Some(device) = self.range.as_ref().map(|reserved| Arc::clone(&reserved.waiter.device)) else { return };
+        if let Some(cuda) = device.as_cuda() {
+            self.programs = None;
+            cuda.beside_captures(|| self.session = None);
+        }
     }
 }
 

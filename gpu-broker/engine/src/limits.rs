@@ -17,7 +17,13 @@ pub const FIRST_GROUP_BYTES: Bytes = Bytes::kib(256);
 /// an event, at 54 GB/s, as measured on an H100.
 pub const GROUP_COSTS_BYTES: u64 = 192 << 10;
 /// The part of a swap-in's time that groups may cost: one in so many.
-pub const GROUPS_COST_ONE_IN: u64 = 40;
+pub const GROUPS_COST_ONE_IN: u64 = 32;
+/// Groups that a model has all the same, where it has so many initializers: small models run longer than they are copied,
+/// and would wait for one large group.
+pub const GROUPS_MIN: usize = 4;
+/// About how many groups a large model has on a GPU: where more than some 48 copies are queued, the driver keeps the one
+/// who queues them waiting, as measured on an H100.
+pub const GROUPS_QUEUED: u64 = 24;
 /// Most groups of one model; larger models get larger groups.
 pub const GROUPS_MAX: u64 = 256;
 /// Largest constant that the optimizer may compute in advance: a tiny graph can ask for terabytes of them.

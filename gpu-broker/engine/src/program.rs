@@ -1,6 +1,6 @@
 //! Models as programs on a GPU: how one is made of a session, and how it runs without it.
 //!
-//! Binding makes a session on the binding lane's stream, runs it once there (libraries choose and load their kernels),
+//! Binding makes a session on a binding lane's stream, runs it once there (libraries choose and load their kernels),
 //! and captures the run for the model's lane. Whether the session may go afterwards was found out when the model was
 //! prepared.
 
@@ -14,7 +14,7 @@ use std::{
 };
 
 use faaswap_device::{
-    Device, DeviceError, RangeId,
+    Device, DeviceError, Group, RangeId,
     cuda::{Constants, CudaDevice, IO_BYTES_MAX, Program, Run, RunTimes},
 };
 use faaswap_protocol::{Bytes, Shape, Signature, TensorSpec};
@@ -134,18 +134,18 @@ impl Running<'_> {
     }
 }
 
-/// Makes a model's program of its session, inside of [`CudaDevice::bind`].
+/// Makes a model's program for a lane of its session, inside of [`CudaDevice::bind`], in the lane for that.
 pub(crate) fn make(
     device: &Arc<dyn Device>,
     session: &Session,
     signature: &Signature,
     names: (&[CString], &[CString]),
     io: IoLayout,
-    lane: usize,
+    (lane, binding): (usize, usize),
+    groups: &[Group],
     constants: Constants,
 ) -> Result<Programs, EngineError> {
     let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
-    let binding = cuda.binding_lane();
     let bind = |lane: usize| -> Result<raw::DeviceRun<'_>, EngineError> {
         let base = cuda.io_address(lane, io.end)?;
         let mut run = raw::DeviceRun::new(session)?;
@@ -163,9 +163,11 @@ pub(crate) fn make(
     };
     let warm = bind(binding)?;
     cuda.clear_io(binding, io.end)?;
-    cuda.in_lane(binding, || warm.queue())??;
-    cuda.finish(binding)?;
+    cuda.beside_captures(|| -> Result<(), EngineError> {
+        cuda.in_lane(binding, || warm.queue())??;
+        Ok(cuda.finish(binding)?)
+    })?;
     let run = bind(lane)?;
-    let program = cuda.capture(lane, || run.queue())?;
+    let program = cuda.capture(lane, binding, groups, || run.queue())?;
     Ok(Programs { program, io, _constants: constants, device: Arc::clone(device) })
 }

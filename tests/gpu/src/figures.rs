@@ -31,6 +31,8 @@ const MEMORY: Bytes = Bytes::mib(25 << 10);
 const PREPARING: usize = 4;
 /// Largest difference to a plain session's output, beside the largest value: TF32 and fp16 have 10 bits of fraction.
 const TOLERANCE: f64 = 1e-2;
+/// Between a swap-out and the next swap-in: the link does meanwhile what it does when it is idle.
+const BETWEEN: Duration = Duration::from_millis(10);
 const SWAPS: usize = 15;
 const RUNS: usize = 40;
 
@@ -106,6 +108,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         let range = asked.bound.range().ok_or("no weights")?;
         bare.push(cuda.time_plain_copy(range, &asked.weights)?.as_secs_f64() * 1e3);
         asked.swap_out()?;
+        thread::sleep(BETWEEN);
     }
     let (swap_ms, map_ms, bare_ms) = (median(&mut swaps), median(&mut mapping), median(&mut bare));
 
@@ -146,6 +149,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         let took = [report.waited, report.queueing, report.mapping, run.until_launch, run.after];
         parts.iter_mut().zip(took).for_each(|(all, one)| all.push(one));
         asked.swap_out()?;
+        thread::sleep(BETWEEN);
     }
     let both_ms = median_ms(&mut both);
     let parts = parts.map(|mut all| median_ms(&mut all));

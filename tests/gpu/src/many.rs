@@ -95,7 +95,32 @@ fn variant(prepared: &Prepared, variant: u64) -> Result<HostWeights> {
     Ok(HostWeights::from_bytes(&bytes)?)
 }
 
-/// Binds all functions; says how long that takes, and how much memory.
+/// Functions that are bound at a time: as many as a device does.
+const BINDING: usize = 4;
+
+/// Binds one function and hears what it answers.
+fn bind_one(
+    runtime: &Runtime,
+    device: &Arc<dyn Device>,
+    (name, prepared): &(String, Prepared),
+    (number, which): (usize, usize),
+) -> Result<(Function, [Duration; 2])> {
+    let making = Instant::now();
+    let weights = Arc::new(variant(prepared, which as u64)?);
+    device.prepare_weights(&weights)?;
+    let made = making.elapsed();
+    let inputs = Arc::new(model::inputs(&prepared.manifest().signature)?);
+    let begun = Instant::now();
+    let asked = Asked::with(runtime, prepared, device, weights, inputs)?;
+    let bound = begun.elapsed();
+    asked.swap_in()?;
+    let expected = asked.ask()?;
+    asked.swap_out()?;
+    Ok((Function { name: format!("{name}/{number}"), asked, expected, state: Mutex::default() }, [made, bound]))
+}
+
+/// Binds all functions, some at a time; says how long that takes, and how much memory. Those of the first kinds come
+/// first, alone: what they load is there for all others.
 fn bind_all(
     runtime: &Runtime,
     device: &Arc<dyn Device>,
@@ -103,44 +128,51 @@ fn bind_all(
     n: usize,
 ) -> Result<Vec<Function>> {
     let cuda = device.as_cuda().ok_or("no GPU")?;
-    let (mut functions, mut times) = (Vec::new(), Vec::new());
-    let (mut made, start) = (Duration::ZERO, Instant::now());
     // What models share does not count: kernels that the first of each load, and the lanes' scratch memory.
     let used = || -> Result<i64> {
         let (free, shared) = (cuda.driver_memory()?.0, cuda.arenas().1);
         Ok(-i64::try_from(free.get())? - i64::try_from(shared.get())?)
     };
-    let (mut before, mut measured_from) = (0, 0);
-    for i in 0..n {
-        let (name, prepared) = &all[i % all.len()];
-        let making = Instant::now();
-        let weights = Arc::new(variant(prepared, (i / all.len()) as u64)?);
-        device.prepare_weights(&weights)?;
-        made += making.elapsed();
-        let inputs = Arc::new(model::inputs(&prepared.manifest().signature)?);
-        let begun = Instant::now();
-        let asked = Asked::with(runtime, prepared, device, weights, inputs)?;
-        times.push(begun.elapsed());
-        asked.swap_in()?;
-        let expected = asked.ask()?;
-        asked.swap_out()?;
-        functions.push(Function { name: format!("{name}/{i}"), asked, expected, state: Mutex::default() });
-        if i + 1 == n.min(2 * all.len()) {
-            before = used()?;
-            measured_from = i + 1;
+    let (next, until) = (AtomicU64::new(0), AtomicU64::new(n.min(2 * all.len()) as u64));
+    let some = || -> Result<Vec<(usize, Function, [Duration; 2])>> {
+        let mut mine = Vec::new();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= until.load(Ordering::Relaxed) {
+                next.fetch_sub(1, Ordering::Relaxed);
+                return Ok(mine);
+            }
+            let i = usize::try_from(i)?;
+            let (function, took) = bind_one(runtime, device, &all[i % all.len()], (i, i / all.len()))?;
+            mine.push((i, function, took));
+            if (i + 1).is_multiple_of(50) {
+                println!("  {} functions bound", i + 1);
+            }
         }
-        if (i + 1) % 50 == 0 {
-            println!("  {} functions bound after {:.1} s", i + 1, (start.elapsed() - made).as_secs_f64());
-        }
-    }
-    let each = (used()? - before) as f64 / (n - measured_from).max(1) as f64 / 1e6;
+    };
+    let at_once = || -> Result<Vec<(usize, Function, [Duration; 2])>> {
+        let found: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..BINDING).map(|_| scope.spawn(some)).collect();
+            threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
+        });
+        Ok(found.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    };
+    let mut functions = at_once()?;
+    let (before, first, start) = (used()?, functions.len(), Instant::now());
+    until.store(n as u64, Ordering::Relaxed);
+    functions.extend(at_once()?);
+    let (seconds, later) = (start.elapsed().as_secs_f64(), functions.len() - first);
+    let each = (used()? - before) as f64 / later.max(1) as f64 / 1e6;
+    let mut bound: Vec<_> = functions.iter().map(|(_, _, took)| took[1]).collect();
+    let made: Duration = functions.iter().map(|(_, _, took)| took[0]).sum();
     println!(
-        "bound {n} functions in {:.1} s (median {:.1} ms), {:.1} s more for making weights; {each:.2} MB of GPU memory each",
-        (start.elapsed() - made).as_secs_f64(),
-        median_ms(&mut times),
-        made.as_secs_f64()
+        "bound {n} functions, {later} of them in {seconds:.1} s, {BINDING} at a time (median {:.1} ms each, {:.0} ms more for making \
+         weights); {each:.2} MB of GPU memory each",
+        median_ms(&mut bound),
+        made.as_secs_f64() * 1e3 / n.max(1) as f64
     );
-    Ok(functions)
+    functions.sort_by_key(|(i, ..)| *i);
+    Ok(functions.into_iter().map(|(_, function, _)| function).collect())
 }
 
 /// Brings a function that is locked by the caller, evicting others that nobody has locked, least recently used first.

@@ -205,11 +205,15 @@ pub(crate) fn found(models: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(found)
 }
 
-/// The usual device, with a chunk size of `FAASWAP_GPU_CHUNK_MIB` where that is set.
+/// The usual device, with a chunk size of `FAASWAP_GPU_CHUNK_MIB`, and so many models bound at once as
+/// `FAASWAP_GPU_BINDING` says, where these are set.
 pub(crate) fn config(ordinal: u32) -> Result<CudaConfig> {
     let mut config = CudaConfig::new(format!("cuda{ordinal}"), ordinal);
     if let Ok(mib) = std::env::var("FAASWAP_GPU_CHUNK_MIB") {
         config.chunk = Bytes::mib(mib.parse()?);
+    }
+    if let Ok(binding) = std::env::var("FAASWAP_GPU_BINDING") {
+        config.binding = binding.parse()?;
     }
     Ok(config)
 }

@@ -161,7 +161,7 @@ impl Drop for Arena {
 pub(super) enum Purpose {
     /// Kept until its owner, by this number, goes.
     Constants(u64),
-    /// Of the lane of this number; the last one is that of binding.
+    /// Of the lane of this number.
     Scratch(usize),
 }
 

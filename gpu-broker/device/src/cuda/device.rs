@@ -30,7 +30,7 @@ impl Device for CudaDevice {
     }
 
     fn fail(&self) {
-        let queue = &self.memory.lanes[self.binding_lane()].queue;
+        let queue = &self.memory.lanes[self.own_lane()].queue;
         // SAFETY: this work touches no memory.
         let queued = self.enter().and_then(|()| unsafe { self.memory.kernels.queue(Work::Trap, queue) });
         if let Err(error) = queued.and_then(|()| self.synchronize()) {
@@ -62,6 +62,8 @@ impl Device for CudaDevice {
             events: Vec::new(),
             failed: None,
             chunks: Vec::new(),
+            behind: 0,
+            stale: false,
             lent: false,
             unfinished: false,
             readers: 0,
@@ -146,6 +148,9 @@ impl Device for CudaDevice {
             if self.shared.books()?.ranges.get(range)?.lent {
                 return Ok(());
             }
+        }
+        if captured {
+            self.shared.noted(self.cut_before(group))?;
         }
         let event = self.shared.books()?.event(&self.shared.context, range, group)?;
         // SAFETY: as above.

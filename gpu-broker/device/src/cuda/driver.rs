@@ -201,9 +201,18 @@ impl Context {
     /// Sets device memory to zeros and waits for it.
     pub(super) fn zero(&self, address: u64, len: usize) -> Result<(), DeviceError> {
         self.enter()?;
+        // A stream of its own: to wait for the whole device would spoil what other threads capture.
+        let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as std::ffi::c_uint;
+        let mut stream = ptr::null_mut();
+        // SAFETY: the driver writes a handle, which is ours.
+        check("cuStreamCreate", unsafe { cu::cuStreamCreate(&raw mut stream, flags) })?;
         // SAFETY: a wrong address is an error of the driver's; ours are mapped by the callers.
-        check("cuMemsetD8", unsafe { cu::cuMemsetD8_v2(address, 0, len) })?;
-        self.synchronize()
+        let set = check("cuMemsetD8Async", unsafe { cu::cuMemsetD8Async(address, 0, len, stream) });
+        // SAFETY: the handle is alive.
+        let done = check("cuStreamSynchronize", unsafe { cu::cuStreamSynchronize(stream) });
+        // SAFETY: the handle is ours and not used any more.
+        tell("cuStreamDestroy", unsafe { cu::cuStreamDestroy_v2(stream) });
+        set.and(done)
     }
 
     /// Waits for everything that the context was given to do.

@@ -5,10 +5,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -18,7 +15,8 @@ use super::{
     arena::{self, Arena, Purpose, with_purpose},
     driver::{Context, Pinned},
     kernels::Work,
-    queue::{Event, Graph, Queue},
+    program::{Program, RunTimes},
+    queue::{Event, Queue},
 };
 use crate::{Device, DeviceError, RangeId, Stream};
 
@@ -26,8 +24,6 @@ use crate::{Device, DeviceError, RangeId, Stream};
 pub const IO_BYTES_MAX: usize = 1 << 30;
 /// How long a run looks for its end once that is near.
 const TAIL_LOOKS_FOR: Duration = Duration::from_micros(300);
-/// What is usual moves by this part of the difference where a run took longer.
-const USUAL_FOLLOWS: u64 = 8;
 /// How much earlier than needed a sleeper is woken: what timers are late by.
 const WAKES_WITHIN: Duration = Duration::from_micros(150);
 /// What a lane's pinned memory grows by.
@@ -71,70 +67,12 @@ impl Lane {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn workspace(&self) -> MutexGuard<'_, Arena> {
+    pub(super) fn workspace(&self) -> MutexGuard<'_, Arena> {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn io(&self) -> MutexGuard<'_, Io> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A model's run, captured: what to launch, where its inputs and outputs lie.
-pub struct Program {
-    graph: Graph,
-    lane: usize,
-    /// How long it takes at least, from its launch and with the weights there, in microseconds; 0 before the first run.
-    usual_us: AtomicU64,
-    last: Mutex<RunTimes>,
-}
-
-/// Where the time of a run went.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RunTimes {
-    /// Until the program was launched: inputs are queued, and the weights' copies are queued and mapped.
-    pub until_launch: Duration,
-    /// From there to the last output.
-    pub after: Duration,
-}
-
-impl Program {
-    /// Notes how long a run took. What is usual follows shorter runs at once and longer ones slowly: who sleeps too long
-    /// is late, who wakes too early looks a moment longer.
-    fn took(&self, times: RunTimes, resident: bool) {
-        if resident {
-            let took = u64::try_from(times.after.as_micros()).unwrap_or(u64::MAX);
-            let usual = self.usual_us.load(Ordering::Relaxed);
-            let next = if usual == 0 { took } else { took.min(usual + (took.saturating_sub(usual)) / USUAL_FOLLOWS) };
-            self.usual_us.store(next, Ordering::Relaxed);
-        }
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = times;
-    }
-
-    /// Where the time of the last run went.
-    pub fn last(&self) -> RunTimes {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// In which lane it runs.
-    pub fn lane(&self) -> usize {
-        self.lane
-    }
-
-    /// Copies and fills in it that are kernels of ours, and others that are not.
-    pub fn replaced(&self) -> (usize, usize) {
-        (self.graph.rewritten.replaced, self.graph.rewritten.left)
-    }
-
-    /// Of how many kernels, copies and waits it is made.
-    pub fn nodes(&self) -> usize {
-        self.graph.rewritten.nodes
-    }
-}
-
-impl fmt::Debug for Program {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Program").field("lane", &self.lane).field("nodes", &self.graph.rewritten.nodes).finish()
     }
 }
 
@@ -157,17 +95,17 @@ impl fmt::Debug for Constants {
 }
 
 impl CudaDevice {
-    /// How many lanes there are for programs.
+    /// How many lanes there are for programs. Behind them are those for binding, and the device's own.
     pub fn lanes(&self) -> usize {
+        self.memory.lanes.len() - self.memory.binding - 1
+    }
+
+    /// The lane for whatever is neither a program's nor a binding's.
+    pub(super) fn own_lane(&self) -> usize {
         self.memory.lanes.len() - 1
     }
 
-    /// The lane that binding uses for runs of its own.
-    pub fn binding_lane(&self) -> usize {
-        self.memory.lanes.len() - 1
-    }
-
-    fn lane(&self, lane: usize) -> Result<&Lane, DeviceError> {
+    pub(super) fn lane(&self, lane: usize) -> Result<&Lane, DeviceError> {
         self.memory.lanes.get(lane).ok_or(DeviceError::Invalid("there is no such lane"))
     }
 
@@ -228,36 +166,9 @@ impl CudaDevice {
         self.shared.noted(self.shared.context.zero(base, len.max(1)))
     }
 
-    /// Makes a program of what `work` queues on the binding lane's stream, for `lane`: its scratch is that lane's.
-    ///
-    /// Fails where `work` keeps scratch for itself: the next program in the lane would overwrite it.
-    pub fn capture<E: From<DeviceError>>(
-        &self,
-        lane: usize,
-        work: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Program, E> {
-        let binding = &self.memory.lanes[self.binding_lane()];
-        let target = self.lane(lane)?;
-        self.shared.context.enter()?;
-        let peak = binding.scratch().peak();
-        // Two arenas of the same history need the same; what another history adds is grown into during the capture.
-        target.scratch().grow(peak)?;
-        target.workspace().grow(binding.workspace().mapped())?;
-        let before = target.scratch().live();
-        binding.queue.begin_capture()?;
-        let worked = with_purpose(Purpose::Scratch(lane), work);
-        let graph = binding.queue.end_capture(&self.memory.kernels);
-        worked?;
-        let graph = self.shared.noted(graph)?;
-        if target.scratch().live() != before {
-            return Err(DeviceError::Invalid("the run keeps scratch memory for itself").into());
-        }
-        Ok(Program { graph, lane, usual_us: AtomicU64::new(0), last: Mutex::default() })
-    }
-
     /// Begins a run of a program: waits until its lane is free.
     pub fn begin<'d>(&'d self, program: &'d Program) -> Result<Run<'d>, DeviceError> {
-        let lane = self.lane(program.lane)?;
+        let lane = self.lane(program.lane())?;
         let io = lane.io();
         self.shared.context.enter()?;
         Ok(Run { device: self, program, lane, io })
@@ -295,8 +206,8 @@ impl Run<'_> {
         Ok(unsafe { std::slice::from_raw_parts_mut(at, len) })
     }
 
-    /// Copies inputs to the device, runs the program as soon as the weights' copies are queued, copies outputs back,
-    /// and sleeps until they are there. `weights` names the range that they are in, and a group that must be there before
+    /// Copies inputs to the device, launches the program's parts as soon as their weights' copies are queued, copies
+    /// outputs back, and sleeps until they are there. `weights` names the range that they are in, and a group that must be there before
     /// the program begins, if there is one. Inputs and outputs are stretches: offset and length.
     pub fn go(
         &mut self,
@@ -305,6 +216,9 @@ impl Run<'_> {
         outputs: (usize, usize),
     ) -> Result<(), DeviceError> {
         let started = Instant::now();
+        // The weights may not go while this runs.
+        let _reading = weights.map(|(range, _)| self.device.shared.read(range)).transpose();
+        let _reading = self.device.shared.noted(_reading)?;
         let swapping = weights.map_or(Ok(None), |(range, _)| self.device.late_copy(range));
         let swapping = self.device.shared.noted(swapping)?;
         let went = self.queue_all(weights, inputs, outputs);
@@ -321,8 +235,7 @@ impl Run<'_> {
         if let Some(late) = swapping {
             late.wait()?;
         }
-        let usual = Duration::from_micros(self.program.usual_us.load(Ordering::Relaxed));
-        thread::sleep(usual.saturating_sub(launched.elapsed()).saturating_sub(WAKES_WITHIN));
+        thread::sleep(self.program.usual().saturating_sub(launched.elapsed()).saturating_sub(WAKES_WITHIN));
         if !self.lane.done.look(TAIL_LOOKS_FOR)? {
             self.lane.done.wait()?;
         }
@@ -332,7 +245,9 @@ impl Run<'_> {
     /// Runs the program without inputs and outputs and looks for its end: for measurements.
     pub fn time_alone(&mut self) -> Result<Duration, DeviceError> {
         let started = Instant::now();
-        self.program.graph.launch(&self.lane.queue)?;
+        for part in self.program.parts() {
+            part.graph.launch(&self.lane.queue)?;
+        }
         self.lane.queue.record(&self.lane.done)?;
         while !self.lane.done.look(TAIL_LOOKS_FOR)? {}
         Ok(started.elapsed())
@@ -352,13 +267,15 @@ impl Run<'_> {
             // stretches are padded to 256 bytes.
             unsafe { self.device.memory.kernels.queue(Work::Copy { to, from, len }, &self.lane.queue) }?;
         }
-        if let Some((range, first)) = weights {
-            self.device.wait_queued(range)?;
-            if let Some(first) = first {
-                self.device.await_group(range, first, Stream(self.lane.queue.handle()))?;
-            }
+        if let Some((range, Some(first))) = weights {
+            self.device.await_group(range, first, Stream(self.lane.queue.handle()))?;
         }
-        self.program.graph.launch(&self.lane.queue)?;
+        for part in self.program.parts() {
+            if let Some((range, _)) = weights {
+                self.device.wait_queued(range, part.groups)?;
+            }
+            part.graph.launch(&self.lane.queue)?;
+        }
         let (to, from) = (self.stretch(outputs.0, outputs.1)?, self.lane.io_base + outputs.0 as u64);
         match outputs.1 {
             0 => Ok(()),

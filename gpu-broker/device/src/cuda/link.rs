@@ -1,12 +1,13 @@
 //! The threads that do a CUDA device's swaps: one maps memory and queues copies, in the order of asking, the other
 //! waits for the copies' ends. Copies go to the pool's own addresses, so the bus never waits for a mapping: that is done
-//! while they run, before programs may be launched.
+//! while they run, stage after stage (`stages.rs`), before the parts of programs that need it are launched.
 //!
-//! To launch them before, with groups that wait on the device until the host has mapped their chunks, was tried on an H100:
+//! To launch all of a program before, with groups that wait on the device until the host has mapped their chunks, was tried on an H100:
 //! conformance and models of up to 100 MB passed, BERT-large hung. A launch of many kernels seems to keep the driver
 //! from mapping until the device has taken them, and the device waits for the mapping.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::Ordering,
@@ -21,8 +22,9 @@ use super::{
     detour::Detour,
     pool::Pool,
     queue::{Event, Queue},
-    shared::{Job, Range, Shared, Swap},
+    shared::{Job, Next, Range, Shared, Swap},
     source::Source,
+    stages::stages,
 };
 use crate::{DeviceError, Group, OnDone, RangeId, SwapReport, range::Step};
 
@@ -46,6 +48,16 @@ struct Timed {
     end: Event,
 }
 
+/// How much of a swap-in is queued.
+#[derive(Default)]
+struct Queued {
+    groups: usize,
+    /// The event of the last group.
+    last: Option<Arc<Event>>,
+    /// Bytes that were sent over each way.
+    sent: [u64; 2],
+}
+
 pub(super) struct Link {
     pub(super) shared: Arc<Shared>,
     pub(super) pool: Pool,
@@ -58,6 +70,8 @@ pub(super) struct Link {
     /// The last copy on either way.
     pub(super) copied: Event,
     pub(super) ends: SyncSender<Copying>,
+    /// Ranges that are out and have still memory behind them; each once.
+    pub(super) stale: VecDeque<RangeId>,
 }
 
 /// Tells all who wait when the thread ends, even by a panic.
@@ -80,7 +94,15 @@ impl Link {
     pub(super) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
         let _guard = LoseAtEnd(&shared);
-        while let Some(Job { range, swap }) = shared.next_job() {
+        loop {
+            let Job { range, swap } = match shared.next_job(!self.stale.is_empty()) {
+                Next::Job(job) => job,
+                Next::Nothing => {
+                    self.tidy();
+                    continue;
+                }
+                Next::End => break,
+            };
             match swap {
                 Swap::In { source, groups, asked, done } => {
                     self.swap_in(range, source, &groups, asked.elapsed(), done);
@@ -132,20 +154,22 @@ impl Link {
             }
             Err(DeviceError::Lost) => done(Err(DeviceError::Lost)),
             Err(failed) => {
+                self.shared.change(range, |range| (range.recorded, range.failed) = (0, Some(failed.clone())));
                 let undone = self.undo(range);
                 if self.shared.noted(undone).is_err() {
                     self.shared.lose();
                     return done(Err(DeviceError::Lost));
                 }
-                self.shared.change(range, |range| range.failed = Some(failed.clone()));
                 self.shared.step(range, Step::Fail);
                 done(Err(failed));
             }
         }
     }
 
-    /// Takes back a swap-in that could not be queued as a whole; nobody was told to use it.
+    /// Takes back a swap-in that could not be queued as a whole. Programs that began on the part that was there have read
+    /// of the failure, and end.
     fn undo(&mut self, range: RangeId) -> Result<(), DeviceError> {
+        self.shared.wait_until(range, Duration::ZERO, |range| (range.readers == 0).then_some(Ok(())))?;
         // Copies may be under way into chunks that go back to the pool.
         self.settle()?;
         self.empty(range)
@@ -160,7 +184,8 @@ impl Link {
         Ok(())
     }
 
-    /// Queues the copies, then puts the chunks behind the range while they run. Returns the last copy's event.
+    /// Queues the copies and puts the chunks behind the range while they run, stage after stage. Returns the last copy's
+    /// event.
     fn fill(
         &mut self,
         range: RangeId,
@@ -168,54 +193,62 @@ impl Link {
         groups: &[Group],
         report: &mut SwapReport,
     ) -> Result<(Timed, Option<Arc<Event>>), DeviceError> {
-        let begun = Instant::now();
-        let chunks = self.take_chunks(range, size)?;
-        let queued = self.queue_groups(range, source, groups, &chunks)?;
-        report.queueing = begun.elapsed();
-        self.map(range, &chunks)?;
-        report.mapping = begun.elapsed() - report.queueing;
-        let all = u32::try_from(groups.len()).expect("there are at most GROUPS_MAX groups");
-        self.shared.change(range, |range| range.recorded = all);
-        Ok(queued)
-    }
-
-    /// Queues the copies of all groups, each with its event behind it.
-    fn queue_groups(
-        &mut self,
-        range: RangeId,
-        source: &Source,
-        groups: &[Group],
-        chunks: &[usize],
-    ) -> Result<(Timed, Option<Arc<Event>>), DeviceError> {
         let context = Arc::clone(&self.shared.context);
         let timed = Timed { start: Event::timed(&context)?, end: Event::timed(&context)? };
+        let chunks = self.take_chunks(range, size)?;
         self.copies.record(&timed.start)?;
         // The detour may not begin before either: its time counts too, and the chunks may still be in use.
         if let Source::Both(_, number) = source {
             self.detours[*number].gather.wait(&timed.start)?;
         }
-        let mut last = None;
-        // Bytes that were sent over each way.
-        let mut sent = [0_u64; 2];
-        for (group, number) in groups.iter().zip(0_u32..) {
-            self.wait_filled(source, group)?;
-            let event = self.shared.books()?.event(&context, range, number)?;
-            let detour = match source {
-                Source::Both(_, detour) if sent[1] < sent[0] => Some(*detour),
-                Source::Both(..) | Source::Host(_) | Source::Peer(_) => None,
-            };
-            sent[usize::from(detour.is_some())] += group.len;
-            for (from, to, len) in pieces(group, chunks, self.pool.chunk) {
-                self.queue_piece(source, detour, from, self.pool.address(to), len)?;
+        let mut queued = Queued::default();
+        let mut mapped = 0;
+        for stage in stages(groups, self.shared.info.chunk) {
+            let begun = Instant::now();
+            for group in &groups[queued.groups..stage.groups] {
+                self.queue_group(range, source, group, &chunks, &mut queued)?;
             }
-            self.record(source, detour, &event)?;
-            last = Some(event);
+            if let (Source::Both(..), Some(last), true) = (source, &queued.last, stage.groups == groups.len()) {
+                self.copies.wait(last)?;
+            }
+            if stage.groups == groups.len() {
+                self.copies.record(&timed.end)?;
+            }
+            report.queueing += begun.elapsed();
+            let begun = Instant::now();
+            self.map(range, &chunks, mapped..stage.chunks)?;
+            report.mapping += begun.elapsed();
+            mapped = stage.chunks;
+            let there = u32::try_from(stage.groups).expect("there are at most GROUPS_MAX groups");
+            self.shared.change(range, |range| range.recorded = there);
         }
-        if let (Source::Both(..), Some(last)) = (source, &last) {
-            self.copies.wait(last)?;
+        Ok((timed, queued.last))
+    }
+
+    /// Queues the copy of a group with its event behind it.
+    fn queue_group(
+        &mut self,
+        range: RangeId,
+        source: &Source,
+        group: &Group,
+        chunks: &[usize],
+        queued: &mut Queued,
+    ) -> Result<(), DeviceError> {
+        self.wait_filled(source, group)?;
+        let number = u32::try_from(queued.groups).expect("there are at most GROUPS_MAX groups");
+        let event = self.shared.books()?.event(&self.shared.context, range, number)?;
+        let detour = match source {
+            Source::Both(_, detour) if queued.sent[1] < queued.sent[0] => Some(*detour),
+            Source::Both(..) | Source::Host(_) | Source::Peer(_) => None,
+        };
+        queued.sent[usize::from(detour.is_some())] += group.len;
+        for (from, to, len) in pieces(group, chunks, self.pool.chunk) {
+            self.queue_piece(source, detour, from, self.pool.address(to), len)?;
         }
-        self.copies.record(&timed.end)?;
-        Ok((timed, last))
+        self.record(source, detour, &event)?;
+        queued.groups += 1;
+        queued.last = Some(event);
+        Ok(())
     }
 
     /// Records a group's event: once its copy, and those of all groups before it, are done.
@@ -271,40 +304,73 @@ impl Link {
         Ok(chunks)
     }
 
-    fn map(&self, range: RangeId, chunks: &[usize]) -> Result<(), DeviceError> {
-        if chunks.is_empty() {
+    /// Puts some of a range's chunks behind it, where what was there before has gone.
+    fn map(&self, range: RangeId, chunks: &[usize], these: std::ops::Range<usize>) -> Result<(), DeviceError> {
+        let size = self.pool.chunk;
+        let (addresses, behind) = self.shared.change(range, |range| (Arc::clone(&range.addresses), range.behind));
+        // A range that comes back before the link was idle has still what was there.
+        if behind > these.start * size {
+            self.uncover(range, these.start * size)?;
+        }
+        if these.is_empty() {
             return Ok(());
         }
-        let addresses = self.shared.change(range, |range| Arc::clone(&range.addresses));
-        let size = self.pool.chunk;
-        for (place, &chunk) in chunks.iter().enumerate() {
-            addresses.map(place * size, self.pool.memory(chunk), size)?;
+        for place in these.clone() {
+            addresses.map(place * size, self.pool.memory(chunks[place]), size)?;
+            self.shared.change(range, |range| range.behind = (place + 1) * size);
         }
-        addresses.open(0, chunks.len() * size)
+        addresses.open(these.start * size, these.len() * size)
     }
 
-    /// Takes what is behind a range. Its copies have ended, or never began.
+    /// Gives the chunks of a range back. Its copies have ended, or never began. The memory stays behind the range until
+    /// there is nothing else to do, or until it is needed: nobody runs what is swapped out, and the chunks' next owner sees
+    /// them behind addresses of its own.
     fn empty(&mut self, range: RangeId) -> Result<(), DeviceError> {
-        let (chunks, addresses) = self.shared.change(range, |range| {
+        let (chunks, newly) = self.shared.change(range, |range| {
             range.recorded = 0;
-            (std::mem::take(&mut range.chunks), Arc::clone(&range.addresses))
+            let newly = range.behind > 0 && !range.stale;
+            range.stale |= newly;
+            (std::mem::take(&mut range.chunks), newly)
         });
-        if chunks.is_empty() {
-            return Ok(());
+        if newly {
+            self.stale.push_back(range);
         }
-        let size = self.pool.chunk;
-        let len = chunks.len() * size;
-        // What failed halfway has copies under way, and addresses with nothing behind them; both are rare enough to be
-        // cleared one by one.
-        if let Err(error) = addresses.unmap(0, len) {
-            tracing::warn!(%error, "unmapping a range part by part");
-            for at in (0..len).step_by(size) {
-                let _ = addresses.unmap(at, size);
-            }
-        }
-        self.shared.mapped.fetch_sub(Bytes::of_len(len).get(), Ordering::SeqCst);
+        self.shared.mapped.fetch_sub(Bytes::of_len(chunks.len() * self.pool.chunk).get(), Ordering::SeqCst);
         self.pool.give(chunks);
         Ok(())
+    }
+
+    /// Takes away what is behind a range from this byte on.
+    fn uncover(&self, range: RangeId, from: usize) -> Result<(), DeviceError> {
+        let (addresses, behind) = self
+            .shared
+            .change(range, |range| (Arc::clone(&range.addresses), std::mem::replace(&mut range.behind, from)));
+        addresses.unmap(from, behind.saturating_sub(from))
+    }
+
+    /// Takes away one chunk of what is behind a range that is out, so that a swap which comes meanwhile waits for no more
+    /// than that. The range may have been released, or swapped in again.
+    fn tidy(&mut self) {
+        let Some(&id) = self.stale.front() else { return };
+        let chunk = self.pool.chunk;
+        let found = self.shared.lock().ranges.get(id).ok().and_then(|range| {
+            let from = range.behind.saturating_sub(chunk);
+            let len = range.behind - from;
+            if !range.chunks.is_empty() || range.lent || len == 0 {
+                range.stale = false;
+                return None;
+            }
+            range.behind = from;
+            Some((Arc::clone(&range.addresses), from, len))
+        });
+        let Some((addresses, from, len)) = found else {
+            self.stale.pop_front();
+            return;
+        };
+        let unmapped = self.shared.context.enter().and_then(|()| addresses.unmap(from, len));
+        if let Err(error) = self.shared.noted(unmapped) {
+            tracing::error!(%error, "memory behind a range that is out cannot be taken away");
+        }
     }
 }
 

@@ -30,7 +30,7 @@ impl CudaDevice {
         };
         let timed = (|| {
             self.shared.context.synchronize()?;
-            let queue = &self.memory.lanes[self.binding_lane()].queue;
+            let queue = &self.memory.lanes[self.own_lane()].queue;
             let started = Instant::now();
             // SAFETY: the weights are mapped and the range is, which has a reader; both outlive the wait below.
             unsafe { queue.copy_in(base, weights.as_ptr(), weights.len()) }?;

@@ -26,6 +26,9 @@ use crate::{
 /// Most swaps that can wait for the link.
 pub const SWAPS_QUEUED_MAX: usize = 4096;
 
+/// How long the link must have been idle before it does what can wait.
+const IDLE_AFTER: Duration = Duration::from_millis(1);
+
 pub(super) enum Swap {
     In { source: Source, groups: Arc<[Group]>, asked: Instant, done: OnDone<SwapReport> },
     Out { done: OnDone<()> },
@@ -34,6 +37,15 @@ pub(super) enum Swap {
 pub(super) struct Job {
     pub(super) range: RangeId,
     pub(super) swap: Swap,
+}
+
+/// What the link does next.
+pub(super) enum Next {
+    Job(Job),
+    /// Whatever else there is to do.
+    Nothing,
+    /// The device goes or is lost.
+    End,
 }
 
 /// A reserved range.
@@ -50,8 +62,13 @@ pub(super) struct Range {
     /// One per group. They stay for as long as the range does: programs wait for them.
     pub(super) events: Vec<Arc<Event>>,
     pub(super) failed: Option<DeviceError>,
-    /// Behind the range now.
+    /// The chunks that are its own now.
     pub(super) chunks: Vec<usize>,
+    /// Bytes from its start that have memory behind them. Where the range is out that memory is not its own any more: it is
+    /// taken away when the link has nothing else to do.
+    pub(super) behind: usize,
+    /// Whether the link means to take that memory away.
+    pub(super) stale: bool,
     /// Whether one chunk lies behind all of it, for a model to be bound.
     pub(super) lent: bool,
     /// Whether the finishing thread has still to look at it.
@@ -61,10 +78,8 @@ pub(super) struct Range {
 
 impl Drop for Range {
     fn drop(&mut self) {
-        // Only a device that goes, or is lost, has ranges with something behind them.
-        let len = if self.lent || self.chunks.is_empty() { 0 } else { self.addresses.len() };
-        if let Err(error) = self.addresses.unmap(0, len) {
-            tracing::debug!(%error, "a range of a device that goes cannot be unmapped");
+        if let Err(error) = self.addresses.unmap(0, self.behind) {
+            tracing::debug!(%error, "a range that goes cannot be unmapped");
         }
     }
 }
@@ -201,18 +216,26 @@ impl Shared {
         self.lock().queue.pop_front()
     }
 
-    /// The next swap, when there is one; `None` when the device goes or is lost.
-    pub(super) fn next_job(&self) -> Option<Job> {
+    /// The next swap, when there is one; where there is none, nothing if the link has `other` work.
+    pub(super) fn next_job(&self, other: bool) -> Next {
         let mut books = self.lock();
         loop {
             if self.is_lost() {
-                return None;
+                return Next::End;
             }
             if let Some(job) = books.queue.pop_front() {
-                return Some(job);
+                return Next::Job(job);
             }
             if books.closing {
-                return None;
+                return Next::End;
+            }
+            if other {
+                let (woken, slept) = self.work.wait_timeout(books, IDLE_AFTER).unwrap_or_else(PoisonError::into_inner);
+                books = woken;
+                if slept.timed_out() && books.queue.is_empty() {
+                    return Next::Nothing;
+                }
+                continue;
             }
             books = self.work.wait(books).unwrap_or_else(PoisonError::into_inner);
         }
@@ -225,6 +248,12 @@ impl Shared {
         drop(books);
         self.tell();
         changed
+    }
+
+    /// Counts the caller as a reader of a range until what this returns is dropped.
+    pub(super) fn read(&self, id: RangeId) -> Result<Reading<'_>, DeviceError> {
+        self.books()?.ranges.get(id)?.readers += 1;
+        Ok(Reading { shared: self, range: id })
     }
 
     /// Takes a step of the link.
@@ -286,5 +315,17 @@ impl Shared {
                 State::Queued | State::Copying | State::Resident | State::Leaving => None,
             }
         })
+    }
+}
+
+/// A reader of a range, whose memory stays for so long.
+pub(super) struct Reading<'s> {
+    shared: &'s Shared,
+    range: RangeId,
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.shared.change(self.range, |range| range.readers -= 1);
     }
 }

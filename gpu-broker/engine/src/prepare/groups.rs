@@ -4,7 +4,7 @@
 use faaswap_protocol::Bytes;
 
 use crate::{
-    limits::{FIRST_GROUP_BYTES, GROUPS_COST_ONE_IN, GROUPS_MAX},
+    limits::{FIRST_GROUP_BYTES, GROUPS_COST_ONE_IN, GROUPS_MAX, GROUPS_MIN, GROUPS_QUEUED},
     manifest::{GroupSpan, Initializer},
 };
 
@@ -13,7 +13,11 @@ use crate::{
 pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Bytes, cost: u64) -> Vec<GroupSpan> {
     let most = match cost {
         0 => usize::MAX,
-        cost => usize::try_from(weights_bytes / (GROUPS_COST_ONE_IN * cost)).unwrap_or(usize::MAX).max(2),
+        cost => usize::try_from(weights_bytes / (GROUPS_COST_ONE_IN * cost)).unwrap_or(usize::MAX).max(GROUPS_MIN),
+    };
+    let largest = match cost {
+        0 => largest,
+        _ => largest.max(Bytes::new(weights_bytes / GROUPS_QUEUED)),
     };
     let mut first = FIRST_GROUP_BYTES.get();
     loop {
@@ -104,6 +108,6 @@ mod tests {
         assert_eq!(dear.iter().map(|g| g.len).sum::<u64>(), total);
         assert!(dear[0].len < dear[1].len, "the first is small still");
         let (table, total) = weights(&[128 << 10; 30]);
-        assert_eq!(cut(&table, total, Bytes::mib(4), 192 << 10).len(), 2, "a small model has two");
+        assert_eq!(cut(&table, total, Bytes::mib(4), 192 << 10).len(), GROUPS_MIN, "a small model");
     }
 }

@@ -1,0 +1,176 @@
+//! Programs: a model's run, captured into graphs, one for each stage of a swap-in that it waits for (`stages.rs`), so that
+//! the first is launched before all weights have memory behind their addresses.
+
+use std::{
+    cell::RefCell,
+    fmt,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{
+    CudaDevice,
+    arena::{Purpose, with_purpose},
+    queue::Graph,
+    rewrite::Rewritten,
+    stages::stages,
+};
+use crate::{Device, DeviceError, Group};
+
+/// What is usual moves by this part of the difference where a run took longer.
+const USUAL_FOLLOWS: u64 = 8;
+
+/// A model's run, captured: what to launch, where its inputs and outputs lie.
+pub struct Program {
+    parts: Vec<Part>,
+    lane: usize,
+    /// How long it takes at least, from its launch and with the weights there, in microseconds; 0 before the first run.
+    usual_us: AtomicU64,
+    last: Mutex<RunTimes>,
+}
+
+/// A part of a program: what is launched once so many groups of the weights are queued.
+pub(super) struct Part {
+    pub(super) graph: Graph,
+    pub(super) groups: u32,
+}
+
+/// Where the time of a run went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunTimes {
+    /// Until the program was launched: inputs are queued, and the weights' copies are queued and mapped.
+    pub until_launch: Duration,
+    /// From there to the last output.
+    pub after: Duration,
+}
+
+impl Program {
+    /// Notes how long a run took. What is usual follows shorter runs at once and longer ones slowly: who sleeps too long
+    /// is late, who wakes too early looks a moment longer.
+    pub(super) fn took(&self, times: RunTimes, resident: bool) {
+        if resident {
+            let took = u64::try_from(times.after.as_micros()).unwrap_or(u64::MAX);
+            let usual = self.usual_us.load(Ordering::Relaxed);
+            let next = if usual == 0 { took } else { took.min(usual + (took.saturating_sub(usual)) / USUAL_FOLLOWS) };
+            self.usual_us.store(next, Ordering::Relaxed);
+        }
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = times;
+    }
+
+    /// Where the time of the last run went.
+    pub fn last(&self) -> RunTimes {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long it takes at least.
+    pub(super) fn usual(&self) -> Duration {
+        Duration::from_micros(self.usual_us.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// In which lane it runs.
+    pub fn lane(&self) -> usize {
+        self.lane
+    }
+
+    /// Copies and fills in it that are kernels of ours, and others that are not.
+    pub fn replaced(&self) -> (usize, usize) {
+        let sum = |of: fn(&Rewritten) -> usize| self.parts.iter().map(|part| of(&part.graph.rewritten)).sum();
+        (sum(|part| part.replaced), sum(|part| part.left))
+    }
+
+    /// Of how many kernels, copies and waits it is made.
+    pub fn nodes(&self) -> usize {
+        self.parts.iter().map(|part| part.graph.rewritten.nodes).sum()
+    }
+}
+
+impl fmt::Debug for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Program").field("lane", &self.lane).field("nodes", &self.nodes()).finish()
+    }
+}
+
+/// A capture under way on the calling thread.
+struct Capture {
+    /// The lane whose stream is captured.
+    lane: usize,
+    /// How many groups each stage of a swap-in makes usable; the last one has all.
+    stages: Vec<u32>,
+    /// The stage that the part under way needs.
+    stage: usize,
+    done: Vec<Part>,
+}
+
+thread_local! {
+    static CAPTURE: RefCell<Option<Capture>> = const { RefCell::new(None) };
+}
+
+impl CudaDevice {
+    /// Makes a program of what `work` queues on the binding lane's stream, for `lane`: its scratch is that lane's. It is cut
+    /// where it waits for a later stage of these groups.
+    ///
+    /// Fails where `work` keeps scratch for itself: the next program in the lane would overwrite it.
+    pub fn capture<E: From<DeviceError>>(
+        &self,
+        lane: usize,
+        binding: usize,
+        groups: &[Group],
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Program, E> {
+        let (binding_lane, target) = (self.lane(binding)?, self.lane(lane)?);
+        self.shared.context.enter()?;
+        let _alone = self.capturing.write().unwrap_or_else(PoisonError::into_inner);
+        let peak = binding_lane.scratch().peak();
+        // Two arenas of the same history need the same; what another history adds is grown into during the capture.
+        target.scratch().grow(peak)?;
+        target.workspace().grow(binding_lane.workspace().mapped())?;
+        let before = target.scratch().live();
+        let stages = stages(groups, self.info().chunk);
+        let stages = stages.iter().map(|stage| u32::try_from(stage.groups).unwrap_or(u32::MAX)).collect();
+        CAPTURE.set(Some(Capture { lane: binding, stages, stage: 0, done: Vec::new() }));
+        let begun = binding_lane.queue.begin_capture();
+        let worked = begun.map_err(E::from).and_then(|()| with_purpose(Purpose::Scratch(lane), work));
+        let capture = CAPTURE.take();
+        let parts = capture.map_or(Ok(Vec::new()), |capture| self.end_part(capture).map(|capture| capture.done));
+        worked?;
+        let parts = self.shared.noted(parts)?;
+        if target.scratch().live() != before {
+            return Err(DeviceError::Invalid("the run keeps scratch memory for itself").into());
+        }
+        Ok(Program { parts, lane, usual_us: AtomicU64::new(0), last: Mutex::default() })
+    }
+
+    /// Ends the part that is captured. One of nothing is left out.
+    fn end_part(&self, mut capture: Capture) -> Result<Capture, DeviceError> {
+        let graph = self.lane(capture.lane)?.queue.end_capture(&self.memory.kernels)?;
+        if graph.rewritten.nodes > 0 {
+            let groups = capture.stages.get(capture.stage).copied().unwrap_or(0);
+            capture.done.push(Part { graph, groups });
+        }
+        Ok(capture)
+    }
+
+    /// What is captured next on this thread waits for this group: a new part begins where it is of a later stage.
+    pub(super) fn cut_before(&self, group: u32) -> Result<(), DeviceError> {
+        let Some(capture) = CAPTURE.take() else { return Ok(()) };
+        let stage =
+            capture.stages.partition_point(|&groups| groups <= group).min(capture.stages.len().saturating_sub(1));
+        let capture = if stage > capture.stage {
+            let lane = capture.lane;
+            let ended = self.end_part(capture)?;
+            self.lane(lane)?.queue.begin_capture()?;
+            Capture { stage, ..ended }
+        } else {
+            capture
+        };
+        CAPTURE.set(Some(capture));
+        Ok(())
+    }
+}
