@@ -54,7 +54,7 @@ pub struct Store {
 impl Store {
     /// Makes the folder where needed, and removes what an earlier process left unfinished.
     pub fn open(dir: &Path, max: Bytes) -> io::Result<Self> {
-        let store = Self { dir: dir.to_owned(), max, flavour: std::env::consts::ARCH.to_owned() };
+        let store = Self { dir: dir.to_owned(), max, flavour: flavour(None) };
         fs::create_dir_all(store.dir.join("models"))?;
         fs::create_dir_all(store.dir.join("prepared"))?;
         let drafts = store.dir.join("drafts");
@@ -158,6 +158,20 @@ impl Store {
         }
         Ok(sizes)
     }
+}
+
+/// How machines are named for which models are prepared: by their processor, or by a GPU's capability and whether its
+/// fp32 products may be computed in TF32.
+pub fn flavour(gpu: Option<(i32, bool)>) -> String {
+    match gpu {
+        Some((capability, tf32)) => format!("cuda{capability}-tf32-{tf32}"),
+        None => std::env::consts::ARCH.to_owned(),
+    }
+}
+
+/// Name of a model's weights in host memory.
+pub fn memory_key(model: &ModelDigest, weights: Bytes) -> String {
+    format!("{}-{}", model.hex(), weights.get())
 }
 
 fn folder_size(dir: &Path) -> io::Result<Bytes> {

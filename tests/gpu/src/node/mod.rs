@@ -1,0 +1,13 @@
+//! Experiments with a whole broker: real processes, real sockets, functions as many as memory has weights for.
+//!
+//! What is measured is what a sidecar sees. All of it runs on GPUs, however many there are, and on host devices.
+
+mod bases;
+pub(crate) mod broker;
+mod costs;
+pub(crate) mod density;
+mod fleet;
+pub(crate) mod options;
+mod predict;
+mod step;
+mod variants;
