@@ -172,7 +172,7 @@ pub fn write_tiny(folder: &Path) -> Result<()> {
         ("bert_tiny-fp32", fixed(matmul_chain(512, 12, 4), 1)),
     ];
     for (name, model) in models {
-        std::fs::create_dir_all(folder.join(name))?;
+        fs::create_dir_all(folder.join(name))?;
         write(&model, &folder.join(name).join("model.onnx"))?;
     }
     Ok(())

@@ -30,6 +30,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "faaswap-broker",
             "faaswap-sidecar",
             "faaswap-simulation",
+            "faaswap-tests",
         ],
     ),
     (

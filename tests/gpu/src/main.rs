@@ -9,10 +9,13 @@
 //!     faaswap-gpu links OUT                  each link alone and together, and what NVML sees
 //!     faaswap-gpu tiers OUT                  weights from disk, alone and while they are swapped in
 //!     faaswap-gpu density MODELS OUT         many functions on a whole broker, at rising rates
+//!     faaswap-gpu soak MODELS OUT            the same at one rate, and what memory was taken meanwhile
+//!     faaswap-gpu lose MODELS OUT            one device fails under load
+//!     faaswap-gpu tiny-models MODELS         small models, for dry runs without a GPU
 //!     faaswap-gpu prepare-model              one job, from standard input, in a process of its own
 //!     faaswap-gpu broker ...                 the broker itself, with its own arguments; and `prepare`, which it starts
 //!
-//! `density` takes `--name value` pairs, or variables such as FAASWAP_NODE_SECONDS: see `node/options.rs`. With
+//! `density` and those below it take `--name value` pairs, or variables such as FAASWAP_NODE_SECONDS: see `node/options.rs`. With
 //! `--host N` it runs on N host devices.
 
 mod conform;
@@ -30,7 +33,8 @@ mod tiers;
 use std::{error::Error, process::ExitCode};
 
 const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | \
-                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | density MODELS OUT | prepare-model | \
+                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | density MODELS OUT | soak MODELS OUT | \
+                     lose MODELS OUT | tiny-models MODELS | prepare-model | \
                      broker";
 
 /// Functions of all prepared models in turn, on less memory than the weights take; shorter where variables say so.
@@ -82,8 +86,15 @@ fn main() -> ExitCode {
         ["links", out] => links::run(out.as_ref()),
         ["tiers", out] => tiers::run(out.as_ref()),
         ["prepare-model"] => model::prepare_from_stdin(),
+        ["tiny-models", models] => faaswap_tests::models::write_tiny(models.as_ref()).map_err(Into::into),
         ["density", models, out, ref more @ ..] => {
-            node::options::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::density::run)
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::density::run)
+        }
+        ["soak", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::soak::run)
+        }
+        ["lose", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::lose::run)
         }
         _ => Err(USAGE.into()),
     };

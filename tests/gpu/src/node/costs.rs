@@ -176,6 +176,33 @@ pub(crate) fn node(options: &Options, broker: &Broker, links: &Links) -> Result<
     })
 }
 
+/// All costs as they are written down.
+pub(crate) fn json_of(bases: &[Base], costs: &[Cost]) -> Value {
+    let one = |(base, cost): (&Base, &Cost)| {
+        json!({"model": base.name, "weights_bytes": base.weights().get(), "run_ms": cost.run_ms, "resident_ms": cost.resident_ms,
+               "swapped_run_ms": cost.swapped_run_ms, "swapped_ms": cost.swapped_ms, "asked": cost.asked, "outputs_wrong": cost.wrong})
+    };
+    bases.iter().zip(costs).map(one).collect()
+}
+
+/// Prints them.
+pub(crate) fn say(bases: &[Base], costs: &[Cost]) {
+    println!(
+        "  model                      MB   run ms  resident ms  swapped-in run ms  swapped-in ms   (one at a time; on the lane, at the client)"
+    );
+    for (base, cost) in bases.iter().zip(costs) {
+        println!(
+            "  {:22} {:6.0} {:8.3} {:12.3} {:18.3} {:14.3}",
+            base.name,
+            base.weights().get() as f64 / 1e6,
+            cost.run_ms,
+            cost.resident_ms,
+            cost.swapped_run_ms.unwrap_or(f64::NAN),
+            cost.swapped_ms.unwrap_or(f64::NAN)
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

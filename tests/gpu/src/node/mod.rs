@@ -3,11 +3,16 @@
 //! What is measured is what a sidecar sees. All of it runs on GPUs, however many there are, and on host devices.
 
 mod bases;
-pub(crate) mod broker;
+mod broker;
 mod costs;
 pub(crate) mod density;
 mod fleet;
-pub(crate) mod options;
+pub(crate) mod lose;
+mod options;
 mod predict;
+pub(crate) mod soak;
+mod stage;
 mod step;
 mod variants;
+
+pub(crate) use options::Options;

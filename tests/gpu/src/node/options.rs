@@ -44,13 +44,14 @@ pub(crate) struct Options {
     pub(crate) seed: u64,
     /// Requests of the trace are multiplied by that at first.
     pub(crate) rate: f64,
+    pub(crate) rate_is_default: bool,
     /// Steps with other rates; 0 for the first rate only.
     pub(crate) steps: usize,
     /// Models of this type only, where they name one.
     pub(crate) dtype: String,
     /// The deadline of all functions, where it is not their model's.
     pub(crate) deadline: Option<Duration>,
-    /// Where weights, sockets and prepared models lie: in memory.
+    /// Where a folder for weights, sockets and prepared models is made: in memory.
     pub(crate) root: PathBuf,
 }
 
@@ -147,7 +148,6 @@ impl Options {
         let seconds = |name: &str| -> Result<Option<Duration>> {
             Ok(pairs.number(name)?.map(|s: f64| Duration::try_from_secs_f64(s).unwrap_or(WITHIN)))
         };
-        let root = pairs.text("root").map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from);
         Ok(Self {
             models: models.to_owned(),
             out: out.to_owned(),
@@ -165,10 +165,11 @@ impl Options {
                 .collect(),
             seed: pairs.number("seed")?.unwrap_or(1),
             rate: pairs.number("rate")?.unwrap_or(1.0),
+            rate_is_default: pairs.text("rate").is_none(),
             steps: pairs.number("steps")?.unwrap_or(8),
             dtype: pairs.text("dtype").unwrap_or_else(|| "fp32".to_owned()),
             deadline: pairs.number("deadline-ms")?.map(Duration::from_millis),
-            root: root.join(format!("faaswap-gpu-{}", std::process::id())),
+            root: pairs.text("root").map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from),
         })
     }
 

@@ -71,6 +71,9 @@ pub(crate) fn requests(models: &[ModelSpec], designs: &[Design], rate: f64, (sec
     let published = workload::published_counts();
     let counts: Counts = published.iter().map(|line| line.iter().map(|count| count * rate).collect()).collect();
     let minutes = usize::try_from(seconds.div_ceil(60)).unwrap_or(usize::MAX);
+    // A long run goes through the trace more than once.
+    let counts: Counts =
+        counts.iter().map(|line| line.iter().copied().cycle().take(minutes.max(line.len())).collect()).collect();
     let span = Duration::from_secs(seconds);
     let mut workload = workload::replay(&counts, models, designs.len(), minutes, seed);
     workload.span = nanos(span);
@@ -103,18 +106,18 @@ impl Counters {
             bytes: metrics.sum("faaswap_swapped_in_bytes_total"),
             swaps: metrics.sum("faaswap_swaps_in_total"),
             broker: broker.processor_seconds()?,
-            clients: processor_seconds(std::process::id())?,
+            clients: processor_seconds("self")?,
         })
     }
 }
 
-/// Puts a workload to the broker; `each` is called now and then with the time since the start.
+/// Puts a workload to the broker; `each` is called with each outcome, and with none now and then, and the time since the start.
 pub(crate) fn run(
     broker: &Broker,
     fleet: &Fleet,
     designs: &[Design],
     workload: &Workload,
-    mut each: impl FnMut(Duration),
+    mut each: impl FnMut(Duration, Option<&Outcome>),
 ) -> Result<Step> {
     let times: Vec<_> = workload.requests.iter().map(|r| (Duration::from_nanos(r.at), r.function)).collect();
     let mut step = Step { functions: vec![Tally::default(); designs.len()], ..Step::default() };
@@ -123,8 +126,8 @@ pub(crate) fn run(
     let mut from: Option<Result<Counters>> = None;
     let unsent = fleet.drive(&times, |outcome| {
         let now = start.elapsed();
-        if let Some(outcome) = outcome {
-            step.note(&outcome, designs, outcome.due.saturating_duration_since(start) >= warm);
+        if let Some(outcome) = &outcome {
+            step.note(outcome, designs, outcome.due.saturating_duration_since(start) >= warm);
         }
         if now >= warm && from.is_none() {
             from = Some(Counters::read(broker));
@@ -133,7 +136,7 @@ pub(crate) fn run(
             said = Instant::now();
             println!("    {:3.0} s: {} answers, {} wrong", now.as_secs_f64(), step.checked, step.wrong);
         }
-        each(now);
+        each(now, outcome.as_ref());
     });
     let (from, to) = (from.unwrap_or_else(|| Counters::read(broker))?, Counters::read(broker)?);
     let seconds = to.at.saturating_duration_since(from.at).as_secs_f64().max(f64::MIN_POSITIVE);

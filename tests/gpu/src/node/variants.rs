@@ -21,7 +21,9 @@ use faaswap_device::HostWeights;
 use faaswap_engine::manifest::{Initializer, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE};
 use faaswap_protocol::{Bytes, DType, ModelDigest};
 use faaswap_simulation::random::Random;
+use faaswap_tests::process::temporary_folder;
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
 use super::{bases::Base, options::Options};
 use crate::Result;
@@ -51,43 +53,40 @@ pub(crate) struct Design {
     pub(crate) deadline: Duration,
 }
 
-/// Folders of a broker, all on one file system in memory. Removed when it is dropped.
+/// Folders of a broker, all on one file system in memory. They go when this is dropped, or when this process is told to end.
 #[derive(Debug)]
-pub(crate) struct Folders {
-    pub(crate) root: PathBuf,
-}
+pub(crate) struct Folders(TempDir);
+
+/// Holds the number of the process whose folder it is.
+const OWNER: &str = "owner";
 
 impl Folders {
-    /// Makes them, and removes those that a process has left which is no more.
+    /// Makes them, and removes those of processes that are no more.
     pub(crate) fn make(options: &Options) -> Result<Self> {
-        let parent = options.root.parent().unwrap_or(Path::new("/"));
-        for entry in fs::read_dir(parent)?.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let pid = name.strip_prefix("faaswap-gpu-").and_then(|pid| pid.parse::<u32>().ok());
-            if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-                println!("  {name} was left behind, and is removed");
+        for entry in fs::read_dir(&options.root)?.flatten() {
+            let owner = fs::read_to_string(entry.path().join(OWNER)).ok();
+            if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                println!("{} was left behind, and is removed", entry.path().display());
                 fs::remove_dir_all(entry.path())?;
             }
         }
-        let folders = Self { root: options.root.clone() };
+        let folders = Self(temporary_folder(&options.root)?);
+        fs::write(folders.root().join(OWNER), std::process::id().to_string())?;
         fs::create_dir_all(folders.memory())?;
         fs::create_dir_all(folders.store())?;
         Ok(folders)
     }
 
+    pub(crate) fn root(&self) -> &Path {
+        self.0.path()
+    }
+
     pub(crate) fn memory(&self) -> PathBuf {
-        self.root.join("memory")
+        self.root().join("memory")
     }
 
     pub(crate) fn store(&self) -> PathBuf {
-        self.root.join("store")
-    }
-}
-
-impl Drop for Folders {
-    fn drop(&mut self) {
-        // Nobody is left to be told; the next run removes it.
-        let _ = fs::remove_dir_all(&self.root);
+        self.root().join("store")
     }
 }
 
@@ -121,8 +120,7 @@ fn room(options: &Options) -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let available = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0);
-    let parent = options.root.parent().unwrap_or(Path::new("/"));
-    let system = rustix::fs::statvfs(parent)?;
+    let system = rustix::fs::statvfs(&options.root)?;
     let (memory, folder) = (available.saturating_mul(1024), system.f_bavail.saturating_mul(system.f_frsize));
     let room = WEIGHTS_MAX.min(memory / 100 * MEMORY_PERCENT).min(folder / 100 * FOLDER_PERCENT);
     println!(
@@ -130,7 +128,7 @@ fn room(options: &Options) -> Result<u64> {
         room as f64 / 1e9,
         memory as f64 / 1e9,
         folder as f64 / 1e9,
-        parent.display()
+        options.root.display()
     );
     Ok(room)
 }
@@ -142,7 +140,7 @@ pub(crate) fn write(folders: &Folders, flavour: String, bases: &[Base], designs:
     let weights = bases.iter().map(|base| HostWeights::open(&base.prepared.weights_path()).map(Arc::new));
     let weights = weights.collect::<std::result::Result<Vec<_>, _>>()?;
     for (number, base) in bases.iter().enumerate() {
-        let folder = folders.root.join("bases").join(number.to_string());
+        let folder = folders.root().join("bases").join(number.to_string());
         fs::create_dir_all(&folder)?;
         let from = base.prepared.graph_path();
         fs::copy(&from, folder.join(MODEL_FILE))?;
@@ -170,7 +168,7 @@ pub(crate) fn write(folders: &Folders, flavour: String, bases: &[Base], designs:
 fn write_one(folders: &Folders, store: &Store, base: &Base, design: &Design, original: &[u8]) -> Result<()> {
     let prepared = store.prepared_dir(&design.digest);
     fs::create_dir_all(&prepared)?;
-    let shared = folders.root.join("bases").join(design.base.to_string());
+    let shared = folders.root().join("bases").join(design.base.to_string());
     for name in [MODEL_FILE, MANIFEST_FILE] {
         fs::hard_link(shared.join(name), prepared.join(name))?;
     }
