@@ -10,6 +10,7 @@
 //!     faaswap-gpu tiers OUT                  weights from disk, alone and while they are swapped in
 //!     faaswap-gpu density MODELS OUT         many functions on a whole broker, at rising rates
 //!     faaswap-gpu soak MODELS OUT            the same at one rate, and what memory was taken meanwhile
+//!     faaswap-gpu front MODELS OUT           what a sidecar and the broker add to what the device takes
 //!     faaswap-gpu lose MODELS OUT            one device fails under load
 //!     faaswap-gpu tiny-models MODELS         small models, for dry runs without a GPU
 //!     faaswap-gpu prepare-model              one job, from standard input, in a process of its own
@@ -33,8 +34,8 @@ mod tiers;
 use std::{error::Error, process::ExitCode};
 
 const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | \
-                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | density MODELS OUT | soak MODELS OUT | \
-                     lose MODELS OUT | tiny-models MODELS | prepare-model | \
+                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | front MODELS OUT | lose MODELS OUT | \
+                     density MODELS OUT | soak MODELS OUT | tiny-models MODELS | prepare-model | \
                      broker";
 
 /// Functions of all prepared models in turn, on less memory than the weights take; shorter where variables say so.
@@ -92,6 +93,9 @@ fn main() -> ExitCode {
         }
         ["soak", models, out, ref more @ ..] => {
             node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::soak::run)
+        }
+        ["front", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(|options| node::front::run(&options))
         }
         ["lose", models, out, ref more @ ..] => {
             node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::lose::run)

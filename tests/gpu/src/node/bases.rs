@@ -36,8 +36,11 @@ impl Base {
 pub(crate) fn all(options: &Options) -> Result<Vec<Base>> {
     let found = model::found(&options.models)?;
     let named = |name: &str| ["-fp32", "-fp16"].iter().any(|end| name.ends_with(end));
-    let wanted: Vec<_> =
-        found.into_iter().filter(|(name, _)| !named(name) || name.ends_with(&format!("-{}", options.dtype))).collect();
+    let is_wanted = |name: &str| match &options.only {
+        Some(only) => name == only,
+        None => !named(name) || name.ends_with(&format!("-{}", options.dtype)),
+    };
+    let wanted: Vec<_> = found.into_iter().filter(|(name, _)| is_wanted(name)).collect();
     if wanted.is_empty() {
         return Err(format!("{} has no model of {}", options.models.display(), options.dtype).into());
     }

@@ -27,8 +27,6 @@ const ENDS_WITHIN: Duration = Duration::from_secs(40);
 const PAGE_WITHIN: Duration = Duration::from_secs(20);
 /// Its socket's name.
 const SOCKET: &str = "broker.sock";
-/// Memory of a host device is given out in units of this size.
-const HOST_CHUNK: Bytes = Bytes::new(256 << 10);
 /// Weights in host memory beyond those of the functions: room for one that is being replaced.
 const HOST_SPARE: Bytes = Bytes::mib(2048);
 
@@ -152,7 +150,7 @@ fn settings(
                 writeln!(text, "[[device]]\nkind = \"gpu\"\nname = \"cuda{at}\"\ngpu = {at}\nmemory = \"{memory}B\"")?;
             }
             Devices::Hosts { link_mib, .. } => {
-                let chunk = HOST_CHUNK.get();
+                let chunk = options.devices.chunk().get();
                 let memory = memory.next_multiple_of(chunk);
                 writeln!(
                     text,

@@ -1,6 +1,6 @@
 //! What runs and swap-ins cost through the broker when nothing else goes on, and the node as the simulator takes it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use faaswap_protocol::Bytes;
 use faaswap_simulation::catalog::{DeviceSpec, ModelSpec, NodeSpec};
@@ -23,16 +23,14 @@ const STRAIN: f64 = 0.16;
 const STRAIN_OF_BERT: f64 = 0.40;
 /// Two links together that carry less of what both carry alone share a path.
 const SHARED_BELOW: f64 = 0.95;
-/// Chunk of a GPU's memory and of a host device's.
-const GPU_CHUNK: Bytes = Bytes::mib(32);
-const HOST_CHUNK: Bytes = Bytes::new(256 << 10);
 
-/// One model's costs in milliseconds, on the lane and at the client.
+/// One model's costs in milliseconds, in the broker and at the client.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cost {
+    /// On the lane, where the weights were there.
     pub(crate) run_ms: f64,
     pub(crate) resident_ms: f64,
-    /// Absent where all weights stayed.
+    /// With the copy. Absent where all weights stayed.
     pub(crate) swapped_run_ms: Option<f64>,
     pub(crate) swapped_ms: Option<f64>,
     pub(crate) wrong: u64,
@@ -40,24 +38,30 @@ pub(crate) struct Cost {
 }
 
 /// Asks some functions of each model, one at a time.
-pub(crate) fn measure(fleet: &Fleet, bases: &[Base], designs: &[Design]) -> Vec<Cost> {
+pub(crate) fn measure(fleet: &Fleet, bases: &[Base], designs: &[Design], link: f64) -> Vec<Cost> {
     let of = |base: usize| designs.iter().enumerate().filter(move |(_, d)| d.base == base).map(|(at, _)| at);
     let measure = |base: usize| {
         // Far from each other: some are on a device, and others not.
         let far = (of(base).count() / FUNCTIONS).max(1);
         let asked = of(base).step_by(far).take(FUNCTIONS).flat_map(|function| [function; RESIDENT_ASKS + 1]);
-        cost(&fleet.ask(asked))
+        cost(&fleet.ask(asked), copy_time(&bases[base], link))
     };
     (0..bases.len()).map(measure).collect()
 }
 
-fn cost(outcomes: &[Outcome]) -> Cost {
+/// What a link of so many bytes a second takes for a model's weights.
+pub(crate) fn copy_time(base: &Base, link: f64) -> Duration {
+    Duration::try_from_secs_f64(base.weights().get() as f64 / link).unwrap_or_default()
+}
+
+fn cost(outcomes: &[Outcome], copy: Duration) -> Cost {
     let (mut resident, mut swapped) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
     let mut cost = Cost::default();
     for outcome in outcomes {
         let Ending::Answered(answered) = &outcome.end else { continue };
-        let of = if answered.was_resident { &mut resident } else { &mut swapped };
-        of[0].push(answered.ran.as_secs_f64() * 1e3);
+        let brought = answered.was_brought(copy);
+        let (of, inside) = if brought { (&mut swapped, answered.in_broker()) } else { (&mut resident, answered.ran) };
+        of[0].push(inside.as_secs_f64() * 1e3);
         of[1].push(outcome.took.as_secs_f64() * 1e3);
         cost.wrong += u64::from(!answered.right);
         cost.asked += 1;
@@ -83,7 +87,7 @@ pub(crate) fn models(bases: &[Base], costs: &[Cost], link: f64) -> Vec<ModelSpec
 }
 
 fn nanos(ms: f64) -> u64 {
-    std::time::Duration::try_from_secs_f64(ms / 1e3).map_or(0, |t| u64::try_from(t.as_nanos()).unwrap_or(u64::MAX))
+    Duration::try_from_secs_f64(ms / 1e3).map_or(0, |t| u64::try_from(t.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// The links of a node as the broker has measured them, or as they were told to host devices.
@@ -172,7 +176,7 @@ pub(crate) fn node(options: &Options, broker: &Broker, links: &Links) -> Result<
         devices: (0..options.devices.count()).map(device).collect(),
         shared: links.shared.iter().map(|(pair, speed)| (pair.clone(), whole(*speed))).collect(),
         peers: links.peers.iter().map(|(from, to, speed)| (*from, *to, whole(*speed))).collect(),
-        chunk: if options.devices.is_host() { HOST_CHUNK } else { GPU_CHUNK },
+        chunk: options.devices.chunk(),
     })
 }
 
@@ -188,7 +192,7 @@ pub(crate) fn json_of(bases: &[Base], costs: &[Cost]) -> Value {
 /// Prints them.
 pub(crate) fn say(bases: &[Base], costs: &[Cost]) {
     println!(
-        "  model                      MB   run ms  resident ms  swapped-in run ms  swapped-in ms   (one at a time; on the lane, at the client)"
+        "  model                      MB   run ms  resident ms  swapped-in run ms  swapped-in ms   (one at a time; in the broker, at the client)"
     );
     for (base, cost) in bases.iter().zip(costs) {
         println!(

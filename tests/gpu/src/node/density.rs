@@ -147,8 +147,9 @@ fn write(stage: &Stage, carried: &[Carried]) -> Result<()> {
 
 fn records(one: &Carried, published: Option<(f64, f64)>, devices: usize) -> Vec<Record> {
     let devices = devices as f64;
+    // What is compared here are policies, where other figures compare models.
     let all = |name: &str, value: (f64, &'static str), reference, target| {
-        Record::of(&format!("{name}_{}", one.policy), "all", value, reference, target)
+        Record::of(name, &one.policy, value, reference, target)
     };
     let per_device = (one.best.map_or(0.0, |(_, per_s)| per_s / devices), "requests/s");
     let reference =

@@ -57,8 +57,23 @@ pub(crate) enum Ending {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Answered {
     pub(crate) right: bool,
+    /// Whether the weights were there when a lane was.
     pub(crate) was_resident: bool,
+    /// In the broker: until it was given to a lane, and on the lane.
+    pub(crate) queued: Duration,
     pub(crate) ran: Duration,
+}
+
+impl Answered {
+    /// From the request's frame to the answer's.
+    pub(crate) fn in_broker(&self) -> Duration {
+        self.queued + self.ran
+    }
+
+    /// Whether its weights had to be copied, which takes so long, where nothing else could have made it wait.
+    pub(crate) fn was_brought(&self, copy: Duration) -> bool {
+        !self.was_resident || self.queued > copy / 2
+    }
 }
 
 /// What a fleet tells.
@@ -297,7 +312,12 @@ impl Subject {
                 };
                 let timing = answer.timing;
                 let right = golden.is_some_and(same);
-                Ending::Answered(Answered { right, was_resident: timing.was_resident, ran: timing.ran })
+                Ending::Answered(Answered {
+                    right,
+                    was_resident: timing.was_resident,
+                    queued: timing.queued,
+                    ran: timing.ran,
+                })
             }
             Ok(Err(InferError::Refused(refusal))) => Ending::Refused(refusal.code()),
             Ok(Err(error)) => Ending::Failed(error.to_string()),

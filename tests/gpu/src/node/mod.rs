@@ -7,6 +7,7 @@ mod broker;
 mod costs;
 pub(crate) mod density;
 mod fleet;
+pub(crate) mod front;
 pub(crate) mod lose;
 mod options;
 mod predict;

@@ -14,6 +14,8 @@ use crate::Result;
 const GPU_MEMORY: Bytes = Bytes::new(25_000_000_000);
 /// Memory for weights on each host device that stands for a GPU.
 const HOST_MEMORY: Bytes = Bytes::mib(64);
+/// Memory of a host device is given out in units of this size.
+const HOST_CHUNK: Bytes = Bytes::new(256 << 10);
 /// Speed of a host device's link where none is named: slow enough to be seen.
 const HOST_LINK_MIB: u64 = 1024;
 /// Longest run where no time is named.
@@ -37,6 +39,7 @@ pub(crate) struct Options {
     pub(crate) weights_max: Option<Bytes>,
     /// Length of one step under load.
     pub(crate) seconds: u64,
+    pub(crate) seconds_are_default: bool,
     /// When all must have ended.
     pub(crate) until: Instant,
     /// Policies of the broker, one after the other on the same requests.
@@ -49,6 +52,8 @@ pub(crate) struct Options {
     pub(crate) steps: usize,
     /// Models of this type only, where they name one.
     pub(crate) dtype: String,
+    /// That model only.
+    pub(crate) only: Option<String>,
     /// The deadline of all functions, where it is not their model's.
     pub(crate) deadline: Option<Duration>,
     /// Where a folder for weights, sockets and prepared models is made: in memory.
@@ -68,6 +73,14 @@ impl Devices {
     pub(crate) fn count(self) -> usize {
         match self {
             Self::Gpus(count) | Self::Hosts { count, .. } => count,
+        }
+    }
+
+    /// The unit in which their memory is given out.
+    pub(crate) fn chunk(self) -> Bytes {
+        match self {
+            Self::Gpus(_) => cuda::CHUNK_DEFAULT,
+            Self::Hosts { .. } => HOST_CHUNK,
         }
     }
 
@@ -96,7 +109,7 @@ impl<'a> Pairs<'a> {
         "dtype",
         "deadline-ms",
         "root",
-        "kill-after",
+        "only",
     ];
 
     fn read(args: &[&'a str]) -> Result<Self> {
@@ -156,6 +169,7 @@ impl Options {
             functions: pairs.number("functions")?,
             weights_max: pairs.number("weights-gb")?.map(|gb: u64| Bytes::new(gb.saturating_mul(1_000_000_000))),
             seconds: pairs.number("seconds")?.unwrap_or(SECONDS).max(1),
+            seconds_are_default: pairs.text("seconds").is_none(),
             until: start + seconds("within")?.unwrap_or(WITHIN),
             policies: pairs
                 .text("policy")
@@ -168,6 +182,7 @@ impl Options {
             rate_is_default: pairs.text("rate").is_none(),
             steps: pairs.number("steps")?.unwrap_or(8),
             dtype: pairs.text("dtype").unwrap_or_else(|| "fp32".to_owned()),
+            only: pairs.text("only"),
             deadline: pairs.number("deadline-ms")?.map(Duration::from_millis),
             root: pairs.text("root").map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from),
         })

@@ -15,6 +15,10 @@ use crate::{
 
 /// How often memory is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How long it runs where no time is named.
+const SECONDS: u64 = 180;
+/// What is left of the time for what comes after.
+const SPARE: Duration = Duration::from_secs(10);
 /// Part of the most that `density` has found to be carried.
 const FULL_LOAD: f64 = 0.9;
 /// Device memory that may be more at the end: what all models share is loaded by then.
@@ -65,7 +69,9 @@ pub(crate) fn run(options: Options) -> Result<()> {
     let stage = Stage::set(options)?;
     let policy = stage.options.policies.first().cloned().unwrap_or_default();
     let mut live = stage.live(&policy, false)?;
-    let seconds = stage.options.seconds.min(stage.options.left().as_secs().max(1));
+    let wanted = if stage.options.seconds_are_default { SECONDS } else { stage.options.seconds };
+    let left = stage.options.left().saturating_sub(SPARE).as_secs();
+    let seconds = wanted.min(left).max(1);
     let rate = rate(&stage.options);
     let (mut seen, mut looked) = (Vec::new(), Instant::now());
     let (step, value) = live.step(&stage, (rate, seconds), |broker, at, _| {

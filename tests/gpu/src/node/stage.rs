@@ -3,10 +3,10 @@
 
 use std::{
     fs,
+    sync::Once,
     time::{Duration, Instant},
 };
 
-use faaswap_engine::Runtime;
 use faaswap_protocol::Bytes;
 use faaswap_scheduler::PolicyKind;
 use faaswap_simulation::catalog::{ModelSpec, NodeSpec};
@@ -48,7 +48,10 @@ pub(crate) struct Stage {
 impl Stage {
     /// Prepares the models, asks plain sessions, and writes the functions' weights.
     pub(crate) fn set(options: Options) -> Result<Self> {
-        process::end_together()?;
+        static TOGETHER: Once = Once::new();
+        let mut together = Ok(());
+        TOGETHER.call_once(|| together = process::end_together());
+        together?;
         fs::create_dir_all(&options.out)?;
         let folders = Folders::make(&options)?;
         let start = Instant::now();
@@ -57,7 +60,7 @@ impl Stage {
             return Err("no model can be prepared".into());
         }
         println!("{} models prepared after {:.1} s", bases.len(), start.elapsed().as_secs_f64());
-        let runtime: Runtime = model::runtime()?;
+        let runtime = model::runtime()?;
         let references = bases.iter().map(|base| bases::reference(&runtime, base)).collect::<Result<Vec<_>>>()?;
         println!("plain sessions answered after {:.1} s", start.elapsed().as_secs_f64());
         let designs = variants::designs(&options, &bases)?;
@@ -119,10 +122,10 @@ impl Stage {
         let kind = predict::policy(policy, self.options.seed)?;
         let (broker, fleet, registered) = self.open(policy, faults)?;
         let (wrong, compared, answers_alike) = self.compare(&fleet);
-        let costs = costs::measure(&fleet, &self.bases, &self.designs);
-        costs::say(&self.bases, &costs);
         let links = Links::of(&self.options, &broker)?;
         let link = links.alone.first().copied().unwrap_or(f64::NAN);
+        let costs = costs::measure(&fleet, &self.bases, &self.designs, link);
+        costs::say(&self.bases, &costs);
         let (node, models) = (costs::node(&self.options, &broker, &links)?, costs::models(&self.bases, &costs, link));
         let answered = registered.outcomes.iter().filter_map(|outcome| match &outcome.end {
             Ending::Answered(answered) => Some(answered.right),

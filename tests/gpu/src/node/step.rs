@@ -35,7 +35,7 @@ pub(crate) struct Step {
     pub(crate) functions: Vec<Tally>,
     /// Milliseconds from when they were due, of counted answers, sorted.
     pub(crate) latencies: Vec<f64>,
-    /// Those whose weights were there, and those whose weights had to come, on the lane; sorted.
+    /// On the lane: those whose weights were there when they got it, and those whose weights were still coming; sorted.
     pub(crate) resident: Vec<f64>,
     pub(crate) swapped: Vec<f64>,
     /// Milliseconds that requests were sent later than they were due, sorted.
@@ -239,8 +239,8 @@ impl Step {
             "functions": self.functions.len(), "met_share": self.met_share(),
             "p50_ms": permille(&self.latencies, 500), "p98_ms": permille(&self.latencies, 980),
             "p99_ms": permille(&self.latencies, 990), "max_ms": self.latencies.last(),
-            "resident": {"count": self.resident.len(), "p50_ms": permille(&self.resident, 500), "p98_ms": permille(&self.resident, 980)},
-            "swapped_in": {"count": self.swapped.len(), "p50_ms": permille(&self.swapped, 500), "p98_ms": permille(&self.swapped, 980)},
+            "lane_weights_there": {"count": self.resident.len(), "p50_ms": permille(&self.resident, 500), "p98_ms": permille(&self.resident, 980)},
+            "lane_beside_copy": {"count": self.swapped.len(), "p50_ms": permille(&self.swapped, 500), "p98_ms": permille(&self.swapped, 980)},
             "sent_late_p50_ms": permille(&self.sent_late, 500), "sent_late_p99_ms": permille(&self.sent_late, 990),
             "clients_keep_up": self.clients_keep_up(), "broker_cores": self.broker_cores, "client_cores": self.client_cores,
             "swaps_per_s": self.swaps, "swapped_gb_per_s": self.swapped_bytes / 1e9, "link_load": self.link_load(links),
@@ -251,8 +251,8 @@ impl Step {
 
     pub(crate) fn say(&self, links: f64) {
         println!(
-            "  x{:.2}: {:.1} requests/s, {}/{} functions compliant ({:.2} % in time), p50 {:.2} ms, p98 {:.2} ms; {} resident {:.2} ms, \
-             {} swapped in {:.2} ms on the lane; {:.1} swaps/s, links {:.0} %; {} wrong of {}, {} refused, {} failed",
+            "  x{:.2}: {:.1} requests/s, {}/{} functions compliant ({:.2} % in time), p50 {:.2} ms, p98 {:.2} ms; on the lane {} with their weights there {:.2} ms, \
+             {} beside their copy {:.2} ms; {:.1} swaps/s, links {:.0} %; {} wrong of {}, {} refused, {} failed",
             self.rate,
             self.per_second(),
             self.compliant(),
