@@ -1,7 +1,7 @@
 //! Models on disk, by content: what was uploaded, and what was prepared from it.
 //!
 //! `models/<hex>/` holds a model's files and `model.json`, its table of contents; `prepared/<hex>-<target>/` what the
-//! engine made of it. Folders appear whole, by renaming. Who uses a model, and what is in host memory, is not decided here.
+//! engine made of it; `kin/<target>/<kind>` names the first of the models that differ in their weights alone. Folders appear whole, by renaming. Who uses a model, and what is in host memory, is not decided here.
 
 mod memory;
 mod prepare;
@@ -77,8 +77,21 @@ impl Store {
 
     /// Folder of the prepared model for this kind of machine, this ONNX Runtime and this engine.
     pub fn prepared_dir(&self, model: &ModelDigest) -> PathBuf {
-        let (hex, flavour) = (model.hex(), &self.flavour);
-        self.dir.join("prepared").join(format!("{hex}-{flavour}-ort{ORT_VERSION}-v{MANIFEST_VERSION}"))
+        self.dir.join("prepared").join(format!("{}-{}", model.hex(), self.made_for()))
+    }
+
+    /// Folder of what is known of kinds of models, for the same.
+    pub fn kin_dir(&self) -> PathBuf {
+        self.dir.join("kin").join(self.made_for())
+    }
+
+    /// Whether any kind is known.
+    fn has_kinds(&self) -> bool {
+        self.kin_dir().exists()
+    }
+
+    fn made_for(&self) -> String {
+        format!("{}-ort{ORT_VERSION}-v{MANIFEST_VERSION}", self.flavour)
     }
 
     /// A folder of one's own for something unfinished.
