@@ -15,6 +15,7 @@ use faaswap_engine::{CudaTarget, Runtime, Target};
 use crate::{
     config::{DeviceKind, DeviceSettings, DevicesChoice, Settings},
     serve::ServeError,
+    store,
 };
 
 /// The devices, and what models are prepared for.
@@ -69,7 +70,7 @@ fn wanted(settings: &Settings) -> Result<Vec<DeviceSettings>, ServeError> {
 
 fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -> Result<Opened, ServeError> {
     let mut devices = Vec::with_capacity(wanted.len());
-    let (mut target, mut flavour) = (Target::Cpu, std::env::consts::ARCH.to_owned());
+    let (mut target, mut flavour) = (Target::Cpu, store::flavour(None));
     let gpu = |device: &DeviceSettings| match device.kind {
         DeviceKind::Gpu { ordinal, .. } => Some(ordinal),
         DeviceKind::Host { .. } => None,
@@ -83,7 +84,7 @@ fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -
                 let gpu = open_gpu(device, (ordinal, &peers), reserve, settings).map_err(failed)?;
                 if devices.is_empty() {
                     target = Target::Cuda(CudaTarget { tf32: settings.tf32, ..CudaTarget::new(gpu.ordinal()) });
-                    flavour = format!("cuda{}-tf32-{}", gpu.capability().map_err(failed)?, settings.tf32);
+                    flavour = store::flavour(Some((gpu.capability().map_err(failed)?, settings.tf32)));
                     runtime.check(target)?;
                 }
                 gpu as Arc<dyn Device>

@@ -36,6 +36,8 @@ pub const REJECTED_FOR: Duration = Duration::from_secs(600);
 pub const UPLOADS_MAX: usize = 4;
 /// Parts of an upload that wait to be written.
 pub const UPLOAD_PARTS_QUEUED_MAX: usize = 2;
+/// Models that are prepared by their kind at a time: it takes a few times their size of memory, and no device.
+pub const SHARES_MAX: usize = 4;
 /// Most models that are opened (read, copied to host memory, bound) at a time.
 pub const LOADS_MAX: usize = 4;
 /// Reads of weights from disk at a time; a disk that is fast needs several to be so.

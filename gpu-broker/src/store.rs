@@ -1,7 +1,7 @@
 //! Models on disk, by content: what was uploaded, and what was prepared from it.
 //!
 //! `models/<hex>/` holds a model's files and `model.json`, its table of contents; `prepared/<hex>-<target>/` what the
-//! engine made of it. Folders appear whole, by renaming. Who uses a model, and what is in host memory, is not decided here.
+//! engine made of it; `kin/<target>/<kind>` names the first of the models that differ in their weights alone. Folders appear whole, by renaming. Who uses a model, and what is in host memory, is not decided here.
 
 mod memory;
 mod prepare;
@@ -54,7 +54,7 @@ pub struct Store {
 impl Store {
     /// Makes the folder where needed, and removes what an earlier process left unfinished.
     pub fn open(dir: &Path, max: Bytes) -> io::Result<Self> {
-        let store = Self { dir: dir.to_owned(), max, flavour: std::env::consts::ARCH.to_owned() };
+        let store = Self { dir: dir.to_owned(), max, flavour: flavour(None) };
         fs::create_dir_all(store.dir.join("models"))?;
         fs::create_dir_all(store.dir.join("prepared"))?;
         let drafts = store.dir.join("drafts");
@@ -77,8 +77,21 @@ impl Store {
 
     /// Folder of the prepared model for this kind of machine, this ONNX Runtime and this engine.
     pub fn prepared_dir(&self, model: &ModelDigest) -> PathBuf {
-        let (hex, flavour) = (model.hex(), &self.flavour);
-        self.dir.join("prepared").join(format!("{hex}-{flavour}-ort{ORT_VERSION}-v{MANIFEST_VERSION}"))
+        self.dir.join("prepared").join(format!("{}-{}", model.hex(), self.made_for()))
+    }
+
+    /// Folder of what is known of kinds of models, for the same.
+    pub fn kin_dir(&self) -> PathBuf {
+        self.dir.join("kin").join(self.made_for())
+    }
+
+    /// Whether any kind is known.
+    fn has_kinds(&self) -> bool {
+        self.kin_dir().exists()
+    }
+
+    fn made_for(&self) -> String {
+        format!("{}-ort{ORT_VERSION}-v{MANIFEST_VERSION}", self.flavour)
     }
 
     /// A folder of one's own for something unfinished.
@@ -158,6 +171,20 @@ impl Store {
         }
         Ok(sizes)
     }
+}
+
+/// How machines are named for which models are prepared: by their processor, or by a GPU's capability and whether its
+/// fp32 products may be computed in TF32.
+pub fn flavour(gpu: Option<(i32, bool)>) -> String {
+    match gpu {
+        Some((capability, tf32)) => format!("cuda{capability}-tf32-{tf32}"),
+        None => std::env::consts::ARCH.to_owned(),
+    }
+}
+
+/// Name of a model's weights in host memory.
+pub fn memory_key(model: &ModelDigest, weights: Bytes) -> String {
+    format!("{}-{}", model.hex(), weights.get())
 }
 
 fn folder_size(dir: &Path) -> io::Result<Bytes> {

@@ -1,6 +1,6 @@
 //! What acceptance tests, the demo and the benchmarks share: real processes, clients, made-up models, numbers.
 //!
-//! Nothing imports this crate.
+//! Only the tests for GPUs import this crate: they start the same processes and speak to them in the same way.
 
 pub mod bench;
 pub mod cache;

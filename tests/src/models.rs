@@ -146,6 +146,38 @@ pub fn doubled(dtype: DType, len: i64) -> ModelProto {
     model(vec![node("Add", &["x", "x"], "y")], vec![x], vec![y], Vec::new())
 }
 
+/// The same model where every open dimension of its inputs and outputs is `size`.
+#[must_use]
+pub fn fixed(mut model: ModelProto, size: i64) -> ModelProto {
+    let graph = model.graph.get_or_insert_default();
+    for value in graph.input.iter_mut().chain(&mut graph.output) {
+        let Some(type_proto::Value::TensorType(tensor)) = value.r#type.as_mut().and_then(|t| t.value.as_mut()) else {
+            continue;
+        };
+        for dim in tensor.shape.iter_mut().flat_map(|shape| &mut shape.dim) {
+            if matches!(dim.value, Some(dimension::Value::DimParam(_))) {
+                dim.value = Some(dimension::Value::DimValue(size));
+            }
+        }
+    }
+    model
+}
+
+/// Folders with a model each, as `tests/gpu/export.py` makes them, but small: some MB of weights, some milliseconds a run.
+pub fn write_tiny(folder: &Path) -> Result<()> {
+    let models = [
+        ("conv-fp32", conv(1)),
+        ("wide-fp32", fixed(matmul_chain(768, 2, 2), 1)),
+        ("deep-fp32", fixed(matmul_chain(256, 12, 3), 1)),
+        ("bert_tiny-fp32", fixed(matmul_chain(512, 12, 4), 1)),
+    ];
+    for (name, model) in models {
+        fs::create_dir_all(folder.join(name))?;
+        write(&model, &folder.join(name).join("model.onnx"))?;
+    }
+    Ok(())
+}
+
 /// Writes a model to a file.
 pub fn write(model: &ModelProto, path: &Path) -> Result<()> {
     Ok(fs::write(path, model.encode_to_vec())?)

@@ -20,7 +20,19 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("faaswap-injector", &[]),
     ("faaswap-broker", &["faaswap-protocol", "faaswap-slab", "faaswap-scheduler", "faaswap-device", "faaswap-engine"]),
     ("faaswap-simulation", &["faaswap-protocol", "faaswap-scheduler"]),
-    ("faaswap-gpu-tests", &["faaswap-protocol", "faaswap-device", "faaswap-engine", "faaswap-simulation"]),
+    (
+        "faaswap-gpu-tests",
+        &[
+            "faaswap-protocol",
+            "faaswap-scheduler",
+            "faaswap-device",
+            "faaswap-engine",
+            "faaswap-broker",
+            "faaswap-sidecar",
+            "faaswap-simulation",
+            "faaswap-tests",
+        ],
+    ),
     (
         "faaswap-tests",
         &[

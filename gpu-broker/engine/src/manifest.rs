@@ -83,7 +83,7 @@ pub struct Manifest {
     /// model accepts.
     pub trial_run_us: Option<u64>,
     /// Largest difference between the trial's outputs and the original model's; 0 where all were equal. `None` where
-    /// nothing was compared: no trial, or a model that draws random numbers.
+    /// nothing was compared: no trial, a model that draws random numbers, or one that was prepared by its kind.
     pub trial_max_abs_diff: Option<f64>,
 }
 

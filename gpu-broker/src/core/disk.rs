@@ -27,6 +27,8 @@ struct Waiting {
 impl Core {
     /// Tells the scheduler of a request, now or when its weights are nearly read from disk.
     pub(super) fn arrived(&mut self, model: ModelId, request: RequestKey, function: FunctionKey, deadline: Moment) {
+        // Requests that come and go between two looks are no quiet either.
+        self.quiet_since = None;
         if !self.waits_for_disk(model, Waiting { request, function, deadline }) {
             self.happen(Event::Arrived { request, function, deadline });
         }

@@ -13,8 +13,12 @@ use std::{
 };
 
 use faaswap_engine::{
-    CudaTarget, Manifest, Prepared, Runtime, RuntimeOptions, Target,
-    prepare::{PrepareJob, PrepareLimits, limit_this_process, run},
+    CudaTarget, Manifest, PrepareError, Prepared, Runtime, RuntimeOptions, Target,
+    prepare::{
+        PrepareJob, PrepareLimits,
+        kin::{Kin, ShareJob, Shared, share},
+        limit_this_process, run,
+    },
 };
 use faaswap_protocol::{Bytes, Detail, ModelDigest, Refusal};
 use serde::{Deserialize, Serialize};
@@ -26,7 +30,7 @@ use tokio::{
 };
 
 use super::{Contents, Store};
-use crate::limits::{GROUP_BYTES, PREPARE_ANSWER_BYTES_MAX};
+use crate::limits::{GROUP_BYTES, PREPARE_ANSWER_BYTES_MAX, SHARES_MAX};
 
 /// Memory that preparing takes whatever the model: the runtime's library, its threads, folded constants.
 const MEMORY_BASE: u64 = 4 << 30;
@@ -42,9 +46,18 @@ const COMPLAINT_BYTES_MAX: usize = 300;
 /// What the child is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ChildJob {
-    job: PrepareJob,
+    task: Task,
+    on_gpu: bool,
     library: PathBuf,
     limits: ChildLimits,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Task {
+    /// Prepare a model by itself.
+    Prepare(PrepareJob),
+    /// Prepare it by what was prepared for the first of its kind.
+    Share(ShareJob),
 }
 
 /// The limits that the child sets on itself.
@@ -58,6 +71,8 @@ pub struct ChildLimits {
 #[derive(Debug, Serialize, Deserialize)]
 enum Outcome {
     Prepared,
+    /// It has to be prepared by itself.
+    Alone(Shared),
     Refused(Refusal),
 }
 
@@ -69,29 +84,96 @@ pub struct Preparer {
     target: Target,
     within: Duration,
     free: Semaphore,
+    shares: Semaphore,
 }
 
 impl Preparer {
     /// `program` is this broker's own.
     pub fn new(program: PathBuf, library: PathBuf, target: Target, within: Duration, parallel: usize) -> Self {
-        Self { program, library, target, within, free: Semaphore::new(parallel) }
+        let (free, shares) = (Semaphore::new(parallel), Semaphore::new(SHARES_MAX));
+        Self { program, library, target, within, free, shares }
     }
 
     /// Prepares an uploaded model, unless that was done before. `started` is called once it is this model's turn.
     pub async fn prepare(&self, store: &Store, model: &ModelDigest, started: impl FnOnce()) -> Result<(), Refusal> {
         let home = store.prepared_dir(model);
+        let contents = store.contents(model).ok_or_else(|| failed("its files are gone"));
+        if let Ok(contents) = &contents {
+            // What is of a known kind waits for no device, and for nobody who does.
+            let _share = self.shares.acquire().await.map_err(|_| Refusal::Draining)?;
+            if home.exists() || (store.has_kinds() && self.share(store, model, contents, false).await?.is_none()) {
+                return Ok(());
+            }
+        }
         let _turn = self.free.acquire().await.map_err(|_| Refusal::Draining)?;
         if home.exists() {
             return Ok(());
         }
         started();
-        let contents = store.contents(model).ok_or_else(|| failed("its files are gone"))?;
+        let contents = contents?;
+        let Some(alone) = self.share(store, model, &contents, true).await? else { return Ok(()) };
         let draft = store.draft().map_err(|e| failed(&e.to_string()))?;
         let made = self.best(store.model_dir(model), &contents, &draft).await;
         let kept = made.and_then(|made| fs::rename(made, &home).map_err(|e| failed(&e.to_string())));
         // What is left goes at the next start at the latest.
         let _ = fs::remove_dir_all(&draft);
+        if let (Ok(()), Shared::Alone { kind, is_first: true, .. }) = (&kept, &alone) {
+            let (model_dir, graph_file) = (store.model_dir(model), graph_file(&contents));
+            let kin = Kin { model_dir, graph_file, prepared_dir: home };
+            if let Err(error) = kin.name(&store.kin_dir(), kind) {
+                tracing::warn!(%error, "others of this model's kind are prepared by themselves");
+            }
+        }
         kept
+    }
+
+    /// Prepares the model by its kind; `None` where that was done. What is wrong with a model shows when it is prepared by
+    /// itself.
+    async fn share(
+        &self,
+        store: &Store,
+        model: &ModelDigest,
+        contents: &Contents,
+        may_learn: bool,
+    ) -> Result<Option<Shared>, Refusal> {
+        let draft = store.draft().map_err(|e| failed(&e.to_string()))?;
+        let out_dir = draft.join("shared");
+        let job = ShareJob {
+            model_dir: store.model_dir(model),
+            graph_file: graph_file(contents),
+            kin_dir: store.kin_dir(),
+            out_dir: out_dir.clone(),
+            group_bytes: Bytes::new(GROUP_BYTES),
+            may_learn,
+        };
+        let outcome = self.run_child(&self.job(Task::Share(job), contents, self.target)).await;
+        let home = store.prepared_dir(model);
+        let shared = match outcome {
+            Ok(Outcome::Prepared) => match Prepared::open(&out_dir) {
+                Ok(_) => fs::rename(&out_dir, &home)
+                    .map(|()| None)
+                    .or_else(|e| if home.exists() { Ok(None) } else { Err(e) }),
+                Err(error) => Err(io::Error::other(error.to_string())),
+            },
+            Ok(Outcome::Alone(alone)) => Ok(Some(alone)),
+            Ok(Outcome::Refused(refusal)) | Err(refusal) => Err(io::Error::other(refusal.to_string())),
+        };
+        // What is left goes at the next start at the latest.
+        let _ = fs::remove_dir_all(&draft);
+        Ok(shared.unwrap_or_else(|error| {
+            tracing::debug!(%error, "a model cannot be prepared by its kind");
+            Some(Shared::Alone { kind: String::new(), is_first: false, is_learnable: false })
+        }))
+    }
+
+    fn job(&self, task: Task, contents: &Contents, target: Target) -> ChildJob {
+        let size = contents.size().get();
+        let limits = ChildLimits {
+            memory: Bytes::new(size.saturating_mul(MEMORY_PER_BYTE).saturating_add(memory_base(target))),
+            cpu_time: self.within,
+            file_bytes: Bytes::new(size.saturating_mul(2).saturating_add(1 << 30)),
+        };
+        ChildJob { task, on_gpu: target != Target::Cpu, library: self.library.clone(), limits }
     }
 
     /// Prepares the model, on a GPU in each layout that may be faster; returns the folder of the best.
@@ -128,18 +210,9 @@ impl Preparer {
         out: &Path,
     ) -> Result<Arc<Manifest>, Refusal> {
         fs::create_dir(out).map_err(|e| failed(&e.to_string()))?;
-        let size = contents.size().get();
-        let graph_file = contents.files.first().map(|file| file.path.clone()).unwrap_or_default();
         let (out_dir, group_bytes) = (out.to_owned(), Bytes::new(GROUP_BYTES));
-        let job = ChildJob {
-            job: PrepareJob { model_dir, graph_file, out_dir, group_bytes, target },
-            library: self.library.clone(),
-            limits: ChildLimits {
-                memory: Bytes::new(size.saturating_mul(MEMORY_PER_BYTE).saturating_add(memory_base(target))),
-                cpu_time: self.within,
-                file_bytes: Bytes::new(size.saturating_mul(2).saturating_add(1 << 30)),
-            },
-        };
+        let job = PrepareJob { model_dir, graph_file: graph_file(contents), out_dir, group_bytes, target };
+        let job = self.job(Task::Prepare(job), contents, target);
         let outcome = self.run_child(&job).await;
         let prepared = Prepared::open(out).map(|prepared| Arc::clone(prepared.manifest()));
         match (outcome, prepared) {
@@ -147,6 +220,7 @@ impl Preparer {
             // Trying whether a program outlives its session may end the process: the manifest says that it does not.
             (Err(_), Ok(manifest)) if target != Target::Cpu => Ok(manifest),
             (Ok(Outcome::Refused(refusal)) | Err(refusal), _) => Err(refusal),
+            (Ok(Outcome::Alone(_)), _) => Err(failed("its process has done something else")),
         }
     }
 
@@ -231,13 +305,24 @@ pub fn child() -> Result<(), String> {
     io::stdin().read_to_string(&mut text).map_err(|e| e.to_string())?;
     let job: ChildJob = serde_json::from_str(&text).map_err(|e| e.to_string())?;
     let ChildLimits { memory, cpu_time, file_bytes } = job.limits;
-    let on_gpu = job.job.target != Target::Cpu;
-    limit_this_process(&PrepareLimits { memory, on_gpu, cpu_time, file_bytes }).map_err(|e| e.to_string())?;
-    let runtime = Runtime::load(&job.library, RuntimeOptions::default()).map_err(|e| e.to_string())?;
-    let outcome = match run(&runtime, &job.job) {
-        Ok(_) => Outcome::Prepared,
-        Err(error) => Outcome::Refused(error.refusal()),
-    };
+    let limits = PrepareLimits { memory, on_gpu: job.on_gpu, cpu_time, file_bytes };
+    limit_this_process(&limits).map_err(|e| e.to_string())?;
+    let outcome = done(&job).unwrap_or_else(|error| Outcome::Refused(error.refusal()));
     println!("{}", serde_json::to_string(&outcome).map_err(|e| e.to_string())?);
     Ok(())
+}
+
+fn done(job: &ChildJob) -> Result<Outcome, PrepareError> {
+    let runtime = || Runtime::load(&job.library, RuntimeOptions::default());
+    match &job.task {
+        Task::Prepare(job) => run(&runtime()?, job).map(|_| Outcome::Prepared),
+        Task::Share(job) => Ok(match share(runtime, job)? {
+            Shared::Prepared => Outcome::Prepared,
+            alone @ Shared::Alone { .. } => Outcome::Alone(alone),
+        }),
+    }
+}
+
+fn graph_file(contents: &Contents) -> String {
+    contents.files.first().map(|file| file.path.clone()).unwrap_or_default()
 }

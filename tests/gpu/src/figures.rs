@@ -37,7 +37,10 @@ const SWAPS: usize = 15;
 const RUNS: usize = 40;
 
 /// Prepares all models in both layouts, some at a time. Convolutions alone have layouts.
-fn prepare_all(models: &[(String, std::path::PathBuf)], out: &Path) -> Vec<(String, bool, Result<Prepared>)> {
+pub(crate) fn prepare_all(
+    models: &[(String, std::path::PathBuf)],
+    out: &Path,
+) -> Vec<(String, bool, Result<Prepared>)> {
     let jobs: Vec<_> = models
         .iter()
         .flat_map(|(name, path)| [false, true].map(|last| (name.clone(), path.clone(), last)))

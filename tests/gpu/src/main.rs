@@ -8,7 +8,16 @@
 //!     faaswap-gpu fault MODELS               a kernel that traps, and the GPU used again
 //!     faaswap-gpu links OUT                  each link alone and together, and what NVML sees
 //!     faaswap-gpu tiers OUT                  weights from disk, alone and while they are swapped in
-//!     faaswap-gpu prepare                    one job, from standard input, in a process of its own
+//!     faaswap-gpu density MODELS OUT         many functions on a whole broker, at rising rates
+//!     faaswap-gpu soak MODELS OUT            the same at one rate, and what memory was taken meanwhile
+//!     faaswap-gpu front MODELS OUT           what a sidecar and the broker add to what the device takes
+//!     faaswap-gpu lose MODELS OUT            one device fails under load
+//!     faaswap-gpu tiny-models MODELS         small models, for dry runs without a GPU
+//!     faaswap-gpu prepare-model              one job, from standard input, in a process of its own
+//!     faaswap-gpu broker ...                 the broker itself, with its own arguments; and `prepare`, which it starts
+//!
+//! `density` and those below it take `--name value` pairs, or variables such as FAASWAP_NODE_SECONDS: see `node/options.rs`. With
+//! `--host N` it runs on N host devices.
 
 mod conform;
 mod fault;
@@ -16,6 +25,7 @@ mod figures;
 mod links;
 mod many;
 mod model;
+mod node;
 mod peers;
 mod record;
 mod stats;
@@ -24,7 +34,9 @@ mod tiers;
 use std::{error::Error, process::ExitCode};
 
 const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | \
-                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | prepare";
+                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | front MODELS OUT | lose MODELS OUT | \
+                     density MODELS OUT | soak MODELS OUT | tiny-models MODELS | prepare-model | \
+                     broker";
 
 /// Functions of all prepared models in turn, on less memory than the weights take; shorter where variables say so.
 fn stress_plan() -> many::Plan {
@@ -40,11 +52,29 @@ fn stress_plan() -> many::Plan {
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
+/// What this program is when it is started as the broker, or by the broker to prepare a model.
+fn as_broker(args: &[String]) -> Option<ExitCode> {
+    let theirs = match args.first().map(String::as_str) {
+        Some("broker") => &args[1..],
+        Some("prepare") => args,
+        Some(_) | None => return None,
+    };
+    // Without whoever has started it, nobody needs it.
+    if let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM)) {
+        eprintln!("faaswap-gpu: {error}");
+    }
+    let name = std::iter::once("faaswap-gpu broker".into());
+    Some(faaswap_broker::cli::run(name.chain(theirs.iter().map(Into::into))))
+}
+
 fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(code) = as_broker(&args) {
+        return code;
+    }
     let filter =
         tracing_subscriber::EnvFilter::try_from_env("FAASWAP_LOG").unwrap_or_else(|_| "warn,onnxruntime=error".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
         ["conform"] => conform::run(),
@@ -56,7 +86,20 @@ fn main() -> ExitCode {
         ["one", models, name] => fault::one(models.as_ref(), name),
         ["links", out] => links::run(out.as_ref()),
         ["tiers", out] => tiers::run(out.as_ref()),
-        ["prepare"] => model::prepare_from_stdin(),
+        ["prepare-model"] => model::prepare_from_stdin(),
+        ["tiny-models", models] => faaswap_tests::models::write_tiny(models.as_ref()).map_err(Into::into),
+        ["density", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::density::run)
+        }
+        ["soak", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::soak::run)
+        }
+        ["front", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(|options| node::front::run(&options))
+        }
+        ["lose", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::lose::run)
+        }
         _ => Err(USAGE.into()),
     };
     match done {

@@ -43,7 +43,11 @@ pub(crate) fn prepare_from_stdin() -> Result<()> {
 /// Prepares a model in a process of its own. What ends that process does not end this one; what it had written by then
 /// counts.
 pub(crate) fn prepare(model: &Path, out: &Path, channels_last: bool) -> Result<Prepared> {
-    let target = Target::Cuda(CudaTarget { channels_last, ..CudaTarget::new(0) });
+    prepare_for(model, out, Target::Cuda(CudaTarget { channels_last, ..CudaTarget::new(0) }))
+}
+
+/// The same for any target.
+pub(crate) fn prepare_for(model: &Path, out: &Path, target: Target) -> Result<Prepared> {
     let job = PrepareJob {
         model_dir: model.to_owned(),
         graph_file: "model.onnx".to_owned(),
@@ -53,7 +57,8 @@ pub(crate) fn prepare(model: &Path, out: &Path, channels_last: bool) -> Result<P
     };
     fs::create_dir_all(out)?;
     let log = fs::File::create(out.join("prepare.log"))?;
-    let mut child = Command::new(std::env::current_exe()?).arg("prepare").stdin(Stdio::piped()).stderr(log).spawn()?;
+    let mut child =
+        Command::new(std::env::current_exe()?).arg("prepare-model").stdin(Stdio::piped()).stderr(log).spawn()?;
     serde_json::to_writer(child.stdin.take().ok_or("no pipe")?, &job)?;
     let status = wait(&mut child, out)?;
     let log = fs::read_to_string(out.join("prepare.log")).unwrap_or_default();

@@ -3,6 +3,7 @@
 //! Everything follows from a seed. Costs are published ones for the paper's hardware and measured ones for ours.
 
 pub mod catalog;
+pub mod figures;
 pub mod optimum;
 pub mod outcome;
 pub mod plot;

@@ -5,6 +5,7 @@ use faaswap_scheduler::{PolicyKind, SchedulerConfig};
 
 use crate::{
     catalog::{self, MS, ModelSpec, NodeSpec, SECOND},
+    figures::Measured,
     outcome::Outcome,
     random::Random,
     workload::{self, Counts, FunctionSpec, Workload},
@@ -130,6 +131,23 @@ pub fn bus_bound(per_minute: f64, seed: u64) -> Stage {
     node.devices[0].capacity = Bytes::new(25_000_000_000);
     let models = catalog::h100_paper_models();
     let workload = workload::steady(&models, 400, per_minute, 6, seed);
+    (node, models, workload)
+}
+
+/// H100s with NVLink between any two, of which 25 GB each hold weights, and for each 400 functions under the published
+/// requests times `rate`. Models and links are those that were measured, where there are figures.
+pub fn h100s(figures: Option<&Measured>, gpus: usize, rate: f64, seed: u64) -> Stage {
+    const FUNCTIONS_EACH: usize = 400;
+    const MINUTES_SHORT: usize = 4;
+    let mut node = catalog::h100_node(gpus);
+    for device in &mut node.devices {
+        device.capacity = Bytes::new(25_000_000_000);
+        device.link = figures.map_or(device.link, |figures| figures.link);
+    }
+    let models = figures.map_or_else(catalog::h100_paper_models, |figures| figures.models.clone());
+    let counts = workload::published_counts();
+    let counts = counts.iter().map(|line| line.iter().map(|count| count * rate).collect()).collect();
+    let workload = workload::replay(&counts, &models, FUNCTIONS_EACH * gpus, MINUTES_SHORT, seed);
     (node, models, workload)
 }
 

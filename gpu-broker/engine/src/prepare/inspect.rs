@@ -44,7 +44,16 @@ pub(super) fn read_model(path: &Path) -> Result<ModelProto, PrepareError> {
 
 /// Checks the model in `dir` and says what it takes and gives.
 pub(super) fn inspect(dir: &Path, graph_file: &str) -> Result<Signature, PrepareError> {
-    let model = read_model(&dir.join(plain_name(graph_file).map_err(PrepareError::rejected)?))?;
+    judge(dir, &read_named(dir, graph_file)?)
+}
+
+/// Reads a graph file that must lie in the folder itself.
+pub(super) fn read_named(dir: &Path, graph_file: &str) -> Result<ModelProto, PrepareError> {
+    read_model(&dir.join(plain_name(graph_file).map_err(PrepareError::rejected)?))
+}
+
+/// Checks a model whose files are in `dir` and says what it takes and gives.
+pub(super) fn judge(dir: &Path, model: &ModelProto) -> Result<Signature, PrepareError> {
     let Some(graph) = &model.graph else {
         return Err(PrepareError::rejected("the file is no ONNX model: it has no graph"));
     };

@@ -10,6 +10,7 @@ mod concat;
 mod graph;
 mod groups;
 mod inspect;
+pub mod kin;
 mod limit;
 mod optimize;
 mod shared;

@@ -1,9 +1,12 @@
-//! Runs every scenario and writes tables and plots: `faaswap-simulate [FOLDER] [--seeds N] [--only NAME]`.
+//! Runs every scenario and writes tables and plots: `faaswap-simulate [FOLDER] [--seeds N] [--only NAME] [--figures FILE]`.
+//!
+//! FILE is the `figures.json` of `faaswap-gpu figures`: then the H100s of one scenario cost what was measured there.
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
 use faaswap_scheduler::PolicyKind;
 use faaswap_simulation::{
+    figures::{self, Measured},
     optimum,
     outcome::{Outcome, ratio},
     plot::{Line, Plot},
@@ -23,6 +26,7 @@ struct Run {
     folder: PathBuf,
     seeds: u64,
     only: Option<String>,
+    figures: Option<Measured>,
     started: Instant,
     rows: Vec<Row>,
 }
@@ -32,6 +36,7 @@ fn main() -> ExitCode {
         folder: PathBuf::from("target/simulation"),
         seeds: SEEDS,
         only: None,
+        figures: None,
         started: Instant::now(),
         rows: Vec::new(),
     };
@@ -40,6 +45,13 @@ fn main() -> ExitCode {
         match arg.as_str() {
             "--seeds" => run.seeds = args.next().and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS),
             "--only" => run.only = args.next(),
+            "--figures" => match args.next().as_deref().and_then(read_figures) {
+                Some(figures) => run.figures = Some(figures),
+                None => {
+                    eprintln!("--figures: that is no file of figures");
+                    return ExitCode::FAILURE;
+                }
+            },
             folder => run.folder = PathBuf::from(folder),
         }
     }
@@ -50,6 +62,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn read_figures(path: &str) -> Option<Measured> {
+    figures::measured(&serde_json::from_slice(&std::fs::read(path).ok()?).ok()?, "-fp32")
 }
 
 /// The same for our policy and the published one, on two threads.
@@ -64,7 +80,7 @@ fn both<T: Send>(figure: impl Fn(PolicyKind) -> T + Sync) -> [T; 2] {
 impl Run {
     fn all(&mut self) -> std::io::Result<()> {
         std::fs::create_dir_all(&self.folder)?;
-        let parts: [(&str, Part); 9] = [
+        let parts: [(&str, Part); 10] = [
             ("paper", Self::paper),
             ("largest", Self::largest),
             ("balance", Self::balance),
@@ -72,6 +88,7 @@ impl Run {
             ("cluster", Self::cluster),
             ("bursty", Self::bursty),
             ("bus-bound", Self::bus_bound),
+            ("h100s", Self::h100s),
             ("adversarial", Self::adversarial),
             ("faults", Self::faults),
         ];
@@ -216,21 +233,21 @@ impl Run {
     /// The largest rate at which 99 of 100 functions are compliant, as a share of what the node could carry at all.
     /// The published policy is asked for less: far beyond what it carries, its queues take long to simulate.
     fn bursty(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bursty", 99, ([(180, 270), (30, 120)], 30), false, scenario::bursty)
+        self.share_of_optimum("bursty", 99, ([(180, 270), (30, 120)], 30, "per-minute"), false, scenario::bursty)
     }
 
     /// The same where 95 of 100 are compliant, on one device whose link is scarce. Its requests are independent.
     fn bus_bound(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bus-bound", 95, ([(4, 60), (4, 60)], 2), true, scenario::bus_bound)
+        self.share_of_optimum("bus-bound", 95, ([(4, 60), (4, 60)], 2, "per-minute"), true, scenario::bus_bound)
     }
 
     fn share_of_optimum(
         &mut self,
         name: &str,
         percent: u32,
-        (ranges, step): ([(usize, usize); 2], usize),
+        (ranges, step, unit): ([(usize, usize); 2], usize, &str),
         by_rates: bool,
-        make: fn(f64, u64) -> scenario::Stage,
+        make: impl Fn(f64, u64) -> scenario::Stage + Sync,
     ) -> std::io::Result<()> {
         let found = both(|policy| {
             let mut best = None;
@@ -248,7 +265,7 @@ impl Run {
         });
         for (policy, found) in ["faaswap", "torpor"].into_iter().zip(found) {
             let Some((rate, outcome, bound)) = found else { continue };
-            self.add(&format!("{name}-{rate}-per-minute"), policy, 1, &outcome);
+            self.add(&format!("{name}-{rate}-{unit}"), policy, 1, &outcome);
             let links = if by_rates { bound.links_by_rates } else { bound.links };
             let share = links.max(bound.devices);
             self.say(&format!(
@@ -258,6 +275,18 @@ impl Run {
             if let Some(row) = self.rows.last_mut() {
                 row.share_of_optimum = Some(share);
             }
+        }
+        Ok(())
+    }
+
+    /// How many times the published requests four H100s carry, in halves, for 400 functions each; and eight, where nothing
+    /// else is asked for: that takes minutes.
+    fn h100s(&mut self) -> std::io::Result<()> {
+        let figures = self.figures.clone();
+        let numbers: &[usize] = if self.only.is_some() { &[4, 8] } else { &[4] };
+        for &gpus in numbers {
+            let make = |halves: f64, seed| scenario::h100s(figures.as_ref(), gpus, halves / 2.0, seed);
+            self.share_of_optimum(&format!("h100s-{gpus}"), 95, ([(4, 16), (2, 10)], 1, "half-times"), true, make)?;
         }
         Ok(())
     }

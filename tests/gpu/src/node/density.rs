@@ -1,0 +1,166 @@
+//! How many requests a node carries: many functions under the published requests at rising rates, on the same requests for
+//! each policy.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    costs,
+    options::Options,
+    stage::{Live, Stage},
+    step::Step,
+};
+use crate::{
+    Result,
+    record::{Record, Records, Target},
+};
+
+/// Functions that must be compliant for a rate to count as carried.
+const COMPLIANT_SHARE: f64 = 0.95;
+/// From one rate to the next while they are carried.
+const FASTER: f64 = 1.5;
+/// Rates that are nearer to each other are the same.
+const NEAR: f64 = 1.06;
+/// What a step takes beside its own time: requests that are still out, pages that are read.
+const STEP_SPARE: Duration = Duration::from_secs(8);
+/// All functions shall be registered and bound in that time.
+const REGISTERED_S_MAX: f64 = 180.0;
+/// The policy that others are compared with.
+const PUBLISHED: &str = "torpor";
+
+/// What one policy has carried.
+struct Carried {
+    policy: String,
+    value: Value,
+    /// Rate, and requests a second, of the most that it carries.
+    best: Option<(f64, f64)>,
+    /// Part of the functions that were compliant at the rate that was asked for.
+    first: Option<f64>,
+    checked: u64,
+    wrong: u64,
+    unanswered: u64,
+    share_of_optimum: Option<f64>,
+    registered_s: f64,
+}
+
+pub(crate) fn run(options: Options) -> Result<()> {
+    let stage = Stage::set(options)?;
+    let policies = stage.options.policies.clone();
+    let mut carried = Vec::new();
+    for (at, policy) in policies.iter().enumerate() {
+        let share = stage.options.left() / u32::try_from(policies.len() - at)?;
+        carried.push(carry(&stage, policy, Instant::now() + share)?);
+        write(&stage, &carried)?;
+    }
+    carried.iter().for_each(say);
+    let (wrong, checked): (u64, u64) = (carried.iter().map(|c| c.wrong).sum(), carried.iter().map(|c| c.checked).sum());
+    if wrong > 0 { Err(format!("{wrong} of {checked} outputs are wrong").into()) } else { Ok(()) }
+}
+
+fn carry(stage: &Stage, policy: &str, until: Instant) -> Result<Carried> {
+    let mut live = stage.live(policy, false)?;
+    let steps = search(stage, &mut live, until)?;
+    let good = steps.iter().filter(|(step, _)| step.compliant_share() >= COMPLIANT_SHARE);
+    let best = good.max_by(|a, b| a.0.rate.total_cmp(&b.0.rate));
+    let share_of_optimum = best.map(|(_, value)| {
+        let bound = |name: &str| value["predicted"]["optimum"][name].as_f64().unwrap_or(f64::NAN);
+        bound("links_by_rates").max(bound("devices"))
+    });
+    let devices = stage.options.devices.count() as f64;
+    let value = json!({
+        "policy": policy, "functions": stage.designs.len(), "registered": live.registered.ready,
+        "registered_s": live.registered.took.as_secs_f64(), "weights_bytes": stage.weights.get(),
+        "answers_alike": live.answers_alike, "links": live.links.json(), "costs": costs::json_of(&stage.bases, &live.costs),
+        "steps": steps.iter().map(|(_, value)| value).collect::<Vec<_>>(),
+        "requests_per_s_per_device": best.map(|(step, _)| step.per_second() / devices), "share_of_optimum": share_of_optimum,
+    });
+    Ok(Carried {
+        policy: policy.to_owned(),
+        value,
+        best: best.map(|(step, _)| (step.rate, step.per_second())),
+        first: steps.first().map(|(step, _)| step.compliant_share()),
+        checked: live.checked,
+        wrong: live.wrong,
+        unanswered: steps.iter().map(|(step, _)| step.refused + step.failed).sum(),
+        share_of_optimum,
+        registered_s: live.registered.took.as_secs_f64(),
+    })
+}
+
+/// Raises the rate until too many functions miss their objective, then halves the interval.
+fn search(stage: &Stage, live: &mut Live, until: Instant) -> Result<Vec<(Step, Value)>> {
+    let options = &stage.options;
+    let (mut steps, mut good, mut bad) = (Vec::new(), None::<f64>, None::<f64>);
+    let mut rate = options.rate;
+    let enough = Duration::from_secs(options.seconds) + STEP_SPARE;
+    for _ in 0..=options.steps {
+        if !steps.is_empty() && until.saturating_duration_since(Instant::now()) < enough {
+            println!("  no time for another rate");
+            break;
+        }
+        let (step, value) = live.step(stage, (rate, options.seconds), |_, _, _| {})?;
+        match step.compliant_share() >= COMPLIANT_SHARE {
+            true => good = Some(rate),
+            false => bad = Some(rate),
+        }
+        steps.push((step, value));
+        rate = match (good, bad) {
+            (Some(good), Some(bad)) if bad / good < NEAR => break,
+            (Some(good), Some(bad)) => (good * bad).sqrt(),
+            (Some(good), None) => good * FASTER,
+            (None, Some(bad)) => bad / FASTER,
+            (None, None) => break,
+        };
+    }
+    Ok(steps)
+}
+
+fn say(one: &Carried) {
+    let best =
+        one.best.map_or_else(|| "no rate".to_owned(), |(rate, per_s)| format!("x{rate:.2}, {per_s:.1} requests/s"));
+    println!(
+        "density {}: carries {best} ({:.2} of the optimum); {} outputs checked, {} wrong, {} not answered; registered in {:.1} s",
+        one.policy,
+        one.share_of_optimum.unwrap_or(f64::NAN),
+        one.checked,
+        one.wrong,
+        one.unanswered,
+        one.registered_s
+    );
+}
+
+fn write(stage: &Stage, carried: &[Carried]) -> Result<()> {
+    let out = &stage.options.out;
+    let values: Vec<_> = carried.iter().map(|one| &one.value).collect();
+    let wrong: u64 = carried.iter().map(|one| one.wrong).sum();
+    let (count, is_host) = (stage.options.devices.count(), stage.options.devices.is_host());
+    let text = json!({"devices": count, "host": is_host, "policies": values, "outputs_wrong": wrong});
+    fs::write(out.join("density.json"), serde_json::to_vec_pretty(&text)?)?;
+    let published = carried.iter().find(|one| one.policy == PUBLISHED).and_then(|one| one.best);
+    let records: Vec<_> = carried.iter().flat_map(|one| records(one, published, count)).collect();
+    Records::new(out, "density", stage.device.clone())?.add(&records)
+}
+
+fn records(one: &Carried, published: Option<(f64, f64)>, devices: usize) -> Vec<Record> {
+    let devices = devices as f64;
+    // What is compared here are policies, where other figures compare models.
+    let all = |name: &str, value: (f64, &'static str), reference, target| {
+        Record::of(name, &one.policy, value, reference, target)
+    };
+    let per_device = (one.best.map_or(0.0, |(_, per_s)| per_s / devices), "requests/s");
+    let reference =
+        published.filter(|_| one.policy != PUBLISHED).map(|(_, per_s)| (per_s / devices, "published policy"));
+    let mut records =
+        vec![all("density_requests", per_device, reference, Target::Told).counting(one.checked, one.wrong)];
+    let share = one.share_of_optimum.map(|share| (share, "of the optimum"));
+    records.extend(share.map(|share| all("density_of_optimum", share, None, Target::Told)));
+    records.extend(one.first.map(|share| all("density_compliant", (share, "of functions"), None, Target::Told)));
+    let registered = (one.registered_s, "s");
+    records.push(all("density_registered", registered, None, Target::AtMost(REGISTERED_S_MAX)));
+    records.push(all("density_unanswered", (one.unanswered as f64, "requests"), None, Target::AtMost(0.0)));
+    records
+}

@@ -1,0 +1,19 @@
+//! Experiments with a whole broker: real processes, real sockets, functions as many as memory has weights for.
+//!
+//! What is measured is what a sidecar sees. All of it runs on GPUs, however many there are, and on host devices.
+
+mod bases;
+mod broker;
+mod costs;
+pub(crate) mod density;
+mod fleet;
+pub(crate) mod front;
+pub(crate) mod lose;
+mod options;
+mod predict;
+pub(crate) mod soak;
+mod stage;
+mod step;
+mod variants;
+
+pub(crate) use options::Options;
