@@ -71,7 +71,7 @@ pub const SCRATCH_MAX_DEFAULT: Bytes = Bytes::mib(4 << 10);
 /// How long a program that is to be launched looks for its weights' copies to be queued, before it sleeps.
 const QUEUED_LOOKS_FOR: Duration = Duration::from_micros(300);
 /// How many models are bound at once where nothing else is said.
-pub const BINDING_DEFAULT: usize = 4;
+pub const BINDING_DEFAULT: usize = 2;
 /// Bytes of weights that arrive while a thread wakes up.
 const LATE_BYTES: u64 = 8 << 20;
 /// Most constants of all models.

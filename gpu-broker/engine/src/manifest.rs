@@ -88,7 +88,7 @@ pub struct Manifest {
 }
 
 /// A session that must be kept counts as so many percent of the run's time more: it takes device memory for good.
-pub const KEPT_SESSION_PERCENT: u64 = 30;
+pub const KEPT_SESSION_PERCENT: u64 = 100;
 
 impl Manifest {
     /// How dear the model is when prepared in this way, to choose between ways: how long it runs, and more where its

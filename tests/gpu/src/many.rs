@@ -95,7 +95,7 @@ fn variant(prepared: &Prepared, variant: u64) -> Result<HostWeights> {
     Ok(HostWeights::from_bytes(&bytes)?)
 }
 
-/// Functions that are bound at a time: as many as a device does.
+/// Functions that are bound at a time: their weights are made meanwhile, so more than a device binds.
 const BINDING: usize = 4;
 
 /// Binds one function and hears what it answers.

@@ -1,4 +1,4 @@
-//! A swap-in is made usable in stages, each about twice as large as all before it: a program's first part is launched when
+//! A swap-in is made usable in stages, each as large as all before it, up to a limit: a program's first part is launched when
 //! the first chunk is behind its addresses, and the rest is mapped while that runs.
 //!
 //! A program is cut where stages begin, so link and capture must agree on where that is.
@@ -6,6 +6,9 @@
 use faaswap_protocol::Bytes;
 
 use crate::Group;
+
+/// Most chunks that a stage adds: what is to be launched waits for no more than their mapping.
+const STAGE_CHUNKS_MAX: u64 = 8;
 
 /// A stage: groups up to one (not included), in chunks up to one (not included).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +30,7 @@ pub(super) fn stages(groups: &[Group], chunk: Bytes) -> Vec<Stage> {
         if whole > stages.last().map_or(0, |stage| stage.groups) && whole < groups.len() {
             stages.push(Stage { groups: whole, chunks: fits(until / chunk) });
         }
-        until *= 2;
+        until += until.min(STAGE_CHUNKS_MAX * chunk);
     }
     stages.push(all);
     stages
