@@ -201,11 +201,25 @@ impl Fleet {
         })
     }
 
-    /// Asks one function after the other, each when the one before has answered.
+    /// Asks one function after the other, each when the one before has answered. Ends early where no answer comes.
     pub(crate) fn ask(&self, functions: impl IntoIterator<Item = usize>) -> Vec<Outcome> {
         let mut outcomes = Vec::new();
         for function in functions {
-            self.drive(&[(Duration::ZERO, function)], |outcome| outcomes.extend(outcome));
+            let job = Job { function, due: Instant::now() };
+            let thread = self.jobs.get(function % self.jobs.len().max(1));
+            if thread.is_none_or(|thread| thread.try_send(job).is_err()) {
+                break;
+            }
+            // Functions that were registered late say so in between.
+            let mut news = std::iter::from_fn(|| self.news.recv_timeout(PATIENCE * 2).ok());
+            let answer = news.find_map(|news| match news {
+                News::Answered(outcome) => Some(outcome),
+                News::Registered { .. } => None,
+            });
+            match answer {
+                Some(outcome) => outcomes.push(outcome),
+                None => break,
+            }
         }
         outcomes
     }
