@@ -13,7 +13,7 @@ use super::{
     options::Options,
     predict,
     stage::{Live, Stage},
-    step::Step,
+    step::{Step, permille},
 };
 use crate::{
     Result,
@@ -74,7 +74,9 @@ fn carry(stage: &Stage, policy: &str, until: Instant) -> Result<Carried> {
         bound("links_by_rates").max(bound("devices"))
     });
     let devices = stage.options.devices.count() as f64;
+    let meanwhile = live.registered.latencies();
     let value = json!({
+        "answered_while_registering": {"count": meanwhile.len(), "p50_ms": permille(&meanwhile, 500), "p98_ms": permille(&meanwhile, 980)},
         "policy": policy, "functions": stage.designs.len(), "registered": live.registered.ready,
         "registered_s": live.registered.took.as_secs_f64(), "weights_bytes": stage.weights.get(),
         "answers_alike": live.answers_alike, "links": live.links.json(), "costs": costs::json_of(&stage.bases, &live.costs),

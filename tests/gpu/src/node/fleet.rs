@@ -125,6 +125,16 @@ pub(crate) struct Registered {
     pub(crate) outcomes: Vec<Outcome>,
 }
 
+impl Registered {
+    /// Milliseconds that first requests took while functions were still being registered, sorted.
+    pub(crate) fn latencies(&self) -> Vec<f64> {
+        let answered = self.outcomes.iter().filter(|outcome| matches!(outcome.end, Ending::Answered(_)));
+        let mut all: Vec<_> = answered.map(|outcome| outcome.took.as_secs_f64() * 1e3).collect();
+        all.sort_unstable_by(f64::total_cmp);
+        all
+    }
+}
+
 impl Fleet {
     /// Connects all functions to a broker at once; they register as fast as it lets them.
     pub(crate) fn start(socket: &Path, bases: &[Base], designs: &[Design]) -> Result<Self> {
