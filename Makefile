@@ -10,7 +10,9 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
 BENCH_BINS := faaswap-broker faaswap-sidecar faaswap-bench
 
-.PHONY: help demo test test-rust test-python test-containers test-large lint bench bench-scheduler simulate fetch fetch-go fetch-queue-proxy build release images render clean
+DENSITY_DEVICES ?= 4
+
+.PHONY: help demo density test test-rust test-python test-containers test-large lint bench bench-scheduler simulate fetch fetch-go fetch-queue-proxy build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +20,12 @@ help: ## Shows this list.
 demo: fetch ## Shows FaaSwap at work: 16 functions with real models share two small host devices (about 90 s after building).
 	$(CARGO) build --release --locked $(DEMO_BINS:%=--bin %)
 	@target/release/faaswap-demo
+
+density: fetch ## Shows how many requests a broker carries, on host devices with small models (DENSITY_DEVICES, about 4 minutes after building).
+	$(CARGO) build --release --locked -p faaswap-gpu-tests
+	@target/release/faaswap-gpu tiny-models target/density/models
+	@target/release/faaswap-gpu density target/density/models target/density --host $(DENSITY_DEVICES) --memory-mib 32 \
+	  --functions 96 --rate 4 --seconds 15 --policy faaswap,torpor --within 240
 
 test: test-rust test-python ## Runs every test that needs no GPU.
 

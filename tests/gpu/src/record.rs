@@ -188,8 +188,10 @@ impl Records {
         Ok(Self { file: folder.join(format!("{subcommand}.json")), device, done: Vec::new() })
     }
 
+    /// Adds what was measured; what was not, as where nothing was asked, is no number and no record.
     pub(crate) fn add(&mut self, records: &[Record]) -> Result<()> {
-        self.done.extend(records.iter().map(|record| record.json(&self.device)));
+        let measured = records.iter().filter(|record| record.ours.is_finite());
+        self.done.extend(measured.map(|record| record.json(&self.device)));
         let draft = self.file.with_extension("draft");
         fs::write(&draft, serde_json::to_vec_pretty(&self.done)?)?;
         Ok(fs::rename(&draft, &self.file)?)

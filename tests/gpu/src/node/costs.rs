@@ -105,29 +105,21 @@ impl Links {
             let alone = vec![(link_mib << 20) as f64; count];
             return Ok(Self { alone, shared: Vec::new(), peers: Vec::new() });
         }
-        let metrics = broker.metrics()?;
-        let label = |labels: &str, name: &str| -> Option<String> {
-            let rest = labels.split_once(&format!("{name}=\""))?.1;
-            Some(rest.split_once('"')?.0.to_owned())
-        };
-        // The broker's names say which of our devices a GPU is.
-        let place = |device: String| device.strip_prefix("cuda").and_then(|n| n.parse::<usize>().ok());
-        let gpus: BTreeMap<String, usize> = metrics
-            .all("faaswap_gpu_memory_used_bytes")
-            .filter_map(|(labels, _)| Some((label(labels, "gpu")?, place(label(labels, "device")?)?)))
-            .collect();
-        let count = options.devices.count();
-        let (mut alone, mut together, mut peers) = (vec![0.0; count], BTreeMap::new(), Vec::new());
-        for (labels, speed) in metrics.all("faaswap_gpu_link_bytes_per_second") {
-            let parts = (label(labels, "gpu"), label(labels, "from"), label(labels, "beside"));
-            let (Some(gpu), Some(from), Some(beside)) = parts else { continue };
-            let Some(&at) = gpus.get(&gpu).filter(|at| **at < count) else { continue };
-            match (from.as_str(), gpus.get(&beside), gpus.get(&from)) {
-                ("host", Some(&other), _) => drop(together.insert((at, other), speed)),
-                ("host", None, _) => alone[at] = speed,
-                (_, _, Some(&holder)) => peers.push((holder, at, speed)),
-                (_, _, None) => {}
+        let devices = broker.devices()?;
+        let devices = devices.as_array().map(Vec::as_slice).unwrap_or_default();
+        let place = |name: &Value| devices.iter().position(|device| device["name"] == *name);
+        let (mut alone, mut together, mut peers) = (Vec::new(), BTreeMap::new(), Vec::new());
+        for (at, device) in devices.iter().enumerate() {
+            let link = &device["link"];
+            alone.push(link["from_host"].as_f64().unwrap_or(0.0));
+            for beside in link["beside"].as_array().into_iter().flatten() {
+                let Some(other) = place(&beside["device"]) else { continue };
+                beside["from_host"].as_f64().map(|speed| together.insert((at, other), speed));
+                peers.extend(beside["from_gpu"].as_f64().map(|speed| (other, at, speed)));
             }
+        }
+        if alone.iter().any(|speed| *speed <= 0.0) {
+            return Err("the broker does not tell the speed of each GPU's link".into());
         }
         Ok(Self { shared: shared(&alone, &together), alone, peers })
     }

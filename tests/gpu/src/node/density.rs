@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 use super::{
     costs,
     options::Options,
+    predict,
     stage::{Live, Stage},
-    step::Step,
+    step::{Step, permille},
 };
 use crate::{
     Result,
@@ -45,6 +46,8 @@ struct Carried {
     unanswered: u64,
     share_of_optimum: Option<f64>,
     registered_s: f64,
+    /// What was simulated beside it.
+    predicted: Vec<Record>,
 }
 
 pub(crate) fn run(options: Options) -> Result<()> {
@@ -71,7 +74,9 @@ fn carry(stage: &Stage, policy: &str, until: Instant) -> Result<Carried> {
         bound("links_by_rates").max(bound("devices"))
     });
     let devices = stage.options.devices.count() as f64;
+    let meanwhile = live.registered.latencies();
     let value = json!({
+        "answered_while_registering": {"count": meanwhile.len(), "p50_ms": permille(&meanwhile, 500), "p98_ms": permille(&meanwhile, 980)},
         "policy": policy, "functions": stage.designs.len(), "registered": live.registered.ready,
         "registered_s": live.registered.took.as_secs_f64(), "weights_bytes": stage.weights.get(),
         "answers_alike": live.answers_alike, "links": live.links.json(), "costs": costs::json_of(&stage.bases, &live.costs),
@@ -88,6 +93,7 @@ fn carry(stage: &Stage, policy: &str, until: Instant) -> Result<Carried> {
         unanswered: steps.iter().map(|(step, _)| step.refused + step.failed).sum(),
         share_of_optimum,
         registered_s: live.registered.took.as_secs_f64(),
+        predicted: best.or(steps.first()).map_or_else(Vec::new, |(_, value)| predict::records(policy, value)),
     })
 }
 
@@ -161,6 +167,7 @@ fn records(one: &Carried, published: Option<(f64, f64)>, devices: usize) -> Vec<
     records.extend(one.first.map(|share| all("density_compliant", (share, "of functions"), None, Target::Told)));
     let registered = (one.registered_s, "s");
     records.push(all("density_registered", registered, None, Target::AtMost(REGISTERED_S_MAX)));
+    records.extend(one.predicted.clone());
     records.push(all("density_unanswered", (one.unanswered as f64, "requests"), None, Target::AtMost(0.0)));
     records
 }

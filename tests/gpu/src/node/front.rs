@@ -151,7 +151,7 @@ fn request(base: &Base, design: &Design) -> Result<Request> {
 }
 
 /// Asks one function by both ways in turn, each time once when its weights have left, and once when they are there. The
-/// device has room for little more than one function's weights, so that asking the others drives them out.
+/// device has room for one function's weights, so that asking the others drives them out.
 fn compare(stage: &Stage, live: &Live) -> Result<Compared> {
     let (design, base) = (&stage.designs[ASKED], &stage.bases[0]);
     let golden = live.fleet.golden(ASKED).ok_or("a function was not registered")?;
@@ -247,8 +247,7 @@ fn open(options: &Options) -> Result<Arc<dyn Device>> {
     })
 }
 
-/// The smallest, a middle and the largest of the models, each on one device with room for little more than one function's
-/// weights.
+/// The smallest, a middle and the largest of the models, each on one device with room for one function's weights.
 fn stages(options: &Options) -> Result<Vec<Options>> {
     let mut sizes: Vec<_> = bases::all(options)?.into_iter().map(|base| (base.weights(), base.name)).collect();
     sizes.sort();
@@ -257,9 +256,7 @@ fn stages(options: &Options) -> Result<Vec<Options>> {
     chosen.dedup();
     let one = |at: usize| {
         let (weights, name) = sizes.get(at).cloned().ok_or("there is no model")?;
-        // One chunk more, in which another function can be bound.
-        let chunk = options.devices.chunk();
-        let memory = weights.checked_round_up(chunk).and_then(|whole| whole.checked_add(chunk)).unwrap_or(weights);
+        let memory = weights.checked_round_up(options.devices.chunk()).unwrap_or(weights);
         let devices = match options.devices {
             Devices::Gpus(_) => Devices::Gpus(1),
             Devices::Hosts { link_mib, .. } => Devices::Hosts { count: 1, link_mib },

@@ -11,7 +11,37 @@ use faaswap_simulation::{
 use serde_json::{Value, json};
 
 use super::step::{Step, permille};
-use crate::Result;
+use crate::{
+    Result,
+    record::{Record, Target},
+};
+
+const COMPLIANT: &str = "compliant functions";
+const REQUESTS: &str = "requests/s";
+const P50: &str = "p50 ms";
+const P98: &str = "p98 ms";
+const SWAPS: &str = "swaps/s";
+const LINKS: &str = "link load %";
+/// What is compared, as a figure with its unit.
+const FIGURES: [(&str, &str, &str); 5] = [
+    (COMPLIANT, "predicted_compliant", "functions"),
+    (P50, "predicted_p50", "ms"),
+    (P98, "predicted_p98", "ms"),
+    (SWAPS, "predicted_swaps", "swaps/s"),
+    (LINKS, "predicted_link_load", "%"),
+];
+
+/// What was measured beside what was simulated, as records of a policy; `value` is a step's.
+pub(crate) fn records(policy: &str, value: &Value) -> Vec<Record> {
+    let rows = value["predicted"]["beside"].as_array().cloned().unwrap_or_default();
+    let record = |(what, figure, unit): &(&str, &str, &'static str)| {
+        let row = rows.iter().find(|row| row["what"] == *what)?;
+        let (measured, predicted) = (row["measured"].as_f64()?, row["predicted"].as_f64()?);
+        let reference = (predicted > 0.0).then_some((predicted, "simulated"));
+        Some(Record::of(figure, policy, (measured, unit), reference, Target::Told))
+    };
+    FIGURES.iter().filter_map(record).collect()
+}
 
 /// One stretch as it was simulated.
 #[derive(Debug)]
@@ -45,12 +75,12 @@ impl Predicted {
         let span = workload.span as f64 / 1e9;
         let copied: f64 = self.outcome.devices.iter().map(|work| work.copied).sum();
         vec![
-            ("compliant functions", self.outcome.compliant() as f64, step.compliant() as f64),
-            ("requests/s", self.outcome.requests() as f64 / self.seconds, step.per_second()),
-            ("p50 ms", self.outcome.latency_ms(500), permille(&step.latencies, 500)),
-            ("p98 ms", self.outcome.latency_ms(980), permille(&step.latencies, 980)),
-            ("swaps/s", self.swaps(span), step.swaps),
-            ("link load %", copied / span / links * 100.0, step.link_load(links) * 100.0),
+            (COMPLIANT, self.outcome.compliant() as f64, step.compliant() as f64),
+            (REQUESTS, self.outcome.requests() as f64 / self.seconds, step.per_second()),
+            (P50, self.outcome.latency_ms(500), permille(&step.latencies, 500)),
+            (P98, self.outcome.latency_ms(980), permille(&step.latencies, 980)),
+            (SWAPS, self.swaps(span), step.swaps),
+            (LINKS, copied / span / links * 100.0, step.link_load(links) * 100.0),
         ]
     }
 

@@ -76,11 +76,14 @@ impl Stage {
         let count = u32::try_from(self.designs.len())?;
         let within = REGISTERED_WITHIN.max(REGISTERED_WITHIN_EACH * count).min(self.options.left());
         let registered = fleet.register(self.designs.len(), Instant::now() + within);
+        let meanwhile = registered.latencies();
         println!(
-            "  {} of {count} functions registered and bound in {:.1} s; {} requests were served meanwhile",
+            "  {} of {count} functions registered and bound in {:.1} s; {} requests were answered meanwhile, p50 {:.2} ms, p98 {:.2} ms",
             registered.ready,
             registered.took.as_secs_f64(),
-            registered.outcomes.len()
+            meanwhile.len(),
+            step::permille(&meanwhile, 500),
+            step::permille(&meanwhile, 980)
         );
         for why in registered.refused.iter().take(DECLINED_SHOWN) {
             println!("  declined: {why}");
