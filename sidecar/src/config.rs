@@ -3,6 +3,7 @@
 //! The files that are named are not opened here; that they exist is checked, because a wrong path is the mistake that
 //! people make most.
 
+mod model;
 pub(crate) mod read;
 #[cfg(test)]
 mod tests;
@@ -15,7 +16,7 @@ use std::{
 };
 
 use ::config::{Config, Environment, File, FileFormat};
-use faaswap_protocol::{Bytes, FunctionName, Late, Priority, Slo};
+use faaswap_protocol::{Bytes, FunctionName, Late, ModelDigest, Priority, Slo};
 use http::uri::Authority;
 
 use self::read::Reader;
@@ -65,6 +66,8 @@ pub struct Settings {
     pub model_name: String,
     /// Its model.
     pub model: ModelRef,
+    /// The digest that the model must have.
+    pub model_digest: Option<ModelDigest>,
     /// The objective for its latency.
     pub slo: Slo,
     /// Whether somebody waits.
@@ -137,11 +140,7 @@ impl Settings {
         let brokers = read::brokers(from, start);
         let watchdog = WatchdogSettings::read(from, start);
         let (function, model_name) = (read::function(from, start, watchdog.is_some()), from.text("model_name"));
-        let data = from.list("model_data");
-        // A front that ends for want of a model would be started again and again; it says why it is not ready instead.
-        let may_be_absent = watchdog.is_some();
-        let folder = start.folder.as_deref().filter(|_| start.variable("FAASWAP_MODEL").is_none());
-        let model = from.required("model", |text| read::model(text, folder, data, may_be_absent));
+        let (model, model_digest) = model::read(from, start, watchdog.is_some());
         let deadline = from.number("slo_ms", 1..=3_600_000).unwrap_or(1000);
         let percentile = from.parse("slo_percentile", read::percentile).unwrap_or(9800);
         let priority = from.one_of("priority", &[("latency", Priority::Latency), ("batch", Priority::Batch)]);
@@ -164,6 +163,7 @@ impl Settings {
             model_name: model_name.unwrap_or_else(|| function.to_string()),
             function,
             model: model?,
+            model_digest,
             slo: Slo { deadline: Duration::from_millis(deadline), percentile },
             priority: priority.unwrap_or_default(),
             late: late.unwrap_or_default(),

@@ -115,8 +115,7 @@ fn operator_page(function: &Function, path: &str) -> reply::Reply {
     match path {
         "/metrics" => {
             let broker = function.broker();
-            let state = broker.map(crate::broker::Broker::state);
-            match function.metrics.text(state.as_ref(), broker.map_or(0, crate::broker::Broker::waiting)) {
+            match function.metrics.text(function.state().as_ref(), broker.map_or(0, crate::broker::Broker::waiting)) {
                 Ok(text) => {
                     let mut page = reply::of_bytes(StatusCode::OK, text);
                     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";

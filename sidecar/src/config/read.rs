@@ -1,21 +1,13 @@
 //! Reads one value after the other and collects what is wrong with each.
 
-use std::{
-    collections::BTreeSet,
-    net::SocketAddr,
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, net::SocketAddr, ops::RangeInclusive, path::PathBuf};
 
 use ::config::{Config, Map, Value};
 use faaswap_protocol::{Bytes, FunctionName, limits::SLAB_BYTES_MAX};
 use http::uri::Authority;
 
 use super::{BROKER_PORT, BROKER_SERVICE, ConfigError, Start};
-use crate::{
-    broker::{SlabSizes, Target},
-    model::ModelRef,
-};
+use crate::broker::{SlabSizes, Target};
 
 /// Reads keys and remembers which were asked for.
 pub(crate) struct Reader {
@@ -220,24 +212,4 @@ pub(super) fn slab(from: &mut Reader) -> SlabSizes {
         ));
     }
     slab
-}
-
-/// A digest, a graph, or a folder with one. `may_be_absent`: a path that leads nowhere is no mistake of the settings.
-pub(super) fn model(
-    text: &str,
-    folder: Option<&Path>,
-    data: Vec<String>,
-    may_be_absent: bool,
-) -> Result<ModelRef, String> {
-    if text.starts_with("sha256:") {
-        return text.parse().map(ModelRef::Digest).map_err(|error| error.to_string());
-    }
-    let path = folder.unwrap_or(Path::new("")).join(text);
-    if path.is_dir() {
-        return Ok(ModelRef::Folder(path));
-    }
-    if !path.is_file() && !may_be_absent {
-        return Err(format!("'{}' is neither a file, nor a folder, nor sha256:<digest>", path.display()));
-    }
-    Ok(ModelRef::File { graph: path, data })
 }

@@ -170,3 +170,40 @@ fn a_file_names_its_model_relative_to_itself_and_a_variable_to_where_we_are() {
     let elsewhere = Settings::load(Some(&file), &Start { variables, ..Start::default() }).unwrap_err();
     assert!(elsewhere.to_string().contains("'m.onnx' is neither"), "{elsewhere}");
 }
+
+#[test]
+fn a_url_is_a_model_with_its_digest_its_data_and_its_credentials() {
+    let hex = "ab".repeat(32);
+    let remote = |more: &str| match load(&format!("function='f'\n{more}"), &[]).unwrap().model {
+        ModelRef::Remote(remote) => remote,
+        other @ (ModelRef::Digest(_) | ModelRef::File { .. } | ModelRef::Folder(_)) => panic!("{other:?}"),
+    };
+    let one =
+        remote(&format!("model='http://h/m.onnx?sig=1#sha256={hex}'\nmodel_auth_file='/s/auth'\nmodel_mib_max=5"));
+    assert_eq!((one.digest.unwrap().hex(), one.limits.bytes_max), (hex, Bytes::mib(5)));
+    assert_eq!(one.credentials, crate::fetch::Credentials::File("/s/auth".into()));
+    let several = remote("model='https://h/a/m.onnx'\nmodel_data=['w.bin', 'https://cdn/b/v.bin?sig=2']");
+    let shown: Vec<_> = several.data.iter().map(|(name, url)| format!("{name} {url}")).collect();
+    assert_eq!(shown, ["w.bin https://h/a/w.bin", "v.bin https://cdn/b/v.bin"]);
+    assert_eq!(several.digest, None, "https without a digest is possible");
+}
+
+#[test]
+fn what_is_wrong_with_a_url_is_said_without_its_secrets() {
+    let hex = "ab".repeat(32);
+    for (text, said) in [
+        ("model='http://h/m.onnx'", "pin it by #sha256="),
+        ("model='https://u:s3cret@h/m.onnx'", "credentials"),
+        ("model='s3://bucket/m.onnx'", "presigned"),
+        ("model='https://h/m.onnx#md5=s3cret'", "64 hexadecimal"),
+        (&format!("model='https://h/m.onnx#sha256={hex}'\nmodel_data='w.bin'"), "set model_digest"),
+        (&format!("model='https://h/m#sha256={hex}'\nmodel_digest='sha256:{}'", "cd".repeat(32)), "which one"),
+        ("model='https://h/m'\nmodel_auth='Bearer s3cret'\nmodel_auth_file='/s'", "only one of them"),
+        ("model='https://h/m'\nmodel_data='https://h/'", "no file name"),
+    ] {
+        let mistakes = load(&format!("function='f'\n{text}"), &[]).unwrap_err().to_string();
+        assert!(mistakes.contains(said) && !mistakes.contains("s3cret"), "{text}: {mistakes}");
+    }
+    let hidden = load("function='f'\nmodel='https://h/m?sig=s3cret'\nmodel_auth='Bearer s3cret'", &[]).unwrap();
+    assert!(!format!("{hidden:?}").contains("s3cret"), "{hidden:?}");
+}

@@ -5,6 +5,7 @@
 
 pub mod broker;
 pub mod clients;
+pub mod files;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -39,7 +40,7 @@ pub fn spec(deadline: Duration) -> FunctionSpec {
 
 pub fn config(target: Target, deadline: Duration) -> BrokerConfig {
     let slab = SlabSizes { request: Bytes::mib(2), response: Bytes::mib(2) };
-    let model = ModelSource { digest: digest(), files: Vec::new() };
+    let model = ModelSource::known(digest());
     BrokerConfig { slab, ..BrokerConfig::new(target, spec(deadline), model) }
 }
 
