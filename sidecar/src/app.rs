@@ -67,14 +67,19 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), AppE
         let metrics = listen("metrics", address).await?;
         tokio::spawn(server::serve_metrics(metrics, Arc::clone(&function)));
     }
-    let served = Served { function: Arc::clone(&function), body_bytes_max, upstream: settings.upstream.clone() };
+    let served = Served {
+        function: Arc::clone(&function),
+        body_bytes_max,
+        upstream: settings.upstream.clone(),
+        vision: settings.vision.clone(),
+    };
     match settings.watchdog.clone() {
         None => run_beside(listener, served, &settings, stop).await,
         Some(watchdog) => {
             let front = listen("front", SocketAddr::from(([0, 0, 0, 0], watchdog.port))).await?;
             let url = format!("http://{}", listener.local_addr().unwrap_or(settings.listen));
             // For the handler, which may ask for inferences while it answers: without the front's limits, and to the end.
-            let beside = Served { upstream: None, ..served.clone() };
+            let beside = Served { upstream: None, vision: None, ..served.clone() };
             tokio::spawn(server::serve(listener, beside, CancellationToken::new(), settings.drain_grace));
             let attaching = async {
                 attach_or_say_why(&function, &settings).await;

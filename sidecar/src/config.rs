@@ -7,6 +7,7 @@ mod model;
 pub(crate) mod read;
 #[cfg(test)]
 mod tests;
+mod vision;
 
 use std::{
     collections::BTreeMap,
@@ -20,6 +21,7 @@ use faaswap_protocol::{Bytes, FunctionName, Late, ModelDigest, Priority, Slo};
 use http::uri::Authority;
 
 use self::read::Reader;
+pub use self::vision::Vision;
 use crate::{
     broker::{SlabSizes, Target},
     model::ModelRef,
@@ -55,7 +57,7 @@ impl Start {
 pub struct ConfigError(pub Vec<String>);
 
 /// The sidecar's settings.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// Where brokers may listen, in the order in which they are tried: the socket, `broker_addr`, the node's address
     /// (`HOST_IP`), and in a cluster the Service of the node's broker.
@@ -80,6 +82,8 @@ pub struct Settings {
     pub metrics_listen: Option<SocketAddr>,
     /// The handler behind the sidecar.
     pub upstream: Option<Authority>,
+    /// Images in and labels out at `/`, where no handler is behind the sidecar.
+    pub vision: Option<Vision>,
     /// Wanted sizes of the slab.
     pub slab: SlabSizes,
     /// Longest request body.
@@ -152,6 +156,11 @@ impl Settings {
         let metrics_listen = from.parse("metrics_listen", read::address_or_off);
         let metrics_default = if watchdog.is_some() { everywhere(8081) } else { everywhere(9465) };
         let upstream = from.parse("upstream", read::upstream);
+        let upstream = upstream.or_else(|| watchdog.as_ref()?.upstream.clone());
+        let vision = vision::read(from, start);
+        if vision.is_some() && upstream.is_some() {
+            from.mistake("preprocess_kind and a handler are both set: who answers requests to / ?".to_owned());
+        }
         let slab = read::slab(from);
         let body_max = Bytes::mib(from.number("body_mib_max", 1..=1024).unwrap_or(64));
         let drain_grace = Duration::from_millis(from.number("drain_grace_ms", 0..=600_000).unwrap_or(1000));
@@ -169,7 +178,8 @@ impl Settings {
             late: late.unwrap_or_default(),
             listen,
             metrics_listen: metrics_listen.unwrap_or(Some(metrics_default)),
-            upstream: upstream.or_else(|| watchdog.as_ref()?.upstream.clone()),
+            upstream,
+            vision,
             slab,
             body_max,
             drain_grace,

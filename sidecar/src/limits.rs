@@ -72,6 +72,19 @@ pub const FETCH_PIECES_MAX: usize = 32;
 /// How often a fetch says in the log how far it is.
 pub const FETCH_SAID_EVERY: Duration = Duration::from_secs(5);
 
+/// Pixels of the largest image that is decoded, and of all that are decoded at one time. One takes nine bytes at most while it is.
+pub const IMAGE_PIXELS_MAX: u64 = 16 << 20;
+/// Memory beside the pixels that a PNG may take to decode: a row or two, and its chunks.
+pub const IMAGE_SCRATCH_BYTES_MAX: usize = 64 << 20;
+/// Scans of a progressive JPEG: each goes over the whole image.
+pub const IMAGE_SCANS_MAX: usize = 64;
+/// Largest side that images are brought to.
+pub const IMAGE_SIDE_MAX: u32 = 4096;
+/// Longest file with names of labels.
+pub const LABELS_BYTES_MAX: u64 = 4 << 20;
+/// Most labels in one answer.
+pub const LABELS_TOP_MAX: u64 = 1000;
+
 /// Client connections that may be open; the next one waits in the kernel's queue.
 pub const CONNECTIONS_MAX: usize = 1024;
 /// Requests of clients in work; the next one is refused.

@@ -28,9 +28,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Layer, Service};
 
 use crate::{
+    config::Vision,
     failure::Failure,
     grpc::Grpc,
-    http::{Dispatch, limit::LimitLayer, oip::Oip, proxy::Upstream, reply},
+    http::{Besides, Dispatch, image::Images, limit::LimitLayer, oip::Oip, proxy::Upstream, reply},
     infer::Function,
     limits::{
         ACCEPT_PAUSE, CONNECTIONS_MAX, DRAIN_WITHIN, FIRST_REQUEST_WITHIN, HEAD_WITHIN, HTTP1_BUFFER_MAX,
@@ -48,6 +49,8 @@ pub struct Served {
     pub body_bytes_max: usize,
     /// The handler behind the sidecar.
     pub upstream: Option<http::uri::Authority>,
+    /// What is done with images; only without a handler.
+    pub vision: Option<Vision>,
 }
 
 impl Served {
@@ -55,8 +58,13 @@ impl Served {
     pub(crate) fn stack(&self) -> crate::http::limit::Limit<Dispatch> {
         let oip = Arc::new(Oip::new(Arc::clone(&self.function), self.body_bytes_max));
         let grpc = Grpc::new(Arc::clone(&self.function), self.body_bytes_max);
-        let upstream = self.upstream.clone().map(|authority| Upstream::new(authority, Arc::clone(&self.function)));
-        LimitLayer::new(REQUESTS_MAX).layer(Dispatch::new(oip, grpc, upstream))
+        let function = || Arc::clone(&self.function);
+        let besides = match (self.upstream.clone(), self.vision.clone()) {
+            (Some(authority), _) => Besides::Handler(Arc::new(Upstream::new(authority, function()))),
+            (None, Some(vision)) => Besides::Images(Arc::new(Images::new(function(), vision, self.body_bytes_max))),
+            (None, None) => Besides::Nobody,
+        };
+        LimitLayer::new(REQUESTS_MAX).layer(Dispatch::new(oip, grpc, besides))
     }
 }
 

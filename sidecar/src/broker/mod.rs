@@ -321,6 +321,13 @@ impl Broker {
         }
     }
 
+    /// Tells the broker that a request is about to come, so that it can bring the weights meanwhile.
+    pub fn announce(&self) {
+        if let FunctionState::Ready(ready) = &*self.shared.states.borrow() {
+            ready.link.expect_one();
+        }
+    }
+
     /// Asks for one inference. Dropping the future takes the request back.
     pub async fn infer(&self, request: &InferRequest) -> Result<InferAnswer, InferError> {
         self.infer_from(request, None).await

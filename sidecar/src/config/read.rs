@@ -16,8 +16,22 @@ pub(crate) struct Reader {
     mistakes: Vec<String>,
 }
 
+/// All keys in one row: `resize` in the section `[preprocess]` is `preprocess_resize`, as it is in variables, which win.
 fn table(config: &Config) -> Map<String, Value> {
-    config.cache.clone().into_table().unwrap_or_default()
+    let mut flat = Map::new();
+    let mut sections = Vec::new();
+    for (key, value) in config.cache.clone().into_table().unwrap_or_default() {
+        match value.clone().into_table() {
+            Ok(section) => sections.push((key, section)),
+            Err(_) => drop(flat.insert(key, value)),
+        }
+    }
+    for (section, keys) in sections {
+        for (key, value) in keys {
+            flat.entry(format!("{section}_{key}")).or_insert(value);
+        }
+    }
+    flat
 }
 
 impl Reader {

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+#[cfg(feature = "images")]
+use crate::vision::Size;
 
 fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
     let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
@@ -206,4 +208,48 @@ fn what_is_wrong_with_a_url_is_said_without_its_secrets() {
     }
     let hidden = load("function='f'\nmodel='https://h/m?sig=s3cret'\nmodel_auth='Bearer s3cret'", &[]).unwrap();
     assert!(!format!("{hidden:?}").contains("s3cret"), "{hidden:?}");
+}
+
+#[cfg(feature = "images")]
+#[test]
+fn images_and_labels_have_sections_of_their_own_and_variables_win_over_them() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("labels.txt"), "cat\ndog \n").unwrap();
+    let file = folder.path().join("function.toml");
+    let text = format!(
+        "function = 'f'\nmodel = '{}'\n[preprocess]\nkind = 'image'\nresize = 256\ncrop = [224, 192]\ncolors = 'bgr'\n\
+         mean = [0.485, 0.456, 0.406]\nstd = 0.5\n[postprocess]\nkind = 'labels'\nlabels = 'labels.txt'\nsoftmax = true\ntop = 3",
+        digest()
+    );
+    std::fs::write(&file, text).unwrap();
+    let Vision { before, after } = Settings::load(Some(&file), &Start::default()).unwrap().vision.unwrap();
+    assert_eq!((before.resize, before.crop), (Some(Size::Shorter(256)), Some((224, 192))));
+    assert_eq!((before.mean, before.std, before.white), (vec![0.485, 0.456, 0.406], vec![0.5], 1.0));
+    let after = after.unwrap();
+    assert_eq!((after.labels, after.softmax, after.top), (vec!["cat".to_owned(), "dog".to_owned()], true, 3));
+    let variables = [("FAASWAP_PREPROCESS_KIND", "image"), ("FAASWAP_PREPROCESS_RESIZE", "8, 9")];
+    let model = format!("function = 'f'\nmodel = '{}'\n", digest());
+    let set = load(&format!("{model}[preprocess]\nresize = 7"), &variables).unwrap().vision.unwrap();
+    assert_eq!(set.before.resize, Some(Size::Exact(8, 9)));
+}
+
+#[cfg(feature = "images")]
+#[test]
+fn what_is_wrong_with_images_and_labels_is_said() {
+    let model = format!("function = 'f'\nmodel = '{}'\n", digest());
+    for (text, said) in [
+        ("[preprocess]\nkind = 'sound'", "preprocess_kind: 'sound' is none of image"),
+        ("[preprocess]\nkind = 'image'\nsize = 3", "preprocess_size is no setting"),
+        ("[preprocess]\nkind = 'image'\ncrop = [1, 2, 3]", "neither one side nor [height, width]"),
+        ("[preprocess]\nkind = 'image'\nresize = 0", "preprocess_resize: '0'"),
+        ("[preprocess]\nkind = 'image'\nmean = [1, 2]", "2 numbers are given, expected 1 or 3"),
+        ("[preprocess]\nkind = 'image'\nstd = 0", "divided by 0"),
+        ("[preprocess]\nkind = 'image'\nwhite = 'nan'", "no number"),
+        ("[postprocess]\nkind = 'labels'\n", "what does the function take"),
+        ("[preprocess]\nkind='image'\n[postprocess]\nkind='labels'\nlabels='/nowhere'", "'/nowhere' cannot be read"),
+        ("upstream = 'h:1'\n[preprocess]\nkind = 'image'", "who answers requests to /"),
+    ] {
+        let mistakes = load(&format!("{model}{text}"), &[]).unwrap_err().to_string();
+        assert!(mistakes.contains(said), "{text}: {mistakes}");
+    }
 }

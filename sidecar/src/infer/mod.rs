@@ -166,6 +166,13 @@ impl Function {
         self.broker()?.draft(lens)
     }
 
+    /// Lets the broker bring the weights: a request is about to come. Whether that helps is the broker's to know.
+    pub fn announce(&self) {
+        if let Some(broker) = self.broker() {
+            broker.announce();
+        }
+    }
+
     /// Runs one checked request; where there is a draft, its inputs lie there.
     pub async fn infer(&self, request: &InferRequest, draft: Option<Draft>) -> Result<InferAnswer, Failure> {
         let broker = self.broker().ok_or_else(|| self.not_attached())?;
