@@ -72,6 +72,7 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), AppE
         body_bytes_max,
         upstream: settings.upstream.clone(),
         vision: settings.vision.clone(),
+        prefetch: settings.prefetch,
     };
     match settings.watchdog.clone() {
         None => run_beside(listener, served, &settings, stop).await,

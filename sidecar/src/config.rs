@@ -42,12 +42,20 @@ pub struct Start {
     pub variables: BTreeMap<String, String>,
     /// Where the configuration file lies, which names its model relative to itself.
     pub folder: Option<PathBuf>,
+    /// What Kubernetes says is the pod's namespace.
+    pub namespace: Option<String>,
 }
 
 impl Start {
     /// A variable that is set to something.
     pub fn variable(&self, name: &str) -> Option<&str> {
         self.variables.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())
+    }
+
+    /// The namespace of the pod, as far as it is known.
+    pub fn namespace(&self) -> Option<&str> {
+        let named = self.variable("POD_NAMESPACE").or_else(|| self.variable("OPENFAAS_NAMESPACE"));
+        named.or(self.namespace.as_deref()).map(str::trim).filter(|name| !name.is_empty())
     }
 }
 
@@ -82,6 +90,8 @@ pub struct Settings {
     pub metrics_listen: Option<SocketAddr>,
     /// The handler behind the sidecar.
     pub upstream: Option<Authority>,
+    /// Whether the broker hears of requests that go to the handler, to bring the weights meanwhile.
+    pub prefetch: bool,
     /// Images in and labels out at `/`, where no handler is behind the sidecar.
     pub vision: Option<Vision>,
     /// Wanted sizes of the slab.
@@ -157,6 +167,7 @@ impl Settings {
         let metrics_default = if watchdog.is_some() { everywhere(8081) } else { everywhere(9465) };
         let upstream = from.parse("upstream", read::upstream);
         let upstream = upstream.or_else(|| watchdog.as_ref()?.upstream.clone());
+        let prefetch = from.one_of("prefetch", &[("true", true), ("false", false)]);
         let vision = vision::read(from, start);
         if vision.is_some() && upstream.is_some() {
             from.mistake("preprocess_kind and a handler are both set: who answers requests to / ?".to_owned());
@@ -169,7 +180,7 @@ impl Settings {
         let function = function?;
         Some(Self {
             brokers,
-            model_name: model_name.unwrap_or_else(|| function.to_string()),
+            model_name: model_name.unwrap_or_else(|| read::model_name(&function, start, watchdog.is_some())),
             function,
             model: model?,
             model_digest,
@@ -179,6 +190,7 @@ impl Settings {
             listen,
             metrics_listen: metrics_listen.unwrap_or(Some(metrics_default)),
             upstream,
+            prefetch: prefetch.unwrap_or(true),
             vision,
             slab,
             body_max,

@@ -85,6 +85,9 @@ pub const LABELS_BYTES_MAX: u64 = 4 << 20;
 /// Most labels in one answer.
 pub const LABELS_TOP_MAX: u64 = 1000;
 
+/// Longest hint of who stands before the pod.
+pub const HINT_BYTES_MAX: usize = 4 << 10;
+
 /// Client connections that may be open; the next one waits in the kernel's queue.
 pub const CONNECTIONS_MAX: usize = 1024;
 /// Requests of clients in work; the next one is refused.

@@ -31,7 +31,7 @@ use crate::{
     config::Vision,
     failure::Failure,
     grpc::Grpc,
-    http::{Besides, Dispatch, image::Images, limit::LimitLayer, oip::Oip, proxy::Upstream, reply},
+    http::{Besides, Dispatch, hint, image::Images, limit::LimitLayer, oip::Oip, proxy::Upstream, reply},
     infer::Function,
     limits::{
         ACCEPT_PAUSE, CONNECTIONS_MAX, DRAIN_WITHIN, FIRST_REQUEST_WITHIN, HEAD_WITHIN, HTTP1_BUFFER_MAX,
@@ -51,6 +51,8 @@ pub struct Served {
     pub upstream: Option<http::uri::Authority>,
     /// What is done with images; only without a handler.
     pub vision: Option<Vision>,
+    /// Whether the broker hears of requests that go to the handler.
+    pub prefetch: bool,
 }
 
 impl Served {
@@ -60,7 +62,7 @@ impl Served {
         let grpc = Grpc::new(Arc::clone(&self.function), self.body_bytes_max);
         let function = || Arc::clone(&self.function);
         let besides = match (self.upstream.clone(), self.vision.clone()) {
-            (Some(authority), _) => Besides::Handler(Arc::new(Upstream::new(authority, function()))),
+            (Some(authority), _) => Besides::Handler(Arc::new(Upstream::new(authority, function(), self.prefetch))),
             (None, Some(vision)) => Besides::Images(Arc::new(Images::new(function(), vision, self.body_bytes_max))),
             (None, None) => Besides::Nobody,
         };
@@ -110,11 +112,16 @@ pub(crate) async fn serve_stack<S>(
     connections.drain(drain.within).await;
 }
 
-/// Serves `/metrics`, and the two probes, until dropped.
+/// Serves `/metrics`, the two probes, and hints, until dropped.
 pub async fn serve_metrics(listener: TcpListener, function: Arc<Function>) {
     let service = tower::service_fn(move |request: Request<Incoming>| {
-        let reply = operator_page(&function, request.uri().path());
-        std::future::ready(Ok::<_, std::convert::Infallible>(reply))
+        let function = Arc::clone(&function);
+        async move {
+            let path = request.uri().path();
+            let reply =
+                if path == hint::PATH { hint::serve(&function, request).await } else { operator_page(&function, path) };
+            Ok::<_, std::convert::Infallible>(reply)
+        }
     });
     Connections::new(METRICS_CONNECTIONS_MAX).accept(&listener, service).await;
 }

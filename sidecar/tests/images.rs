@@ -59,8 +59,13 @@ async fn ready(signature: Signature, vision: Vision) -> (Http, FakeBroker) {
     let client = Broker::start(support::config(broker.target(), Duration::from_secs(10)));
     client.until_ready().await.unwrap();
     function.attach(client);
-    let served =
-        Served { function: Arc::clone(&function), body_bytes_max: BODY_MAX, upstream: None, vision: Some(vision) };
+    let served = Served {
+        function: Arc::clone(&function),
+        body_bytes_max: BODY_MAX,
+        upstream: None,
+        vision: Some(vision),
+        prefetch: true,
+    };
     tokio::spawn(server::serve(listener, served, CancellationToken::new(), Duration::ZERO));
     (http, broker)
 }

@@ -76,14 +76,14 @@ class Node:
             raise
 
     def _start(self, models):
-        admin, *ports = [free_port() for _ in range(1 + 2 * len(models))]
+        self.admin, *ports = [free_port() for _ in range(1 + 2 * len(models))]
         config = self.folder / "faaswap.toml"
         config.write_text(f"""
 socket = "{self.folder}/broker.sock"
 store_dir = "{self.folder}/store"
 memory_dir = "{self.folder}/memory"
 host_memory = "256MiB"
-admin_listen = "127.0.0.1:{admin}"
+admin_listen = "127.0.0.1:{self.admin}"
 onnxruntime = "{onnxruntime()}"
 [[device]]
 name = "host0"
@@ -91,7 +91,7 @@ memory = "16MiB"
 chunk = "256KiB"
 """)
         command = [program("faaswap-broker"), "serve", "--config", config]
-        self._run("broker", command, {}, f"http://127.0.0.1:{admin}/readyz")
+        self._run("broker", command, {}, f"http://127.0.0.1:{self.admin}/readyz")
         for function, model in models.items():
             port, metrics = ports.pop(), ports.pop()
             env = {

@@ -191,16 +191,25 @@ pub(super) fn brokers(from: &mut Reader, start: &Start) -> Vec<Target> {
     brokers
 }
 
-/// The function's name: set, or behind a front what the platform calls it.
+/// The function's name: set, or behind a front what the platform calls it, in its namespace. Functions of two namespaces
+/// meet in the node's broker, and may have one name.
 pub(super) fn function(from: &mut Reader, start: &Start, is_front: bool) -> Option<FunctionName> {
     let parse = |text: &str| text.parse::<FunctionName>().map_err(|e| e.to_string());
     if from.text("function").is_none()
         && is_front
-        && let Some(Ok(name)) = name_of_platform(start).map(|name| parse(&name))
+        && let Some(name) = name_of_platform(start)
+        && let Ok(name) = parse(&start.namespace().map_or_else(|| name.clone(), |space| format!("{space}/{name}")))
     {
         return Some(name);
     }
     from.required("function", parse)
+}
+
+/// What clients call the model where nothing is said: a front's know the function by its name in the namespace.
+pub(super) fn model_name(function: &FunctionName, start: &Start, is_front: bool) -> String {
+    let name = function.as_str();
+    let inside = start.namespace().and_then(|space| name.strip_prefix(space)?.strip_prefix('/'));
+    inside.filter(|_| is_front).unwrap_or(name).to_owned()
 }
 
 /// What OpenFaaS or Knative call the function; else the pod's name without what its Deployment appended.

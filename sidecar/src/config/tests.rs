@@ -253,3 +253,26 @@ fn what_is_wrong_with_images_and_labels_is_said() {
         assert!(mistakes.contains(said), "{text}: {mistakes}");
     }
 }
+
+#[test]
+fn a_front_is_known_on_its_node_by_namespace_and_name_and_to_its_clients_by_name() {
+    let front = |variables: &[(&str, &str)], namespace: Option<&str>| {
+        let all = [("FAASWAP_MODE", "watchdog"), ("FAASWAP_MODEL", "/m.onnx"), ("OPENFAAS_NAME", "ocr")];
+        let variables = all.iter().chain(variables).map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let variables = BTreeMap::from_iter(variables);
+        let ours = variables.clone().into_iter().collect();
+        let start = Start { variables, namespace: namespace.map(str::to_owned), ..Start::default() };
+        let settings =
+            Settings::from_parts("", Environment::with_prefix("FAASWAP").source(Some(ours)), &start).unwrap();
+        (settings.function.to_string(), settings.model_name)
+    };
+    let pair = |function: &str, model: &str| (function.to_owned(), model.to_owned());
+    assert_eq!(front(&[], None), pair("ocr", "ocr"), "where no namespace is known it is as it was");
+    assert_eq!(front(&[], Some("team-a\n")), pair("team-a/ocr", "ocr"));
+    assert_eq!(front(&[("OPENFAAS_NAMESPACE", "fn")], Some("team-a")), pair("fn/ocr", "ocr"));
+    assert_eq!(front(&[("POD_NAMESPACE", "b"), ("OPENFAAS_NAMESPACE", "fn")], None), pair("b/ocr", "ocr"));
+    // The injector says the whole name.
+    assert_eq!(front(&[("FAASWAP_FUNCTION", "team-a/ocr")], Some("team-a")), pair("team-a/ocr", "ocr"));
+    assert_eq!(front(&[("FAASWAP_FUNCTION", "team-b/ocr")], Some("team-a")), pair("team-b/ocr", "team-b/ocr"));
+    assert_eq!(front(&[("FAASWAP_MODEL_NAME", "m")], Some("team-a")), pair("team-a/ocr", "m"));
+}

@@ -5,6 +5,7 @@
 
 pub mod body;
 pub mod encoding;
+pub mod hint;
 pub mod image;
 pub mod intake;
 pub mod json_data;

@@ -49,6 +49,8 @@ pub struct Seen {
     pub requests: usize,
     pub cancelled: usize,
     pub released: usize,
+    /// Hints that a request is about to come.
+    pub expected: usize,
     /// The time left of the last request.
     pub time_left: Option<Duration>,
     /// Where the last request's inputs lay.
@@ -346,7 +348,11 @@ impl Peer {
                 Ok(())
             }
             ToBroker::Ping { nonce } => self.say(FromBroker::Pong { nonce }).await,
-            ToBroker::Expect { .. } => Ok(()),
+            ToBroker::Expect { function, .. } => {
+                assert_eq!(function, FunctionId(3));
+                self.shared.seen.send_modify(|seen| seen.expected += 1);
+                Ok(())
+            }
             ToBroker::Unregister { .. } => Ok(()),
         }
     }

@@ -59,7 +59,13 @@ impl Sidecar {
         let address = listener.local_addr().unwrap();
         let function = Function::new(NAME.to_owned(), 8 * BODY_MAX);
         let upstream = upstream.map(|address| address.to_string().parse().unwrap());
-        let served = Served { function: Arc::clone(&function), body_bytes_max: BODY_MAX, upstream, vision: None };
+        let served = Served {
+            function: Arc::clone(&function),
+            body_bytes_max: BODY_MAX,
+            upstream,
+            vision: None,
+            prefetch: true,
+        };
         let stop = CancellationToken::new();
         let serving = tokio::spawn(server::serve(listener, served, stop.clone(), Duration::ZERO));
         Self { address, function, stop, serving }
