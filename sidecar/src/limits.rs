@@ -68,7 +68,7 @@ pub const FETCH_AGAIN_MIN: Duration = Duration::from_secs(10);
 /// Longest pause before a model is fetched again, and the one where finding out costs the whole model.
 pub const FETCH_AGAIN_MAX: Duration = Duration::from_secs(600);
 /// Pieces of a file that wait to be written.
-pub const FETCH_PIECES_MAX: usize = 32;
+pub const FETCH_PIECES_MAX: usize = 8;
 /// How often a fetch says in the log how far it is.
 pub const FETCH_SAID_EVERY: Duration = Duration::from_secs(5);
 

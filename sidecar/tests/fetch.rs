@@ -301,6 +301,38 @@ async fn a_function_whose_model_does_not_come_says_so() {
     assert_eq!(broker.seen().uploads, 0);
 }
 
+#[tokio::test]
+async fn weights_that_another_pod_brought_meanwhile_need_no_server() {
+    let broker = FakeBroker::start(doubler());
+    broker.forget_models();
+    let files = Files::start(|_, _| Answer::status("404 Not Found")).await;
+    let client = client(&broker, &remote(&files.url("/m.onnx"), Some(support::digest())));
+    client.function().wait_for(|state| matches!(state, FunctionState::Unfetched(_))).await.unwrap();
+    broker.knows_again();
+    client.until_ready().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_date_alone_is_trusted_only_where_a_digest_will_tell() {
+    let file = model(1);
+    let dated = |body: &[u8]| {
+        let lines =
+            ["Last-Modified: Wed, 25 Nov 2026 01:00:00 GMT".to_owned(), format!("Content-Length: {}", body.len())];
+        Answer::new("200 OK", &lines, body)
+    };
+    for (pinned, range) in [(Some(digest(&file)), "bytes=200001-"), (None, "")] {
+        let served = file.clone();
+        let files = Files::start(move |before, asked| match (before, asked.header("range")) {
+            (0, _) => dated(&served).cut(100_000),
+            (_, "") => dated(&served),
+            _ => Answer::rest("\"1\"", &served, start(asked)),
+        })
+        .await;
+        fetched(&remote(&files.url("/m.onnx"), pinned)).await.unwrap();
+        assert_eq!(files.asked()[1].header("range"), range);
+    }
+}
+
 /// The program as a front, its log, and what its readiness says once that holds what is looked for.
 async fn front_says(variables: &[(&str, &str)], looked_for: &str) -> (String, String) {
     let port = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();

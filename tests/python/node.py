@@ -90,8 +90,8 @@ name = "host0"
 memory = "16MiB"
 chunk = "256KiB"
 """)
-        command = [program("faaswap-broker"), "serve", "--config", config]
-        self._run("broker", command, {}, f"http://127.0.0.1:{self.admin}/readyz")
+        self._broker = [program("faaswap-broker"), "serve", "--config", config]
+        self._run("broker", self._broker, {}, f"http://127.0.0.1:{self.admin}/readyz")
         for function, model in models.items():
             port, metrics = ports.pop(), ports.pop()
             env = {
@@ -104,6 +104,15 @@ chunk = "256KiB"
             }
             self._run(function, [program("faaswap-sidecar")], env, f"http://127.0.0.1:{port}/v2/health/ready")
             self.urls[function] = f"127.0.0.1:{port}"
+
+    def restart(self, forgets=False):
+        """Kills the broker and starts it anew, with what it had stored or without."""
+        self.processes[0].end()
+        if forgets:
+            for kept in ("store", "memory"):
+                shutil.rmtree(self.folder / kept, ignore_errors=True)
+        self.processes[0] = Process("broker-again", self._broker, self.folder, {})
+        self.processes[0].wait_ready(f"http://127.0.0.1:{self.admin}/readyz")
 
     def _run(self, name, command, env, url):
         process = Process(name, command, self.folder, env)

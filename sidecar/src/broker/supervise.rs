@@ -15,7 +15,7 @@ use super::{
     socket::LinkError,
 };
 use crate::{
-    fetch::{self, Remote, Stage},
+    fetch::{Patience, Remote, Stage},
     limits::{RECONNECT_PAUSE_MAX, RECONNECT_PAUSE_MIN, REGISTER_AGAIN_AFTER},
     model::ModelSource,
 };
@@ -24,6 +24,7 @@ use crate::{
 pub(super) async fn keep_connected(shared: Arc<Shared>) {
     let mut pause = RECONNECT_PAUSE_MIN;
     let mut model = shared.config.model.clone();
+    let mut patience = Patience::new();
     loop {
         match serve_one_connection(&shared, &mut model).await {
             Ended::AfterService => pause = RECONNECT_PAUSE_MIN,
@@ -31,7 +32,10 @@ pub(super) async fn keep_connected(shared: Arc<Shared>) {
             Ended::ForFiles(remote) => {
                 pause = RECONNECT_PAUSE_MIN;
                 let told = |stage: Stage| drop(shared.states.send_replace(stage.into()));
-                model.files = fetch::until_fetched(&remote, told).await.1;
+                // Where it was given up, the broker is asked again: another pod may have brought the weights meanwhile.
+                if let Some((_, files)) = patience.try_once(&remote, told).await {
+                    (model.files, patience) = (files, Patience::new());
+                }
             }
         }
         sleep(jittered(pause)).await;

@@ -94,7 +94,7 @@ impl Download<'_> {
                     tracing::warn!(url = %self.wanted.url, got = from, "the file changed, or cannot be resumed: starting over");
                     self.start_over().await;
                 }
-                self.version = version_of(reply.headers());
+                self.version = self.version_of(reply.headers());
                 self.length(&reply)?
             }
             StatusCode::RANGE_NOT_SATISFIABLE => {
@@ -116,6 +116,12 @@ impl Download<'_> {
             }
             Some(_) | None => Ok(()),
         }
+    }
+
+    /// A strong entity tag; where a digest will tell, the date of the last change will do, too.
+    fn version_of(&self, headers: &HeaderMap) -> Option<HeaderValue> {
+        let tag = headers.get(header::ETAG).filter(|tag| tag.as_bytes().starts_with(b"\""));
+        tag.or_else(|| headers.get(header::LAST_MODIFIED).filter(|_| self.wanted.is_verified)).cloned()
     }
 
     async fn start_over(&mut self) {
@@ -193,10 +199,4 @@ impl Download<'_> {
 
 fn number(headers: &HeaderMap, name: &http::HeaderName) -> Option<u64> {
     headers.get(name)?.to_str().ok()?.parse().ok()
-}
-
-/// A strong entity tag, else the date of the last change.
-fn version_of(headers: &HeaderMap) -> Option<HeaderValue> {
-    let tag = headers.get(header::ETAG).filter(|tag| tag.as_bytes().starts_with(b"\""));
-    tag.or_else(|| headers.get(header::LAST_MODIFIED)).cloned()
 }

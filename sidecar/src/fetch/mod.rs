@@ -294,23 +294,52 @@ pub enum Stage {
     Failed(String),
 }
 
-/// Fetches the model, again and again until it is there; `told` hears how it goes.
-pub async fn until_fetched(remote: &Remote, mut told: impl FnMut(Stage)) -> (ModelDigest, Vec<LocalFile>) {
-    let mut pause = remote.limits.again_min;
-    loop {
+/// How long to wait after a fetch that was given up; longer each time.
+#[derive(Debug)]
+pub struct Patience(Option<Duration>);
+
+impl Patience {
+    /// Nothing has failed yet.
+    pub fn new() -> Self {
+        Self(None)
+    }
+
+    /// Fetches the model; `told` hears how it goes. `None`: it was given up, and the pause after that is over.
+    pub async fn try_once(
+        &mut self,
+        remote: &Remote,
+        mut told: impl FnMut(Stage),
+    ) -> Option<(ModelDigest, Vec<LocalFile>)> {
         let progress = Arc::new(Progress::default());
         told(Stage::Fetching(Arc::clone(&progress)));
         let error = match fetch(remote, &progress).await {
-            Ok(fetched) => return fetched,
+            Ok(fetched) => return Some(fetched),
             Err(error) => error,
         };
-        if error.is_dear() {
-            pause = remote.limits.again_max;
-        }
+        let limits = &remote.limits;
+        let doubled = self.0.map_or(limits.again_min, |pause| (pause * 2).min(limits.again_max));
+        let pause = if error.is_dear() { limits.again_max } else { doubled };
+        self.0 = Some(pause);
         tracing::error!(%error, again_s = pause.as_secs(), "the model cannot be fetched; the function is not ready");
         told(Stage::Failed(error.to_string()));
         sleep(pause).await;
-        pause = (pause * 2).min(remote.limits.again_max);
+        None
+    }
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Fetches the model, again and again until it is there; `told` hears how it goes.
+pub async fn until_fetched(remote: &Remote, mut told: impl FnMut(Stage)) -> (ModelDigest, Vec<LocalFile>) {
+    let mut patience = Patience::new();
+    loop {
+        if let Some(fetched) = patience.try_once(remote, &mut told).await {
+            return fetched;
+        }
     }
 }
 

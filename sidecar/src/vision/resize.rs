@@ -80,9 +80,11 @@ fn taps(from: u32, to: u32, filter: Filter) -> Vec<Taps> {
         .collect()
 }
 
-fn mean(taps: &Taps, value: impl Fn(usize) -> u8) -> u8 {
-    let weighted = taps.weights.iter().zip(taps.first..).map(|(weight, at)| i64::from(*weight) * i64::from(value(at)));
-    let sum = weighted.sum::<i64>() + (1 << (BITS - 1));
+/// Half of what a sum is cut down to, so that it is rounded. Sums fit: weights make up one, and at most a third more on the
+/// way, times 255.
+const HALF: i32 = 1 << (BITS - 1);
+
+fn byte(sum: i32) -> u8 {
     u8::try_from((sum >> BITS).clamp(0, 255)).unwrap_or(u8::MAX)
 }
 
@@ -91,10 +93,13 @@ fn rows(image: &Pixels, width: u32, filter: Filter) -> Pixels {
     let channels = image.channels;
     let mut data = Vec::with_capacity(taps.len() * image.height as usize * channels);
     for row in image.data.chunks_exact(image.width as usize * channels) {
-        for tap in &taps {
-            for channel in 0..channels {
-                data.push(mean(tap, |at| row.get(at * channels + channel).copied().unwrap_or_default()));
+        for Taps { first, weights } in &taps {
+            let part = row.get(first * channels..(first + weights.len()) * channels).unwrap_or_default();
+            let mut sums = [HALF; 3];
+            for (pixel, weight) in part.chunks_exact(channels).zip(weights) {
+                sums.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += weight * i32::from(*value));
             }
+            data.extend(sums.into_iter().take(channels).map(byte));
         }
     }
     Pixels { width, data, ..*image }
@@ -103,10 +108,13 @@ fn rows(image: &Pixels, width: u32, filter: Filter) -> Pixels {
 fn columns(image: &Pixels, height: u32, filter: Filter) -> Pixels {
     let row = image.width as usize * image.channels;
     let mut data = Vec::with_capacity(height as usize * row);
-    for tap in taps(image.height, height, filter) {
-        for at in 0..row {
-            data.push(mean(&tap, |line| image.data.get(line * row + at).copied().unwrap_or_default()));
+    let mut sums = vec![HALF; row];
+    for Taps { first, weights } in taps(image.height, height, filter) {
+        sums.fill(HALF);
+        for (line, weight) in image.data.chunks_exact(row.max(1)).skip(first).zip(weights) {
+            sums.iter_mut().zip(line).for_each(|(sum, value)| *sum += weight * i32::from(*value));
         }
+        data.extend(sums.iter().map(|sum| byte(*sum)));
     }
     Pixels { height, data, ..*image }
 }

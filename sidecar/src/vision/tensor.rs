@@ -102,23 +102,22 @@ struct Cut<'a> {
     width: usize,
 }
 
-impl Cut<'_> {
-    /// All values of one channel, or of all in turn.
-    fn values(&self, channel: Option<usize>) -> impl Iterator<Item = (usize, u8)> {
+impl<'a> Cut<'a> {
+    /// The part of each row that is cut out.
+    fn rows(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let channels = self.image.channels;
-        let row = self.image.width as usize * channels;
-        let rows = self.image.data.chunks_exact(row.max(1)).skip(self.top).take(self.height);
-        rows.flat_map(move |row| row.chunks_exact(channels).skip(self.left).take(self.width)).flat_map(move |pixel| {
-            pixel.iter().copied().enumerate().filter(move |(at, _)| channel.is_none_or(|channel| *at == channel))
-        })
+        let (from, to) = (self.left * channels, (self.left + self.width) * channels);
+        let rows = self.image.data.chunks_exact((self.image.width as usize * channels).max(1));
+        rows.skip(self.top).take(self.height).filter_map(move |row| row.get(from..to))
     }
 }
 
 fn bytes(settings: &Preprocess, target: &Target, cut: &Cut<'_>) -> Vec<u8> {
-    let table: Vec<[f32; 256]> = (0..cut.image.channels).map(|channel| numbers(settings, channel)).collect();
-    let mut out = Vec::with_capacity(cut.width * cut.height * cut.image.channels * 4);
-    let mut put = |(channel, value): (usize, u8)| {
-        let number = table.get(channel).map_or(0.0, |numbers| numbers[usize::from(value)]);
+    let channels = cut.image.channels;
+    let table: Vec<[f32; 256]> = (0..channels).map(|channel| numbers(settings, channel)).collect();
+    let mut out = Vec::with_capacity(cut.width * cut.height * channels * 4);
+    let mut put = |numbers: &[f32; 256], value: u8| {
+        let number = numbers[usize::from(value)];
         if target.dtype == DType::U8 {
             out.push(value);
         } else if target.dtype == DType::F16 {
@@ -128,8 +127,16 @@ fn bytes(settings: &Preprocess, target: &Target, cut: &Cut<'_>) -> Vec<u8> {
         }
     };
     match target.layout {
-        Layout::Nhwc => cut.values(None).for_each(&mut put),
-        Layout::Nchw => (0..cut.image.channels).for_each(|channel| cut.values(Some(channel)).for_each(&mut put)),
+        Layout::Nhwc => {
+            let values = cut.rows().flatten().zip(table.iter().cycle());
+            values.for_each(|(value, numbers)| put(numbers, *value));
+        }
+        Layout::Nchw => {
+            for (channel, numbers) in table.iter().enumerate() {
+                let values = cut.rows().flat_map(|row| row.iter().skip(channel).step_by(channels));
+                values.for_each(|value| put(numbers, *value));
+            }
+        }
     }
     out
 }

@@ -186,6 +186,11 @@ impl FakeBroker {
         self.shared.models.lock().unwrap().clear();
     }
 
+    /// Has the models again that it begins with.
+    pub fn knows_again(&self) {
+        self.shared.models.lock().unwrap().push(super::digest());
+    }
+
     /// Waits until the broker has seen something.
     pub async fn until(&self, fulfilled: impl FnMut(&Seen) -> bool) -> Seen {
         let mut seen = self.shared.seen.subscribe();
