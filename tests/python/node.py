@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -42,7 +43,9 @@ class Process:
         self.log = folder / f"{name}.log"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("FAASWAP_")}
         with open(self.log, "wb") as log:
-            self.child = subprocess.Popen(command, env={**inherited, **env}, stdout=log, stderr=log)
+            self.child = subprocess.Popen(
+                command, env={**inherited, **env}, stdout=log, stderr=log, start_new_session=True
+            )
 
     def wait_ready(self, url):
         until = time.monotonic() + READY_WITHIN_S
@@ -58,7 +61,11 @@ class Process:
         raise AssertionError(f"{self.name} is not ready after {READY_WITHIN_S} s:\n{self.log.read_text()}")
 
     def end(self):
-        self.child.kill()
+        """With what it has started: a front that is killed cannot end its handler, as the end of a container would."""
+        try:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
         self.child.wait()
 
 
