@@ -152,6 +152,30 @@ def test_a_jpeg_differs_from_pillows_by_less_than_one_step_of_colour_in_the_mean
     assert away.mean() < 1 and away.max() < 8, (away.mean(), away.max())
 
 
+@pytest.mark.parametrize("change", [
+    lambda file: file + b"SEFT" + bytes(200),
+    lambda file: file + file,
+    lambda file: file[:-2],
+    lambda file: file[:2] + b"\xff\xff\xff" + file[2:],
+], ids=["trailer", "second image", "no end marker", "fill bytes"])
+def test_what_cameras_write_around_an_image_changes_nothing(functions, change):
+    file = encoded(picture(160, 120), "JPEG", quality=90)
+    plain, changed = tensor(functions["bilinear"], file), tensor(functions["bilinear"], change(file))
+    np.testing.assert_array_equal(plain, changed)
+
+
+def test_broken_images_are_the_clients_fault_however_they_are_broken(functions):
+    rng = np.random.default_rng(7)
+    whole = [encoded(picture(48, 40), "JPEG", progressive=True), encoded(picture(48, 40, "P"), "PNG")]
+    statuses = set()
+    for at in range(200):
+        file = bytearray(whole[at % 2])
+        for place in rng.integers(0, min(len(file), 700), 3):
+            file[place] = rng.integers(0, 256)
+        statuses.add(post(functions["bilinear"], bytes(file))[0])
+    assert statuses == {200, 400} or statuses == {200, 400, 413}, statuses
+
+
 def test_a_jpeg_that_breaks_off_is_refused(functions):
     file = encoded(picture(320, 240), "JPEG")
     status, answer = post(functions["bilinear"], file[: len(file) // 2])
