@@ -1,4 +1,4 @@
-# The sidecar: one static program, nothing else. `COPY --from` takes it into functions' images.
+# The sidecar: one static program and the authorities that it trusts. `COPY --from` takes it into functions' images.
 FROM rust:1.92-alpine AS build
 RUN apk add --no-cache musl-dev=~1
 WORKDIR /src
@@ -7,6 +7,8 @@ RUN cargo build --release --locked -p faaswap-sidecar --config 'profile.release.
 
 FROM scratch
 COPY --from=build /src/target/release/faaswap-sidecar /faaswap-sidecar
+# For models on https servers; Mozilla's, of the build's image.
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 # Nobody; the broker's socket lets any user in.
 USER 65532:65532
 ENTRYPOINT ["/faaswap-sidecar"]

@@ -12,9 +12,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     broker::{Broker, BrokerConfig, Target},
     config::Settings,
+    fetch::{self, Remote},
     infer::Function,
     limits::BODIES_OF_MAX_SIZE,
-    model::{ModelError, ModelSource},
+    model::{ModelError, ModelRef, ModelSource},
     server::{self, Served},
     watchdog::{self, handler::HandlerEnd},
 };
@@ -66,14 +67,20 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), AppE
         let metrics = listen("metrics", address).await?;
         tokio::spawn(server::serve_metrics(metrics, Arc::clone(&function)));
     }
-    let served = Served { function: Arc::clone(&function), body_bytes_max, upstream: settings.upstream.clone() };
+    let served = Served {
+        function: Arc::clone(&function),
+        body_bytes_max,
+        upstream: settings.upstream.clone(),
+        vision: settings.vision.clone(),
+        prefetch: settings.prefetch,
+    };
     match settings.watchdog.clone() {
         None => run_beside(listener, served, &settings, stop).await,
         Some(watchdog) => {
             let front = listen("front", SocketAddr::from(([0, 0, 0, 0], watchdog.port))).await?;
             let url = format!("http://{}", listener.local_addr().unwrap_or(settings.listen));
             // For the handler, which may ask for inferences while it answers: without the front's limits, and to the end.
-            let beside = Served { upstream: None, ..served.clone() };
+            let beside = Served { upstream: None, vision: None, ..served.clone() };
             tokio::spawn(server::serve(listener, beside, CancellationToken::new(), settings.drain_grace));
             let attaching = async {
                 attach_or_say_why(&function, &settings).await;
@@ -118,11 +125,27 @@ async fn listen(port: &str, address: SocketAddr) -> Result<TcpListener, AppError
     Ok(listener)
 }
 
-/// Reads the model and starts the broker client.
-async fn attach(function: &Function, settings: &Settings) -> Result<(), AppError> {
+/// Reads or fetches the model. One on a server whose digest is known is fetched once the broker wants it.
+async fn source(function: &Function, settings: &Settings) -> Result<ModelSource, AppError> {
+    if let ModelRef::Remote(remote) = &settings.model {
+        let remote = Arc::clone(remote);
+        let (digest, files) = match remote.digest {
+            Some(digest) => (digest, Vec::new()),
+            None => fetch::until_fetched(&remote, |stage| function.stands(stage.into())).await,
+        };
+        // From here on it is that one: what the server has later may be another.
+        let remote = Arc::new(Remote { digest: Some(digest), ..Remote::clone(&remote) });
+        return Ok(ModelSource { digest, files, remote: Some(remote) });
+    }
     let model = settings.model.clone();
     let model = tokio::task::spawn_blocking(move || ModelSource::load(&model)).await??;
     tracing::info!(model = %model.digest, files = model.files.len(), "model read");
+    Ok(model.expect(settings.model_digest)?)
+}
+
+/// Reads the model and starts the broker client.
+async fn attach(function: &Function, settings: &Settings) -> Result<(), AppError> {
+    let model = source(function, settings).await?;
     let spec = FunctionSpec {
         name: settings.function.clone(),
         model: model.digest,

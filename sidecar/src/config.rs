@@ -3,9 +3,11 @@
 //! The files that are named are not opened here; that they exist is checked, because a wrong path is the mistake that
 //! people make most.
 
+mod model;
 pub(crate) mod read;
 #[cfg(test)]
 mod tests;
+mod vision;
 
 use std::{
     collections::BTreeMap,
@@ -15,10 +17,11 @@ use std::{
 };
 
 use ::config::{Config, Environment, File, FileFormat};
-use faaswap_protocol::{Bytes, FunctionName, Late, Priority, Slo};
+use faaswap_protocol::{Bytes, FunctionName, Late, ModelDigest, Priority, Slo};
 use http::uri::Authority;
 
 use self::read::Reader;
+pub use self::vision::Vision;
 use crate::{
     broker::{SlabSizes, Target},
     model::ModelRef,
@@ -39,12 +42,20 @@ pub struct Start {
     pub variables: BTreeMap<String, String>,
     /// Where the configuration file lies, which names its model relative to itself.
     pub folder: Option<PathBuf>,
+    /// What Kubernetes says is the pod's namespace.
+    pub namespace: Option<String>,
 }
 
 impl Start {
     /// A variable that is set to something.
     pub fn variable(&self, name: &str) -> Option<&str> {
         self.variables.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())
+    }
+
+    /// The namespace of the pod, as far as it is known.
+    pub fn namespace(&self) -> Option<&str> {
+        let named = self.variable("POD_NAMESPACE").or_else(|| self.variable("OPENFAAS_NAMESPACE"));
+        named.or(self.namespace.as_deref()).map(str::trim).filter(|name| !name.is_empty())
     }
 }
 
@@ -54,7 +65,7 @@ impl Start {
 pub struct ConfigError(pub Vec<String>);
 
 /// The sidecar's settings.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// Where brokers may listen, in the order in which they are tried: the socket, `broker_addr`, the node's address
     /// (`HOST_IP`), and in a cluster the Service of the node's broker.
@@ -65,6 +76,8 @@ pub struct Settings {
     pub model_name: String,
     /// Its model.
     pub model: ModelRef,
+    /// The digest that the model must have.
+    pub model_digest: Option<ModelDigest>,
     /// The objective for its latency.
     pub slo: Slo,
     /// Whether somebody waits.
@@ -77,6 +90,10 @@ pub struct Settings {
     pub metrics_listen: Option<SocketAddr>,
     /// The handler behind the sidecar.
     pub upstream: Option<Authority>,
+    /// Whether the broker hears of requests that go to the handler, to bring the weights meanwhile.
+    pub prefetch: bool,
+    /// Images in and labels out at `/`, where no handler is behind the sidecar.
+    pub vision: Option<Vision>,
     /// Wanted sizes of the slab.
     pub slab: SlabSizes,
     /// Longest request body.
@@ -137,11 +154,7 @@ impl Settings {
         let brokers = read::brokers(from, start);
         let watchdog = WatchdogSettings::read(from, start);
         let (function, model_name) = (read::function(from, start, watchdog.is_some()), from.text("model_name"));
-        let data = from.list("model_data");
-        // A front that ends for want of a model would be started again and again; it says why it is not ready instead.
-        let may_be_absent = watchdog.is_some();
-        let folder = start.folder.as_deref().filter(|_| start.variable("FAASWAP_MODEL").is_none());
-        let model = from.required("model", |text| read::model(text, folder, data, may_be_absent));
+        let (model, model_digest) = model::read(from, start, watchdog.is_some());
         let deadline = from.number("slo_ms", 1..=3_600_000).unwrap_or(1000);
         let percentile = from.parse("slo_percentile", read::percentile).unwrap_or(9800);
         let priority = from.one_of("priority", &[("latency", Priority::Latency), ("batch", Priority::Batch)]);
@@ -153,6 +166,12 @@ impl Settings {
         let metrics_listen = from.parse("metrics_listen", read::address_or_off);
         let metrics_default = if watchdog.is_some() { everywhere(8081) } else { everywhere(9465) };
         let upstream = from.parse("upstream", read::upstream);
+        let upstream = upstream.or_else(|| watchdog.as_ref()?.upstream.clone());
+        let prefetch = from.one_of("prefetch", &[("true", true), ("false", false)]);
+        let vision = vision::read(from, start);
+        if vision.is_some() && upstream.is_some() {
+            from.mistake("preprocess_kind and a handler are both set: who answers requests to / ?".to_owned());
+        }
         let slab = read::slab(from);
         let body_max = Bytes::mib(from.number("body_mib_max", 1..=1024).unwrap_or(64));
         let drain_grace = Duration::from_millis(from.number("drain_grace_ms", 0..=600_000).unwrap_or(1000));
@@ -161,15 +180,18 @@ impl Settings {
         let function = function?;
         Some(Self {
             brokers,
-            model_name: model_name.unwrap_or_else(|| function.to_string()),
+            model_name: model_name.unwrap_or_else(|| read::model_name(&function, start, watchdog.is_some())),
             function,
             model: model?,
+            model_digest,
             slo: Slo { deadline: Duration::from_millis(deadline), percentile },
             priority: priority.unwrap_or_default(),
             late: late.unwrap_or_default(),
             listen,
             metrics_listen: metrics_listen.unwrap_or(Some(metrics_default)),
-            upstream: upstream.or_else(|| watchdog.as_ref()?.upstream.clone()),
+            upstream,
+            prefetch: prefetch.unwrap_or(true),
+            vision,
             slab,
             body_max,
             drain_grace,

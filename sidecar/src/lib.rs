@@ -2,7 +2,7 @@
 //!
 //! Decides nothing about devices. [`broker`] is the client of the broker, usable without HTTP; [`mod@http`] and [`grpc`]
 //! speak the Open Inference Protocol v2; [`infer`] is what both share; [`server`] owns the sockets; [`watchdog`] is the
-//! function's front on OpenFaaS; [`app`] joins them.
+//! function's front on OpenFaaS; [`fetch`] brings models from servers; [`vision`] makes tensors of images; [`app`] joins them.
 //!
 //! The client alone:
 //!
@@ -54,6 +54,7 @@ pub mod app;
 pub mod broker;
 pub mod config;
 pub mod failure;
+pub mod fetch;
 pub mod grpc;
 pub mod http;
 pub mod infer;
@@ -61,4 +62,5 @@ pub mod limits;
 pub mod metrics;
 pub mod model;
 pub mod server;
+pub mod vision;
 pub mod watchdog;

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use faaswap_protocol::Bytes;
+
 /// Requests that may wait for the broker or for room in the slab; the next one is refused.
 pub const WAITING_MAX: usize = 1024;
 /// Requests in flight on one broker connection. The broker would refuse more.
@@ -40,6 +42,51 @@ pub const READ_BYTES: usize = 16 << 10;
 pub const WRITE_PIECES_MAX: usize = 64;
 /// Most regular files that are looked at in a model's folder.
 pub const FOLDER_FILES_MAX: usize = 256;
+
+/// How large a model on a server may be where nothing is said, all its files together.
+pub const FETCH_BYTES_DEFAULT: Bytes = Bytes::mib(8192);
+/// How long a connection to a model's server may take.
+pub const FETCH_CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// How long the server may take to begin its reply.
+pub const FETCH_HEAD_WITHIN: Duration = Duration::from_secs(30);
+/// How long the server may send nothing in the middle of a file.
+pub const FETCH_SILENCE_MAX: Duration = Duration::from_secs(30);
+/// How long all files of a model may take, failures and pauses included.
+pub const FETCH_WITHIN: Duration = Duration::from_secs(3600);
+/// Redirects followed from one URL.
+pub const FETCH_REDIRECTS_MAX: usize = 5;
+/// Failures in a row after which a fetch is given up.
+pub const FETCH_TRIES_MAX: u32 = 6;
+/// So much must come between two failures for them not to be in a row.
+pub const FETCH_ADVANCE_MIN: u64 = 1 << 20;
+/// First pause after a failure; doubles with each.
+pub const FETCH_PAUSE_MIN: Duration = Duration::from_millis(500);
+/// Longest pause between two tries of one fetch.
+pub const FETCH_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// First pause after a fetch was given up; doubles with each.
+pub const FETCH_AGAIN_MIN: Duration = Duration::from_secs(10);
+/// Longest pause before a model is fetched again, and the one where finding out costs the whole model.
+pub const FETCH_AGAIN_MAX: Duration = Duration::from_secs(600);
+/// Pieces of a file that wait to be written.
+pub const FETCH_PIECES_MAX: usize = 8;
+/// How often a fetch says in the log how far it is.
+pub const FETCH_SAID_EVERY: Duration = Duration::from_secs(5);
+
+/// Pixels of the largest image that is decoded, and of all that are decoded at one time. One takes nine bytes at most while it is.
+pub const IMAGE_PIXELS_MAX: u64 = 16 << 20;
+/// Memory beside the pixels that a PNG may take to decode: a row or two, and its chunks.
+pub const IMAGE_SCRATCH_BYTES_MAX: usize = 64 << 20;
+/// Scans of a progressive JPEG: each goes over the whole image.
+pub const IMAGE_SCANS_MAX: usize = 64;
+/// Largest side that images are brought to.
+pub const IMAGE_SIDE_MAX: u32 = 4096;
+/// Longest file with names of labels.
+pub const LABELS_BYTES_MAX: u64 = 4 << 20;
+/// Most labels in one answer.
+pub const LABELS_TOP_MAX: u64 = 1000;
+
+/// Longest hint of who stands before the pod.
+pub const HINT_BYTES_MAX: usize = 4 << 10;
 
 /// Client connections that may be open; the next one waits in the kernel's queue.
 pub const CONNECTIONS_MAX: usize = 1024;

@@ -12,6 +12,8 @@ use faaswap_sidecar::{
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+/// Where Kubernetes tells a pod its namespace, unless it is told to keep its account's token out of it.
+const NAMESPACE_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
 /// `EX_USAGE` of sysexits.h: the configuration is wrong, so starting again does not help.
 const EXIT_USAGE: u8 = 64;
 
@@ -46,7 +48,8 @@ fn main() -> ExitCode {
         return if watchdog::lock::path().exists() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let variables = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-    let start = Start { command: args.command, variables: variables.collect(), folder: None };
+    let namespace = std::fs::read_to_string(NAMESPACE_FILE).ok();
+    let start = Start { command: args.command, variables: variables.collect(), folder: None, namespace };
     let settings = match Settings::load(args.config.as_deref(), &start) {
         Ok(settings) => settings,
         Err(error) => {

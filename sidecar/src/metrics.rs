@@ -41,7 +41,7 @@ pub const FRONT_IN_FLIGHT: &str = "http_requests_in_flight";
 
 /// Upper bounds of the latency buckets in seconds.
 const SECONDS: [f64; 14] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
-const STATES: [&str; 5] = ["connecting", "uploading", "preparing", "ready", "rejected"];
+const STATES: [&str; 7] = ["connecting", "fetching", "unfetched", "uploading", "preparing", "ready", "rejected"];
 
 /// How a client speaks to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]

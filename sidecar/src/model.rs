@@ -4,14 +4,15 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read},
+    io::{self, Read, Seek},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use faaswap_protocol::{Bytes, ModelDigest, ModelFile, limits::MODEL_FILES_MAX};
 use sha2::{Digest, Sha256};
 
-use crate::limits::FOLDER_FILES_MAX;
+use crate::{fetch::Remote, limits::FOLDER_FILES_MAX};
 
 /// What configuration says of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub enum ModelRef {
     },
     /// A folder with one `.onnx` file; its other regular files are the external data.
     Folder(PathBuf),
+    /// A graph, and its external data, on a server.
+    Remote(Arc<Remote>),
 }
 
 /// A model that can be registered, and uploaded when `files` are there.
@@ -34,8 +37,10 @@ pub enum ModelRef {
 pub struct ModelSource {
     /// What the model is called on the wire.
     pub digest: ModelDigest,
-    /// The graph, then its external data; empty: only the digest is known.
+    /// The graph, then its external data; empty: only the digest is known here.
     pub files: Vec<LocalFile>,
+    /// Where the files come from if the broker wants them and they are not here.
+    pub remote: Option<Arc<Remote>>,
 }
 
 /// One file of a model on this machine.
@@ -44,7 +49,32 @@ pub struct LocalFile {
     /// What the broker is told.
     pub file: ModelFile,
     /// Where it lies.
-    pub path: PathBuf,
+    pub place: Place,
+}
+
+/// Where a file lies.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// There.
+    Path(PathBuf),
+    /// It has no name, and is gone with the last that holds it.
+    Held(Arc<File>),
+}
+
+impl LocalFile {
+    /// The file, to be read from its beginning. One that is held has one position for all who opened it.
+    pub fn open(&self) -> io::Result<File> {
+        match &self.place {
+            Place::Path(path) => {
+                File::open(path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+            }
+            Place::Held(file) => {
+                let mut file = file.try_clone()?;
+                file.rewind()?;
+                Ok(file)
+            }
+        }
+    }
 }
 
 /// Why there is no model.
@@ -66,6 +96,17 @@ pub enum ModelError {
         /// How many.
         found: usize,
     },
+    /// A model on a server: `fetch` brings those.
+    #[error("the model is not on this machine")]
+    NotHere,
+    /// Other content than was pinned.
+    #[error("the model is {came}, model_digest wants {wanted}")]
+    Digest {
+        /// What there is.
+        came: ModelDigest,
+        /// What was wanted.
+        wanted: ModelDigest,
+    },
     /// More files than a model may have.
     #[error("the model has {found} files, at most {MODEL_FILES_MAX} are allowed")]
     Files {
@@ -75,10 +116,24 @@ pub enum ModelError {
 }
 
 impl ModelSource {
-    /// Finds the model's files and takes their digest. Reads every byte: for a thread that may block.
+    /// A model of which only the digest is known here.
+    pub fn known(digest: ModelDigest) -> Self {
+        Self { digest, files: Vec::new(), remote: None }
+    }
+
+    /// The same model, if it is what was pinned.
+    pub fn expect(self, wanted: Option<ModelDigest>) -> Result<Self, ModelError> {
+        match wanted {
+            Some(wanted) if wanted != self.digest => Err(ModelError::Digest { came: self.digest, wanted }),
+            Some(_) | None => Ok(self),
+        }
+    }
+
+    /// Finds the model's files on this machine and takes their digest. Reads every byte: for a thread that may block.
     pub fn load(model: &ModelRef) -> Result<Self, ModelError> {
         let paths = match model {
-            ModelRef::Digest(digest) => return Ok(Self { digest: *digest, files: Vec::new() }),
+            ModelRef::Digest(digest) => return Ok(Self::known(*digest)),
+            ModelRef::Remote(_) => return Err(ModelError::NotHere),
             ModelRef::File { graph, data } => {
                 let folder = graph.parent().unwrap_or(Path::new("."));
                 let data = data.iter().map(|name| (name.clone(), folder.join(name)));
@@ -95,9 +150,9 @@ impl ModelSource {
             let (len, digest) = digest_of(&path).map_err(|error| ModelError::Read { path: path.clone(), error })?;
             let file = ModelFile { path: name, len: Bytes::new(len) };
             digests.push((file.clone(), digest));
-            files.push(LocalFile { file, path });
+            files.push(LocalFile { file, place: Place::Path(path) });
         }
-        Ok(Self { digest: ModelDigest::of_files(&digests), files })
+        Ok(Self { digest: ModelDigest::of_files(&digests), files, remote: None })
     }
 }
 

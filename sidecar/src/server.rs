@@ -28,9 +28,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Layer, Service};
 
 use crate::{
+    config::Vision,
     failure::Failure,
     grpc::Grpc,
-    http::{Dispatch, limit::LimitLayer, oip::Oip, proxy::Upstream, reply},
+    http::{Besides, Dispatch, hint, image::Images, limit::LimitLayer, oip::Oip, proxy::Upstream, reply},
     infer::Function,
     limits::{
         ACCEPT_PAUSE, CONNECTIONS_MAX, DRAIN_WITHIN, FIRST_REQUEST_WITHIN, HEAD_WITHIN, HTTP1_BUFFER_MAX,
@@ -48,6 +49,10 @@ pub struct Served {
     pub body_bytes_max: usize,
     /// The handler behind the sidecar.
     pub upstream: Option<http::uri::Authority>,
+    /// What is done with images; only without a handler.
+    pub vision: Option<Vision>,
+    /// Whether the broker hears of requests that go to the handler.
+    pub prefetch: bool,
 }
 
 impl Served {
@@ -55,8 +60,13 @@ impl Served {
     pub(crate) fn stack(&self) -> crate::http::limit::Limit<Dispatch> {
         let oip = Arc::new(Oip::new(Arc::clone(&self.function), self.body_bytes_max));
         let grpc = Grpc::new(Arc::clone(&self.function), self.body_bytes_max);
-        let upstream = self.upstream.clone().map(|authority| Upstream::new(authority, Arc::clone(&self.function)));
-        LimitLayer::new(REQUESTS_MAX).layer(Dispatch::new(oip, grpc, upstream))
+        let function = || Arc::clone(&self.function);
+        let besides = match (self.upstream.clone(), self.vision.clone()) {
+            (Some(authority), _) => Besides::Handler(Arc::new(Upstream::new(authority, function(), self.prefetch))),
+            (None, Some(vision)) => Besides::Images(Arc::new(Images::new(function(), vision, self.body_bytes_max))),
+            (None, None) => Besides::Nobody,
+        };
+        LimitLayer::new(REQUESTS_MAX).layer(Dispatch::new(oip, grpc, besides))
     }
 }
 
@@ -102,11 +112,16 @@ pub(crate) async fn serve_stack<S>(
     connections.drain(drain.within).await;
 }
 
-/// Serves `/metrics`, and the two probes, until dropped.
+/// Serves `/metrics`, the two probes, and hints, until dropped.
 pub async fn serve_metrics(listener: TcpListener, function: Arc<Function>) {
     let service = tower::service_fn(move |request: Request<Incoming>| {
-        let reply = operator_page(&function, request.uri().path());
-        std::future::ready(Ok::<_, std::convert::Infallible>(reply))
+        let function = Arc::clone(&function);
+        async move {
+            let path = request.uri().path();
+            let reply =
+                if path == hint::PATH { hint::serve(&function, request).await } else { operator_page(&function, path) };
+            Ok::<_, std::convert::Infallible>(reply)
+        }
     });
     Connections::new(METRICS_CONNECTIONS_MAX).accept(&listener, service).await;
 }
@@ -115,8 +130,7 @@ fn operator_page(function: &Function, path: &str) -> reply::Reply {
     match path {
         "/metrics" => {
             let broker = function.broker();
-            let state = broker.map(crate::broker::Broker::state);
-            match function.metrics.text(state.as_ref(), broker.map_or(0, crate::broker::Broker::waiting)) {
+            match function.metrics.text(function.state().as_ref(), broker.map_or(0, crate::broker::Broker::waiting)) {
                 Ok(text) => {
                     let mut page = reply::of_bytes(StatusCode::OK, text);
                     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";

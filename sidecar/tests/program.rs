@@ -8,6 +8,7 @@ use std::{convert::Infallible, net::SocketAddr, process::Stdio, time::Duration};
 
 use bytes::Bytes;
 use faaswap_protocol::DType;
+use faaswap_sidecar::limits::ANNOUNCED_AFTER;
 use http::{Method, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -208,6 +209,75 @@ async fn what_is_not_of_the_protocol_goes_to_the_handler_and_back() {
     let chunked = http.post_chunked("/", &[], &[1; 5000], 7).await;
     assert!(String::from_utf8(chunked.body.to_vec()).unwrap().ends_with("false 5000"));
     assert_eq!(http.get("/v2/health/live").await.status, 200, "the protocol stays here");
+}
+
+/// Waits until weights may have left since the function became ready: before that no request is announced.
+async fn until_weights_may_have_left(running: &Running) {
+    while Http::new(running.metrics).get("/readyz").await.status != 200 {
+        tokio::task::yield_now().await;
+    }
+    tokio::time::sleep(ANNOUNCED_AFTER).await;
+}
+
+/// How many hints the broker had before this inference. What is said on a connection is heard in order.
+async fn expected_until_now(broker: &FakeBroker, running: &Running) -> usize {
+    let body =
+        serde_json::json!({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]});
+    assert_eq!(Http::new(running.service).infer(&body).await.status, 200);
+    broker.seen().expected
+}
+
+#[tokio::test]
+async fn the_broker_hears_of_what_goes_to_the_handler_unless_told_otherwise() {
+    let upstream = handler().await.to_string();
+    for (prefetch, hints) in [("true", 2), ("false", 0)] {
+        let broker = FakeBroker::start(doubler());
+        let variables = [("FAASWAP_UPSTREAM", upstream.as_str()), ("FAASWAP_PREFETCH", prefetch)];
+        let running = Running::start(&broker, &variables).await;
+        until_weights_may_have_left(&running).await;
+        for _ in 0..2 {
+            assert_eq!(Http::new(running.service).get("/any").await.status.as_u16(), 207);
+        }
+        assert_eq!(expected_until_now(&broker, &running).await, hints, "{prefetch}");
+    }
+}
+
+/// What Knative's queue-proxy 1.9 sends, as its client writes it.
+fn recorded(action: &str) -> String {
+    let body = format!(r#"{{ "action": "{action}" }}"#);
+    let length = body.len();
+    format!(
+        "POST /concurrency-state HTTP/1.1\r\nHost: 127.0.0.1:9465\r\nUser-Agent: Go-http-client/1.1\r\n\
+         Content-Length: {length}\r\nToken: eyJhbGciOi\r\nAccept-Encoding: gzip\r\n\r\n{body}"
+    )
+}
+
+#[tokio::test]
+async fn knatives_hints_are_always_answered_with_200_and_a_resume_reaches_the_broker() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let broker = FakeBroker::start(doubler());
+    broker.register_with(Err(faaswap_protocol::Refusal::NameTaken));
+    let running = Running::start(&broker, &[]).await;
+    let say = async |action: &str| {
+        let mut socket = tokio::net::TcpStream::connect(running.metrics).await.unwrap();
+        socket.write_all(recorded(action).as_bytes()).await.unwrap();
+        let mut head = [0; 15];
+        socket.read_exact(&mut head).await.unwrap();
+        assert_eq!(std::str::from_utf8(&head).unwrap(), "HTTP/1.1 200 OK", "{action}");
+    };
+    // Before the function is ready, too: another answer would end the pod.
+    say("pause").await;
+    say("resume").await;
+    broker.register_with(Ok(()));
+    until_weights_may_have_left(&running).await;
+    for action in ["pause", "resume", "pause", "terminating"] {
+        say(action).await;
+    }
+    assert_eq!(expected_until_now(&broker, &running).await, 1);
+    let http = Http::new(running.metrics);
+    let nonsense = http.post("/concurrency-state", &[], "pause").await;
+    assert_eq!((nonsense.status.as_u16(), http.get("/concurrency-state").await.status.as_u16()), (400, 405));
+    assert_eq!(http.post("/concurrency-state", &[], vec![b' '; 5000]).await.status.as_u16(), 413);
 }
 
 #[tokio::test]

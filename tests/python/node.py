@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -42,7 +43,9 @@ class Process:
         self.log = folder / f"{name}.log"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("FAASWAP_")}
         with open(self.log, "wb") as log:
-            self.child = subprocess.Popen(command, env={**inherited, **env}, stdout=log, stderr=log)
+            self.child = subprocess.Popen(
+                command, env={**inherited, **env}, stdout=log, stderr=log, start_new_session=True
+            )
 
     def wait_ready(self, url):
         until = time.monotonic() + READY_WITHIN_S
@@ -58,7 +61,11 @@ class Process:
         raise AssertionError(f"{self.name} is not ready after {READY_WITHIN_S} s:\n{self.log.read_text()}")
 
     def end(self):
-        self.child.kill()
+        """With what it has started: a front that is killed cannot end its handler, as the end of a container would."""
+        try:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
         self.child.wait()
 
 
@@ -76,22 +83,22 @@ class Node:
             raise
 
     def _start(self, models):
-        admin, *ports = [free_port() for _ in range(1 + 2 * len(models))]
+        self.admin, *ports = [free_port() for _ in range(1 + 2 * len(models))]
         config = self.folder / "faaswap.toml"
         config.write_text(f"""
 socket = "{self.folder}/broker.sock"
 store_dir = "{self.folder}/store"
 memory_dir = "{self.folder}/memory"
 host_memory = "256MiB"
-admin_listen = "127.0.0.1:{admin}"
+admin_listen = "127.0.0.1:{self.admin}"
 onnxruntime = "{onnxruntime()}"
 [[device]]
 name = "host0"
 memory = "16MiB"
 chunk = "256KiB"
 """)
-        command = [program("faaswap-broker"), "serve", "--config", config]
-        self._run("broker", command, {}, f"http://127.0.0.1:{admin}/readyz")
+        self._broker = [program("faaswap-broker"), "serve", "--config", config]
+        self._run("broker", self._broker, {}, f"http://127.0.0.1:{self.admin}/readyz")
         for function, model in models.items():
             port, metrics = ports.pop(), ports.pop()
             env = {
@@ -104,6 +111,15 @@ chunk = "256KiB"
             }
             self._run(function, [program("faaswap-sidecar")], env, f"http://127.0.0.1:{port}/v2/health/ready")
             self.urls[function] = f"127.0.0.1:{port}"
+
+    def restart(self, forgets=False):
+        """Kills the broker and starts it anew, with what it had stored or without."""
+        self.processes[0].end()
+        if forgets:
+            for kept in ("store", "memory"):
+                shutil.rmtree(self.folder / kept, ignore_errors=True)
+        self.processes[0] = Process("broker-again", self._broker, self.folder, {})
+        self.processes[0].wait_ready(f"http://127.0.0.1:{self.admin}/readyz")
 
     def _run(self, name, command, env, url):
         process = Process(name, command, self.folder, env)

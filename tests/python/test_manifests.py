@@ -53,7 +53,7 @@ def test_rendered_manifests_are_valid(path):
             assert all(isinstance(value, str) for value in metadata.get(kind, {}).values()), metadata
 
 
-@pytest.mark.parametrize("platform", ["openfaas", "knative", "deployment", "kserve"])
+@pytest.mark.parametrize("platform", ["openfaas", "knative", "deployment", "kserve", "fetched"])
 def test_patched_pods_are_valid(platform):
     pod = json.loads((GOLDEN / f"{platform}.pod.json").read_text())
     # The API server makes the name; the schema wants one.

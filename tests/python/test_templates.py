@@ -126,6 +126,31 @@ def test_the_starter_answers_and_the_protocol_is_beside_it(start, template):
     assert function.process.child.wait(timeout=60) == 0
 
 
+def test_functions_of_one_name_in_two_namespaces_are_two_on_their_node(broker, tmp_path_factory):
+    running = {}
+    try:
+        for space, slo in [("team-a", "1000"), ("team-b", "2000")]:
+            more = {"POD_NAMESPACE": space, "FAASWAP_SLO_MS": slo}
+            running[space] = Function(broker, tmp_path_factory.mktemp(space), "faaswap-onnx", more)
+            client = triton.InferenceServerClient(f"127.0.0.1:{running[space].port}")
+            x = triton.InferInput("x", X.shape, "FP32")
+            x.set_data_from_numpy(X)
+            for _ in range(len(running)):
+                client.infer("faaswap-onnx", [x])
+        with urllib.request.urlopen(f"http://127.0.0.1:{broker.admin}/v1/functions") as reply:
+            functions = {one["name"]: one for one in json.load(reply)}
+        with urllib.request.urlopen(f"http://127.0.0.1:{broker.admin}/metrics") as reply:
+            metrics = reply.read().decode()
+    finally:
+        for function in running.values():
+            function.process.end()
+    for count, space in enumerate(running, 1):
+        name = f"{space}/faaswap-onnx"
+        assert name in functions, functions
+        [line] = [line for line in metrics.splitlines() if f'function="{name}"' in line and 'outcome="answered"' in line]
+        assert float(line.split()[-1]) == count, line
+
+
 ASYNC_HANDLER = """
 import asyncio
 import numpy as np

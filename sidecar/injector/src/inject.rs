@@ -8,7 +8,9 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    parts::{self, MODELS_VOLUME, NODE_MODELS, SIDECAR, SIDECAR_URL, SLOT, SOCKET_FOLDER, SOCKET_VOLUME},
+    parts::{
+        self, FETCHED_VOLUME, MODELS_VOLUME, NODE_MODELS, SIDECAR, SIDECAR_URL, SLOT, SOCKET_FOLDER, SOCKET_VOLUME,
+    },
     settings::{Selector, Settings},
     wish::{Mode, STATUS, Transport, Wish},
 };
@@ -136,6 +138,9 @@ fn reach(container: &mut Map<String, Value>, mode: Mode, transport: Transport, f
 }
 
 fn put_volumes(spec: &mut Map<String, Value>, wish: &Wish, transport: Transport) -> Result<(), NoPod> {
+    if wish.mode == Mode::Side && wish.fetches {
+        ensure(array(spec, "volumes")?, FETCHED_VOLUME, &parts::empty(FETCHED_VOLUME))?;
+    }
     if transport != Transport::Uds {
         return Ok(());
     }

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::core::v1::{
-        Capabilities, Container, EnvVar, EnvVarSource, HTTPGetAction, HostPathVolumeSource, Lifecycle,
-        LifecycleHandler, ObjectFieldSelector, Probe, ResourceRequirements, SeccompProfile, SecurityContext,
-        Toleration, Volume, VolumeMount,
+        Capabilities, Container, EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, HostPathVolumeSource,
+        Lifecycle, LifecycleHandler, ObjectFieldSelector, Probe, ResourceRequirements, SeccompProfile,
+        SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
     },
     apimachinery::pkg::{api::resource::Quantity, util::intstr::IntOrString},
 };
@@ -29,6 +29,12 @@ pub const SOCKET_FOLDER: &str = "/run/faaswap";
 pub const NODE_MODELS: &str = "/var/lib/faaswap/models";
 /// Where the sidecar finds models.
 pub const MODELS: &str = "/models";
+/// Our volume for a model that the sidecar fetches.
+pub const FETCHED_VOLUME: &str = "faaswap-fetched";
+/// Where that is.
+const FETCHED: &str = "/fetched";
+/// The key of a Secret with the value of the Authorization header.
+const SECRET_KEY: &str = "authorization";
 /// Nobody, by the number that images without users use for it.
 const NOBODY: i64 = 65_532;
 /// The sidecar's port for probes and metrics.
@@ -46,6 +52,18 @@ pub fn field(name: &str, path: &str) -> EnvVar {
     let selector = ObjectFieldSelector { field_path: path.to_owned(), api_version: None };
     let source = EnvVarSource { field_ref: Some(selector), ..EnvVarSource::default() };
     EnvVar { name: name.to_owned(), value: None, value_from: Some(source) }
+}
+
+/// A variable whose value is in a Secret of the pod's namespace.
+fn secret(name: &str, of: &str) -> EnvVar {
+    let selector = SecretKeySelector { name: of.to_owned(), key: SECRET_KEY.to_owned(), optional: None };
+    let source = EnvVarSource { secret_key_ref: Some(selector), ..EnvVarSource::default() };
+    EnvVar { name: name.to_owned(), value: None, value_from: Some(source) }
+}
+
+/// A volume that is there as long as its pod.
+pub fn empty(name: &str) -> Volume {
+    Volume { name: name.to_owned(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }
 }
 
 fn probe(path: &str, period_seconds: i32, failure_threshold: i32) -> Probe {
@@ -135,6 +153,11 @@ pub fn sidecar(wish: &Wish, image: &str, function: &str, transport: Transport) -
     if transport == Transport::Uds {
         mounts.push(mount(SOCKET_VOLUME, SOCKET_FOLDER));
     }
+    if wish.fetches {
+        env.push(variable("FAASWAP_MODEL_DIR", FETCHED));
+        mounts.push(VolumeMount { read_only: None, ..mount(FETCHED_VOLUME, FETCHED) });
+    }
+    env.extend(wish.model_secret.iter().map(|of| secret("FAASWAP_MODEL_AUTH", of)));
     match (&wish.model_volume, transport) {
         (Some(volume), _) => mounts.push(mount(volume, MODELS)),
         (None, Transport::Uds) => mounts.push(mount(MODELS_VOLUME, MODELS)),

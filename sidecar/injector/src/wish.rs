@@ -10,13 +10,16 @@ pub const PREFIX: &str = "faaswap.dev/";
 pub const STATUS: &str = "faaswap.dev/status";
 
 /// All annotations that mean something.
-const KNOWN: [&str; 16] = [
+const KNOWN: [&str; 19] = [
     "function",
     "inject",
     "late",
     "mode",
     "model",
+    "model-data",
+    "model-digest",
     "model-name",
+    "model-secret",
     "model-volume",
     "priority",
     "sidecar-cpu",
@@ -60,6 +63,10 @@ pub struct Wish {
     pub function: Option<String>,
     /// The volume of the pod that holds the model.
     pub model_volume: Option<String>,
+    /// Whether the sidecar fetches its model, and so needs a place to put it.
+    pub fetches: bool,
+    /// The Secret with what the model's server wants to be told.
+    pub model_secret: Option<String>,
     /// Settings that the sidecar is handed as they are, by the name of their variable.
     pub variables: BTreeMap<&'static str, String>,
     /// The sidecar's image; `None`: the operator's.
@@ -103,6 +110,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn mistake(&mut self, key: &str, value: &str, allowed: &str) {
+        let value = shown(value);
         self.mistakes.push(format!("annotation {PREFIX}{key}: '{value}' is not allowed; allowed: {allowed}"));
     }
 
@@ -147,8 +155,8 @@ impl Reader<'_> {
         let variables = self.variables();
         if mode == Mode::Side && !self.annotations.contains_key("faaswap.dev/model") {
             self.mistakes.push(format!(
-                "annotation {PREFIX}model is not set; allowed: sha256:<digest>, or the path of a model below /models \
-                 (or {PREFIX}mode: mount where the image has its sidecar)"
+                "annotation {PREFIX}model is not set; allowed: sha256:<digest>, an https URL, or the path of a model below \
+                 /models (or {PREFIX}mode: mount where the image has its sidecar)"
             ));
         }
         Wish {
@@ -156,6 +164,8 @@ impl Reader<'_> {
             transport,
             function: self.checked("function", names, is_name),
             model_volume: self.checked("model-volume", "the name of a volume of the pod", is_label),
+            fetches: variables.get("FAASWAP_MODEL").is_some_and(|model| model.contains("://")),
+            model_secret: self.checked("model-secret", "the name of a Secret with the key authorization", is_object),
             variables,
             image: self.checked("sidecar-image", "the name of an image", |v| {
                 !v.is_empty() && !v.contains(char::is_whitespace)
@@ -163,6 +173,16 @@ impl Reader<'_> {
             cpu: self.checked("sidecar-cpu", quantity, is_quantity).unwrap_or_else(|| "50m".to_owned()),
             memory: self.checked("sidecar-memory", quantity, is_quantity).unwrap_or_else(|| "256Mi".to_owned()),
         }
+    }
+
+    /// Whether nobody on the way can put another model in the place of this one.
+    fn is_safe(&mut self, model: &str) -> bool {
+        let pinned = model.contains("#sha256=") || self.annotations.contains_key("faaswap.dev/model-digest");
+        let safe = !model.starts_with("http://") || pinned;
+        if !safe {
+            self.mistake("model", model, "over http:// only with #sha256=<digest> or with faaswap.dev/model-digest");
+        }
+        safe
     }
 
     /// What goes to the sidecar unchanged. It would refuse nonsense too, but only once the pod runs.
@@ -173,14 +193,20 @@ impl Reader<'_> {
                 variables.insert(name, value);
             }
         };
-        let model = "sha256:<64 hexadecimal digits>, or a path below /models without '..'";
-        let model = self.checked("model", model, is_model);
+        let model = self.checked("model", MODELS, is_model).filter(|model| self.is_safe(model));
         keep(
             "FAASWAP_MODEL",
             model.map(|model| {
-                if model.starts_with("sha256:") || model.starts_with('/') { model } else { format!("/models/{model}") }
+                let is_whole = model.starts_with("sha256:") || model.starts_with('/') || model.contains("://");
+                if is_whole { model } else { format!("/models/{model}") }
             }),
         );
+        keep(
+            "FAASWAP_MODEL_DATA",
+            self.checked("model-data", "names of files, with commas between", |v| !v.is_empty()),
+        );
+        let digest = "sha256:<64 hexadecimal digits>";
+        keep("FAASWAP_MODEL_DIGEST", self.checked("model-digest", digest, is_digest));
         keep(
             "FAASWAP_MODEL_NAME",
             self.checked("model-name", "a name without spaces", |v| !v.is_empty() && !v.contains(char::is_whitespace)),
@@ -212,11 +238,38 @@ fn is_label(text: &str) -> bool {
     !text.is_empty() && text.len() <= 63 && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
 }
 
+/// A value for people; of a URL not what may be secret in it, credentials and query.
+fn shown(value: &str) -> String {
+    let Some((scheme, rest)) = value.split_once("://") else { return value.to_owned() };
+    let rest = rest.split('?').next().unwrap_or_default();
+    format!("{scheme}://{}", rest.rsplit_once('@').map_or(rest, |(_, host)| host))
+}
+
+/// A DNS name, as most objects have it.
+fn is_object(text: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.');
+    (1..=253).contains(&text.len()) && text.bytes().all(inner)
+}
+
+const MODELS: &str = "sha256:<64 hexadecimal digits>, an https:// or http:// URL without credentials, or a path below /models \
+                      without '..'";
+
+fn is_digest(text: &str) -> bool {
+    let digest = text.strip_prefix("sha256:");
+    digest.is_some_and(|digest| digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
 fn is_model(text: &str) -> bool {
-    match text.strip_prefix("sha256:") {
-        Some(digest) => digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit()),
-        None => !text.is_empty() && !text.contains("://") && !text.split('/').any(|part| part == ".."),
+    if text.starts_with("sha256:") {
+        return is_digest(text);
     }
+    if let Some((scheme, rest)) = text.split_once("://") {
+        let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let pinned = text.split_once("#").is_none_or(|(_, pin)| is_digest(&pin.replacen('=', ":", 1)));
+        let plain = !host.is_empty() && !host.contains('@') && !text.contains(char::is_whitespace);
+        return matches!(scheme, "http" | "https") && plain && pinned;
+    }
+    !text.is_empty() && !text.split('/').any(|part| part == "..")
 }
 
 fn is_percentile(text: &str) -> bool {
@@ -301,6 +354,31 @@ mod tests {
         }
         assert_eq!(all.lines().count(), 13, "{all}");
         assert!(mistakes(&[("inject", "true")]).contains("faaswap.dev/model is not set"));
+    }
+
+    #[test]
+    fn a_model_may_be_fetched_and_is_pinned_where_others_could_change_it() {
+        let pin = format!("#sha256={}", "ab".repeat(32));
+        for url in ["https://h/m.onnx", "https://h/m.onnx?sig=1", &format!("http://h/m{pin}")] {
+            let Verdict::Wish(wish) = read_all(&[("model", url), ("model-secret", "store.read")]) else {
+                panic!("{url}")
+            };
+            assert_eq!((wish.variables["FAASWAP_MODEL"].as_str(), wish.fetches), (url, true));
+            assert_eq!(wish.model_secret.as_deref(), Some("store.read"));
+        }
+        assert!(
+            mistakes(&[("model", "http://h/m?sig=s3cret")]).contains("'http://h/m' is not allowed; allowed: over http")
+        );
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        assert!(matches!(read_all(&[("model", "http://h/m"), ("model-digest", &digest)]), Verdict::Wish(_)));
+        for bad in ["s3://bucket/m", "https://u:s3cret@h/m", "https:///m", "https://h/m#sha256=12", "https://h/m x"] {
+            let said = mistakes(&[("model", bad)]);
+            assert!(
+                said.contains("an https:// or http:// URL without credentials") && !said.contains("s3cret"),
+                "{said}"
+            );
+        }
+        assert!(mistakes(&[("model", "m.onnx"), ("model-digest", "12"), ("model-secret", "A b")]).lines().count() == 2);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use faaswap_injector::{
 };
 use serde_json::{Value, json};
 
-const PLATFORMS: [&str; 4] = ["openfaas", "knative", "deployment", "kserve"];
+const PLATFORMS: [&str; 5] = ["openfaas", "knative", "deployment", "kserve", "fetched"];
 
 fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)

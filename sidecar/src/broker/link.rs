@@ -251,6 +251,11 @@ impl Link {
         }
     }
 
+    /// Lets the broker bring weights, where there was a pause in which they may have left.
+    pub(super) fn expect_one(&self) {
+        self.announce(ANNOUNCED_FROM, false);
+    }
+
     /// Sends a message that nobody waits for; on a connection that is over it goes nowhere.
     pub(super) fn tell(&self, message: &ToBroker) {
         let _sent = self.writer.send(message, &[]);

@@ -37,6 +37,7 @@ use self::{
     room::Waiting,
 };
 use crate::{
+    fetch::{Progress, Stage},
     limits::{SENDS_MAX, WAITING_MAX},
     model::ModelSource,
 };
@@ -48,7 +49,7 @@ pub struct BrokerConfig {
     pub targets: Vec<Target>,
     /// The function to register.
     pub function: FunctionSpec,
-    /// Its model, uploaded when the broker does not have it.
+    /// Its model, fetched and uploaded when the broker does not have it.
     pub model: ModelSource,
     /// Wanted sizes of the slab.
     pub slab: SlabSizes,
@@ -78,6 +79,10 @@ impl BrokerConfig {
 pub enum FunctionState {
     /// No broker answers.
     Connecting,
+    /// The model is on its way from its server.
+    Fetching(Arc<Progress>),
+    /// The model cannot be fetched from its server, at least now.
+    Unfetched(String),
     /// The model is being sent.
     Uploading,
     /// The broker works on the model.
@@ -93,6 +98,8 @@ impl FunctionState {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Connecting => "connecting",
+            Self::Fetching(_) => "fetching",
+            Self::Unfetched(_) => "unfetched",
             Self::Uploading => "uploading",
             Self::Preparing(_) => "preparing",
             Self::Ready(_) => "ready",
@@ -101,10 +108,21 @@ impl FunctionState {
     }
 }
 
+impl From<Stage> for FunctionState {
+    fn from(stage: Stage) -> Self {
+        match stage {
+            Stage::Fetching(progress) => Self::Fetching(progress),
+            Stage::Failed(why) => Self::Unfetched(why),
+        }
+    }
+}
+
 impl std::fmt::Display for FunctionState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Connecting => f.write_str("connecting to the broker"),
+            Self::Fetching(progress) => progress.fmt(f),
+            Self::Unfetched(why) => write!(f, "the model cannot be fetched: {why}"),
             Self::Uploading => f.write_str("uploading the model to the broker"),
             Self::Preparing(stage) => write!(f, "the broker is preparing the model: {stage}"),
             Self::Ready(_) => f.write_str("ready"),
@@ -197,6 +215,8 @@ impl From<FunctionState> for InferError {
         match state {
             FunctionState::Rejected(refusal) => Self::Refused(refusal),
             FunctionState::Connecting
+            | FunctionState::Fetching(_)
+            | FunctionState::Unfetched(_)
             | FunctionState::Uploading
             | FunctionState::Preparing(_)
             | FunctionState::Ready(_) => Self::NotReady(state),
@@ -270,6 +290,8 @@ impl Broker {
                 FunctionState::Rejected(refusal) if !refusal.is_passing() => return Err(refusal.clone()),
                 FunctionState::Rejected(_)
                 | FunctionState::Connecting
+                | FunctionState::Fetching(_)
+                | FunctionState::Unfetched(_)
                 | FunctionState::Uploading
                 | FunctionState::Preparing(_) => {}
             }
@@ -291,9 +313,18 @@ impl Broker {
         match &*self.shared.states.borrow() {
             FunctionState::Ready(ready) => ready.link.draft(layout),
             FunctionState::Connecting
+            | FunctionState::Fetching(_)
+            | FunctionState::Unfetched(_)
             | FunctionState::Uploading
             | FunctionState::Preparing(_)
             | FunctionState::Rejected(_) => None,
+        }
+    }
+
+    /// Tells the broker that a request is about to come, so that it can bring the weights meanwhile.
+    pub fn announce(&self) {
+        if let FunctionState::Ready(ready) = &*self.shared.states.borrow() {
+            ready.link.expect_one();
         }
     }
 
@@ -390,6 +421,8 @@ impl Broker {
                 FunctionState::Rejected(refusal) => return Err(InferError::Refused(refusal.clone())),
                 FunctionState::Ready(_)
                 | FunctionState::Connecting
+                | FunctionState::Fetching(_)
+                | FunctionState::Unfetched(_)
                 | FunctionState::Uploading
                 | FunctionState::Preparing(_) => {}
             }

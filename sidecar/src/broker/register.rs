@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     limits::{REGISTER_SILENCE_MAX, UPLOAD_ANSWER_WITHIN, UPLOADS_MAX},
-    model::ModelSource,
+    model::{LocalFile, ModelSource},
 };
 
 /// What the broker says of a function that can be called.
@@ -41,6 +41,8 @@ pub(super) enum RegisterError {
     Link(LinkError),
     /// The broker declined; the connection stays.
     Refused(Refusal),
+    /// The model's files are needed, and still to be fetched.
+    FilesNeeded,
 }
 
 impl<E: Into<LinkError>> From<E> for RegisterError {
@@ -66,6 +68,9 @@ pub(super) async fn register(
         }
         if uploads == UPLOADS_MAX {
             return Err(LinkError::Unexpected("it wants a model that it has got").into());
+        }
+        if model.files.is_empty() && model.remote.is_some() {
+            return Err(RegisterError::FilesNeeded);
         }
         uploads += 1;
         call += 1;
@@ -117,8 +122,8 @@ async fn upload(opened: &mut Opened, this: CallId, model: &ModelSource) -> Resul
         let reason = "the broker does not have this model, and only its digest is configured here";
         return Err(failed(reason.to_owned()));
     }
-    let open = |path: &std::path::Path| File::open(path).map_err(|e| failed(format!("{}: {e}", path.display())));
-    let files = model.files.iter().map(|file| open(&file.path)).collect::<Result<Vec<_>, _>>()?;
+    let open = |file: &LocalFile| file.open().map_err(|error| failed(error.to_string()));
+    let files = model.files.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let announce = ToBroker::Upload {
         call: this,
         model: model.digest,

@@ -14,15 +14,29 @@ use super::{
     register::{self, Progress, RegisterError, Registered},
     socket::LinkError,
 };
-use crate::limits::{RECONNECT_PAUSE_MAX, RECONNECT_PAUSE_MIN, REGISTER_AGAIN_AFTER};
+use crate::{
+    fetch::{Patience, Remote, Stage},
+    limits::{RECONNECT_PAUSE_MAX, RECONNECT_PAUSE_MIN, REGISTER_AGAIN_AFTER},
+    model::ModelSource,
+};
 
 /// Runs until aborted.
 pub(super) async fn keep_connected(shared: Arc<Shared>) {
     let mut pause = RECONNECT_PAUSE_MIN;
+    let mut model = shared.config.model.clone();
+    let mut patience = Patience::new();
     loop {
-        match serve_one_connection(&shared).await {
+        match serve_one_connection(&shared, &mut model).await {
             Ended::AfterService => pause = RECONNECT_PAUSE_MIN,
             Ended::BeforeService => pause = (pause * 2).min(RECONNECT_PAUSE_MAX),
+            Ended::ForFiles(remote) => {
+                pause = RECONNECT_PAUSE_MIN;
+                let told = |stage: Stage| drop(shared.states.send_replace(stage.into()));
+                // Where it was given up, the broker is asked again: another pod may have brought the weights meanwhile.
+                if let Some((_, files)) = patience.try_once(&remote, told).await {
+                    (model.files, patience) = (files, Patience::new());
+                }
+            }
         }
         sleep(jittered(pause)).await;
     }
@@ -32,9 +46,11 @@ pub(super) async fn keep_connected(shared: Arc<Shared>) {
 enum Ended {
     AfterService,
     BeforeService,
+    /// The broker wants files that are not here yet. Nothing keeps a connection open for as long as that may take.
+    ForFiles(Arc<Remote>),
 }
 
-async fn serve_one_connection(shared: &Arc<Shared>) -> Ended {
+async fn serve_one_connection(shared: &Arc<Shared>, model: &mut ModelSource) -> Ended {
     let config = &shared.config;
     let mut opened = match dial::open(&config.targets, config.slab, &config.agent).await {
         Ok((opened, target)) => {
@@ -47,14 +63,19 @@ async fn serve_one_connection(shared: &Arc<Shared>) -> Ended {
             return Ended::BeforeService;
         }
     };
-    let registered = match register_patiently(shared, &mut opened).await {
-        Ok(registered) => registered,
+    let registered = match register_patiently(shared, &mut opened, model).await {
+        Ok(Some(registered)) => registered,
+        Ok(None) => return model.remote.clone().map_or(Ended::BeforeService, Ended::ForFiles),
         Err(error) => {
             tracing::warn!(%error, "broker connection lost before the function was registered");
             set_connecting(shared);
             return Ended::BeforeService;
         }
     };
+    if model.remote.is_some() {
+        // The broker has them, by their digest; so another broker's may too.
+        model.files.clear();
+    }
     let link = publish(shared, registered, &opened);
     // On its own, so that a draining broker's last answers are read while the next broker is looked for.
     let reading = tokio::spawn({
@@ -89,7 +110,9 @@ impl Drop for AbortUnlessRetired<'_> {
 fn set_connecting(shared: &Shared) {
     shared.states.send_if_modified(|state| match state {
         FunctionState::Connecting => false,
-        FunctionState::Uploading
+        FunctionState::Fetching(_)
+        | FunctionState::Unfetched(_)
+        | FunctionState::Uploading
         | FunctionState::Preparing(_)
         | FunctionState::Ready(_)
         | FunctionState::Rejected(_) => {
@@ -108,8 +131,13 @@ fn publish(shared: &Shared, registered: Registered, opened: &Opened) -> Arc<Link
     link
 }
 
-/// Registers, and while the broker declines stays to ask again, where that can help, or to see the broker go.
-async fn register_patiently(shared: &Arc<Shared>, opened: &mut Opened) -> Result<Registered, LinkError> {
+/// Registers, and while the broker declines stays to ask again, where that can help, or to see the broker go. `None`: the
+/// broker needs the model's files, which are to be fetched.
+async fn register_patiently(
+    shared: &Arc<Shared>,
+    opened: &mut Opened,
+    model: &ModelSource,
+) -> Result<Option<Registered>, LinkError> {
     loop {
         let told = |progress| {
             tracing::info!(?progress, "registering the function");
@@ -119,12 +147,13 @@ async fn register_patiently(shared: &Arc<Shared>, opened: &mut Opened) -> Result
             });
         };
         let config = &shared.config;
-        match register::register(opened, &config.function, &config.model, told).await {
-            Ok(registered) => return Ok(registered),
+        match register::register(opened, &config.function, model, told).await {
+            Ok(registered) => return Ok(Some(registered)),
+            Err(RegisterError::FilesNeeded) => return Ok(None),
             Err(RegisterError::Link(error)) => return Err(error),
             Err(RegisterError::Refused(refusal)) => {
                 tracing::error!(code = refusal.code(), %refusal, "the broker declined the function");
-                let may_pass = refusal.is_passing() || config.model.files.is_empty();
+                let may_pass = refusal.is_passing() || (model.files.is_empty() && model.remote.is_none());
                 shared.states.send_replace(FunctionState::Rejected(refusal));
                 if may_pass {
                     sleep(REGISTER_AGAIN_AFTER).await;

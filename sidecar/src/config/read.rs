@@ -1,21 +1,13 @@
 //! Reads one value after the other and collects what is wrong with each.
 
-use std::{
-    collections::BTreeSet,
-    net::SocketAddr,
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, net::SocketAddr, ops::RangeInclusive, path::PathBuf};
 
 use ::config::{Config, Map, Value};
 use faaswap_protocol::{Bytes, FunctionName, limits::SLAB_BYTES_MAX};
 use http::uri::Authority;
 
 use super::{BROKER_PORT, BROKER_SERVICE, ConfigError, Start};
-use crate::{
-    broker::{SlabSizes, Target},
-    model::ModelRef,
-};
+use crate::broker::{SlabSizes, Target};
 
 /// Reads keys and remembers which were asked for.
 pub(crate) struct Reader {
@@ -24,8 +16,22 @@ pub(crate) struct Reader {
     mistakes: Vec<String>,
 }
 
+/// All keys in one row: `resize` in the section `[preprocess]` is `preprocess_resize`, as it is in variables, which win.
 fn table(config: &Config) -> Map<String, Value> {
-    config.cache.clone().into_table().unwrap_or_default()
+    let mut flat = Map::new();
+    let mut sections = Vec::new();
+    for (key, value) in config.cache.clone().into_table().unwrap_or_default() {
+        match value.clone().into_table() {
+            Ok(section) => sections.push((key, section)),
+            Err(_) => drop(flat.insert(key, value)),
+        }
+    }
+    for (section, keys) in sections {
+        for (key, value) in keys {
+            flat.entry(format!("{section}_{key}")).or_insert(value);
+        }
+    }
+    flat
 }
 
 impl Reader {
@@ -185,16 +191,25 @@ pub(super) fn brokers(from: &mut Reader, start: &Start) -> Vec<Target> {
     brokers
 }
 
-/// The function's name: set, or behind a front what the platform calls it.
+/// The function's name: set, or behind a front what the platform calls it, in its namespace. Functions of two namespaces
+/// meet in the node's broker, and may have one name.
 pub(super) fn function(from: &mut Reader, start: &Start, is_front: bool) -> Option<FunctionName> {
     let parse = |text: &str| text.parse::<FunctionName>().map_err(|e| e.to_string());
     if from.text("function").is_none()
         && is_front
-        && let Some(Ok(name)) = name_of_platform(start).map(|name| parse(&name))
+        && let Some(name) = name_of_platform(start)
+        && let Ok(name) = parse(&start.namespace().map_or_else(|| name.clone(), |space| format!("{space}/{name}")))
     {
         return Some(name);
     }
     from.required("function", parse)
+}
+
+/// What clients call the model where nothing is said: a front's know the function by its name in the namespace.
+pub(super) fn model_name(function: &FunctionName, start: &Start, is_front: bool) -> String {
+    let name = function.as_str();
+    let inside = start.namespace().and_then(|space| name.strip_prefix(space)?.strip_prefix('/'));
+    inside.filter(|_| is_front).unwrap_or(name).to_owned()
 }
 
 /// What OpenFaaS or Knative call the function; else the pod's name without what its Deployment appended.
@@ -220,24 +235,4 @@ pub(super) fn slab(from: &mut Reader) -> SlabSizes {
         ));
     }
     slab
-}
-
-/// A digest, a graph, or a folder with one. `may_be_absent`: a path that leads nowhere is no mistake of the settings.
-pub(super) fn model(
-    text: &str,
-    folder: Option<&Path>,
-    data: Vec<String>,
-    may_be_absent: bool,
-) -> Result<ModelRef, String> {
-    if text.starts_with("sha256:") {
-        return text.parse().map(ModelRef::Digest).map_err(|error| error.to_string());
-    }
-    let path = folder.unwrap_or(Path::new("")).join(text);
-    if path.is_dir() {
-        return Ok(ModelRef::Folder(path));
-    }
-    if !path.is_file() && !may_be_absent {
-        return Err(format!("'{}' is neither a file, nor a folder, nor sha256:<digest>", path.display()));
-    }
-    Ok(ModelRef::File { graph: path, data })
 }

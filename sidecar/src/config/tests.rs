@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+#[cfg(feature = "images")]
+use crate::vision::Size;
 
 fn load(text: &str, variables: &[(&str, &str)]) -> Result<Settings, ConfigError> {
     let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
@@ -169,4 +171,108 @@ fn a_file_names_its_model_relative_to_itself_and_a_variable_to_where_we_are() {
     let variables = BTreeMap::from([("FAASWAP_MODEL".to_owned(), "m.onnx".to_owned())]);
     let elsewhere = Settings::load(Some(&file), &Start { variables, ..Start::default() }).unwrap_err();
     assert!(elsewhere.to_string().contains("'m.onnx' is neither"), "{elsewhere}");
+}
+
+#[test]
+fn a_url_is_a_model_with_its_digest_its_data_and_its_credentials() {
+    let hex = "ab".repeat(32);
+    let remote = |more: &str| match load(&format!("function='f'\n{more}"), &[]).unwrap().model {
+        ModelRef::Remote(remote) => remote,
+        other @ (ModelRef::Digest(_) | ModelRef::File { .. } | ModelRef::Folder(_)) => panic!("{other:?}"),
+    };
+    let one =
+        remote(&format!("model='http://h/m.onnx?sig=1#sha256={hex}'\nmodel_auth_file='/s/auth'\nmodel_mib_max=5"));
+    assert_eq!((one.digest.unwrap().hex(), one.limits.bytes_max), (hex, Bytes::mib(5)));
+    assert_eq!(one.credentials, crate::fetch::Credentials::File("/s/auth".into()));
+    let several = remote("model='https://h/a/m.onnx'\nmodel_data=['w.bin', 'https://cdn/b/v.bin?sig=2']");
+    let shown: Vec<_> = several.data.iter().map(|(name, url)| format!("{name} {url}")).collect();
+    assert_eq!(shown, ["w.bin https://h/a/w.bin", "v.bin https://cdn/b/v.bin"]);
+    assert_eq!(several.digest, None, "https without a digest is possible");
+}
+
+#[test]
+fn what_is_wrong_with_a_url_is_said_without_its_secrets() {
+    let hex = "ab".repeat(32);
+    for (text, said) in [
+        ("model='http://h/m.onnx'", "pin it by #sha256="),
+        ("model='https://u:s3cret@h/m.onnx'", "credentials"),
+        ("model='s3://bucket/m.onnx'", "presigned"),
+        ("model='https://h/m.onnx#md5=s3cret'", "64 hexadecimal"),
+        (&format!("model='https://h/m.onnx#sha256={hex}'\nmodel_data='w.bin'"), "set model_digest"),
+        (&format!("model='https://h/m#sha256={hex}'\nmodel_digest='sha256:{}'", "cd".repeat(32)), "which one"),
+        ("model='https://h/m'\nmodel_auth='Bearer s3cret'\nmodel_auth_file='/s'", "only one of them"),
+        ("model='https://h/m'\nmodel_data='https://h/'", "no file name"),
+    ] {
+        let mistakes = load(&format!("function='f'\n{text}"), &[]).unwrap_err().to_string();
+        assert!(mistakes.contains(said) && !mistakes.contains("s3cret"), "{text}: {mistakes}");
+    }
+    let hidden = load("function='f'\nmodel='https://h/m?sig=s3cret'\nmodel_auth='Bearer s3cret'", &[]).unwrap();
+    assert!(!format!("{hidden:?}").contains("s3cret"), "{hidden:?}");
+}
+
+#[cfg(feature = "images")]
+#[test]
+fn images_and_labels_have_sections_of_their_own_and_variables_win_over_them() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("labels.txt"), "cat\ndog \n").unwrap();
+    let file = folder.path().join("function.toml");
+    let text = format!(
+        "function = 'f'\nmodel = '{}'\n[preprocess]\nkind = 'image'\nresize = 256\ncrop = [224, 192]\ncolors = 'bgr'\n\
+         mean = [0.485, 0.456, 0.406]\nstd = 0.5\n[postprocess]\nkind = 'labels'\nlabels = 'labels.txt'\nsoftmax = true\ntop = 3",
+        digest()
+    );
+    std::fs::write(&file, text).unwrap();
+    let Vision { before, after } = Settings::load(Some(&file), &Start::default()).unwrap().vision.unwrap();
+    assert_eq!((before.resize, before.crop), (Some(Size::Shorter(256)), Some((224, 192))));
+    assert_eq!((before.mean, before.std, before.white), (vec![0.485, 0.456, 0.406], vec![0.5], 1.0));
+    let after = after.unwrap();
+    assert_eq!((after.labels, after.softmax, after.top), (vec!["cat".to_owned(), "dog".to_owned()], true, 3));
+    let variables = [("FAASWAP_PREPROCESS_KIND", "image"), ("FAASWAP_PREPROCESS_RESIZE", "8, 9")];
+    let model = format!("function = 'f'\nmodel = '{}'\n", digest());
+    let set = load(&format!("{model}[preprocess]\nresize = 7"), &variables).unwrap().vision.unwrap();
+    assert_eq!(set.before.resize, Some(Size::Exact(8, 9)));
+}
+
+#[cfg(feature = "images")]
+#[test]
+fn what_is_wrong_with_images_and_labels_is_said() {
+    let model = format!("function = 'f'\nmodel = '{}'\n", digest());
+    for (text, said) in [
+        ("[preprocess]\nkind = 'sound'", "preprocess_kind: 'sound' is none of image"),
+        ("[preprocess]\nkind = 'image'\nsize = 3", "preprocess_size is no setting"),
+        ("[preprocess]\nkind = 'image'\ncrop = [1, 2, 3]", "neither one side nor [height, width]"),
+        ("[preprocess]\nkind = 'image'\nresize = 0", "preprocess_resize: '0'"),
+        ("[preprocess]\nkind = 'image'\nmean = [1, 2]", "2 numbers are given, expected 1 or 3"),
+        ("[preprocess]\nkind = 'image'\nstd = 0", "divided by 0"),
+        ("[preprocess]\nkind = 'image'\nwhite = 'nan'", "no number"),
+        ("[postprocess]\nkind = 'labels'\n", "what does the function take"),
+        ("[preprocess]\nkind='image'\n[postprocess]\nkind='labels'\nlabels='/nowhere'", "'/nowhere' cannot be read"),
+        ("upstream = 'h:1'\n[preprocess]\nkind = 'image'", "who answers requests to /"),
+    ] {
+        let mistakes = load(&format!("{model}{text}"), &[]).unwrap_err().to_string();
+        assert!(mistakes.contains(said), "{text}: {mistakes}");
+    }
+}
+
+#[test]
+fn a_front_is_known_on_its_node_by_namespace_and_name_and_to_its_clients_by_name() {
+    let front = |variables: &[(&str, &str)], namespace: Option<&str>| {
+        let all = [("FAASWAP_MODE", "watchdog"), ("FAASWAP_MODEL", "/m.onnx"), ("OPENFAAS_NAME", "ocr")];
+        let variables = all.iter().chain(variables).map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let variables = BTreeMap::from_iter(variables);
+        let ours = variables.clone().into_iter().collect();
+        let start = Start { variables, namespace: namespace.map(str::to_owned), ..Start::default() };
+        let settings =
+            Settings::from_parts("", Environment::with_prefix("FAASWAP").source(Some(ours)), &start).unwrap();
+        (settings.function.to_string(), settings.model_name)
+    };
+    let pair = |function: &str, model: &str| (function.to_owned(), model.to_owned());
+    assert_eq!(front(&[], None), pair("ocr", "ocr"), "where no namespace is known it is as it was");
+    assert_eq!(front(&[], Some("team-a\n")), pair("team-a/ocr", "ocr"));
+    assert_eq!(front(&[("OPENFAAS_NAMESPACE", "fn")], Some("team-a")), pair("fn/ocr", "ocr"));
+    assert_eq!(front(&[("POD_NAMESPACE", "b"), ("OPENFAAS_NAMESPACE", "fn")], None), pair("b/ocr", "ocr"));
+    // The injector says the whole name.
+    assert_eq!(front(&[("FAASWAP_FUNCTION", "team-a/ocr")], Some("team-a")), pair("team-a/ocr", "ocr"));
+    assert_eq!(front(&[("FAASWAP_FUNCTION", "team-b/ocr")], Some("team-a")), pair("team-b/ocr", "team-b/ocr"));
+    assert_eq!(front(&[("FAASWAP_MODEL_NAME", "m")], Some("team-a")), pair("team-a/ocr", "m"));
 }

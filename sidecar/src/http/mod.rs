@@ -5,6 +5,8 @@
 
 pub mod body;
 pub mod encoding;
+pub mod hint;
+pub mod image;
 pub mod intake;
 pub mod json_data;
 pub mod limit;
@@ -26,7 +28,7 @@ use std::{
 use http::{Request, header};
 use tower::Service;
 
-use self::{oip::Oip, proxy::Upstream, reply::Reply};
+use self::{image::Images, oip::Oip, proxy::Upstream, reply::Reply};
 use crate::{failure::Failure, grpc::Grpc};
 
 /// Response header with the stable code of a failure.
@@ -39,13 +41,24 @@ type ServiceFuture = std::pin::Pin<Box<dyn Future<Output = Result<Reply, Infalli
 pub struct Dispatch {
     oip: Arc<Oip>,
     grpc: Grpc,
-    upstream: Option<Upstream>,
+    besides: Besides,
+}
+
+/// Who answers what is not of the protocol.
+#[derive(Clone, Debug)]
+pub enum Besides {
+    /// Nobody.
+    Nobody,
+    /// The handler behind the sidecar.
+    Handler(Arc<Upstream>),
+    /// The sidecar itself, at `/`.
+    Images(Arc<Images>),
 }
 
 impl Dispatch {
-    /// The three that requests are handed to; without an upstream, only the protocol is served.
-    pub fn new(oip: Arc<Oip>, grpc: Grpc, upstream: Option<Upstream>) -> Self {
-        Self { oip, grpc, upstream }
+    /// The three that requests are handed to.
+    pub fn new(oip: Arc<Oip>, grpc: Grpc, besides: Besides) -> Self {
+        Self { oip, grpc, besides }
     }
 }
 
@@ -70,19 +83,20 @@ where
             let oip = Arc::clone(&self.oip);
             return Box::pin(async move { Ok(oip.serve(request).await) });
         }
-        match &self.upstream {
-            Some(upstream) => {
-                let upstream = upstream.clone();
-                Box::pin(async move { Ok(upstream.pass(request).await) })
+        let served = match &self.besides {
+            Besides::Handler(upstream) => {
+                let upstream = Arc::clone(upstream);
+                return Box::pin(async move { Ok(upstream.pass(request).await) });
             }
-            None => {
-                let failure = Failure::NotFound(format!(
-                    "no such path: {} (only /v2 is served here; for others no upstream is configured)",
-                    request.uri().path()
-                ));
-                Box::pin(std::future::ready(Ok(reply::failure(&failure))))
+            Besides::Images(images) if request.uri().path() == "/" => {
+                let images = Arc::clone(images);
+                return Box::pin(async move { Ok(images.serve(request).await) });
             }
-        }
+            Besides::Images(_) => "/v2 is served here, and images at /",
+            Besides::Nobody => "only /v2 is served here; for others no upstream is configured",
+        };
+        let failure = Failure::NotFound(format!("no such path: {} ({served})", request.uri().path()));
+        Box::pin(std::future::ready(Ok(reply::failure(&failure))))
     }
 }
 

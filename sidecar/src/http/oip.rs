@@ -173,7 +173,7 @@ pub struct Heavy {
 }
 
 impl Heavy {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { turns: Semaphore::new(HEAVY_THREADS_MAX) }
     }
 

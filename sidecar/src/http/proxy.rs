@@ -36,11 +36,12 @@ pub struct Upstream {
     authority: uri::Authority,
     client: Client<HttpConnector, UnsyncBoxBody<Bytes, BoxError>>,
     function: std::sync::Arc<Function>,
+    prefetch: bool,
 }
 
 impl Upstream {
-    /// The handler at `http://<authority>`.
-    pub fn new(authority: uri::Authority, function: std::sync::Arc<Function>) -> Self {
+    /// The handler at `http://<authority>`. `prefetch`: what goes there will ask for an inference before long.
+    pub fn new(authority: uri::Authority, function: std::sync::Arc<Function>, prefetch: bool) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(DIAL_WITHIN));
@@ -49,7 +50,7 @@ impl Upstream {
             .pool_idle_timeout(UPSTREAM_IDLE_WITHIN)
             .pool_max_idle_per_host(UPSTREAM_IDLE_MAX)
             .build(connector);
-        Self { authority, client, function }
+        Self { authority, client, function, prefetch }
     }
 
     /// Passes one request on and its reply back.
@@ -58,6 +59,10 @@ impl Upstream {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
+        if self.prefetch {
+            // While the handler reads and prepares its input, the broker brings weights that have left.
+            self.function.announce();
+        }
         match self.try_pass(request).await {
             Ok(reply) => {
                 self.function.metrics.passed_upstream("ok");

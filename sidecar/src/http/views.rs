@@ -124,11 +124,12 @@ pub struct IndexLine<'a> {
 
 /// The one model, with its state.
 pub fn index(function: &Function) -> IndexLine<'_> {
-    let state = match function.broker().map(crate::broker::Broker::state) {
+    let state = match function.state() {
         _ if function.is_ready() => "READY",
-        Some(FunctionState::Rejected(_)) => "UNAVAILABLE",
+        Some(FunctionState::Rejected(_) | FunctionState::Unfetched(_)) => "UNAVAILABLE",
         Some(
             FunctionState::Connecting
+            | FunctionState::Fetching(_)
             | FunctionState::Uploading
             | FunctionState::Preparing(_)
             | FunctionState::Ready(_),

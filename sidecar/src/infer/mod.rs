@@ -8,7 +8,7 @@ pub mod stats;
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Instant,
@@ -17,7 +17,7 @@ use std::{
 use faaswap_protocol::Timing;
 
 use crate::{
-    broker::{Broker, Draft, InferAnswer, InferError, InferRequest, Known},
+    broker::{Broker, Draft, FunctionState, InferAnswer, InferError, InferRequest, Known},
     failure::Failure,
     metrics::{Metrics, Protocol},
 };
@@ -47,6 +47,8 @@ pub struct Function {
     pub stats: stats::Stats,
     /// Counts for Prometheus.
     pub metrics: Metrics,
+    /// How the function stands while there is no broker client yet.
+    before: Mutex<Option<FunctionState>>,
     /// Why there will be no broker client.
     trouble: std::sync::OnceLock<String>,
     draining: AtomicBool,
@@ -61,6 +63,7 @@ impl Function {
             broker: std::sync::OnceLock::new(),
             stats: stats::Stats::default(),
             metrics: Metrics::default(),
+            before: Mutex::new(None),
             trouble: std::sync::OnceLock::new(),
             draining: AtomicBool::new(false),
             bodies: Budget { left: AtomicUsize::new(bodies_bytes_max) },
@@ -82,11 +85,22 @@ impl Function {
         self.broker.get()
     }
 
+    /// Says how the function stands as long as it has no broker client.
+    pub fn stands(&self, state: FunctionState) {
+        *self.before.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+    }
+
+    /// How the function stands; `None`: its model is still being read, or cannot be.
+    pub fn state(&self) -> Option<FunctionState> {
+        let before = || self.before.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.broker().map(Broker::state).or_else(before)
+    }
+
     /// Says in words how the function stands.
     pub fn state_text(&self) -> String {
-        match self.broker() {
+        match self.state() {
             _ if self.is_draining() => "shutting down".to_owned(),
-            Some(broker) => broker.state().to_string(),
+            Some(state) => state.to_string(),
             None => self.trouble.get().map_or("the model is being read", String::as_str).to_owned(),
         }
     }
@@ -100,7 +114,7 @@ impl Function {
     pub fn expect_ready(&self) -> Result<(), Failure> {
         match self.broker().map(Broker::state) {
             _ if self.is_ready() => Ok(()),
-            Some(crate::broker::FunctionState::Rejected(refusal)) => Err(Failure::Infer(InferError::Refused(refusal))),
+            Some(FunctionState::Rejected(refusal)) => Err(Failure::Infer(InferError::Refused(refusal))),
             Some(_) | None => {
                 Err(Failure::NotReady(format!("model '{}' is not ready: {}", self.model_name, self.state_text())))
             }
@@ -150,6 +164,13 @@ impl Function {
     /// Takes room for inputs that are still to come; see [`Broker::draft`].
     pub fn draft(&self, lens: impl Iterator<Item = u64>) -> Option<Draft> {
         self.broker()?.draft(lens)
+    }
+
+    /// Lets the broker bring the weights: a request is about to come. Whether that helps is the broker's to know.
+    pub fn announce(&self) {
+        if let Some(broker) = self.broker() {
+            broker.announce();
+        }
     }
 
     /// Runs one checked request; where there is a draft, its inputs lie there.

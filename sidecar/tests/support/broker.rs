@@ -49,6 +49,8 @@ pub struct Seen {
     pub requests: usize,
     pub cancelled: usize,
     pub released: usize,
+    /// Hints that a request is about to come.
+    pub expected: usize,
     /// The time left of the last request.
     pub time_left: Option<Duration>,
     /// Where the last request's inputs lay.
@@ -182,6 +184,11 @@ impl FakeBroker {
     /// Forgets all models, so that they have to be uploaded.
     pub fn forget_models(&self) {
         self.shared.models.lock().unwrap().clear();
+    }
+
+    /// Has the models again that it begins with.
+    pub fn knows_again(&self) {
+        self.shared.models.lock().unwrap().push(super::digest());
     }
 
     /// Waits until the broker has seen something.
@@ -346,7 +353,11 @@ impl Peer {
                 Ok(())
             }
             ToBroker::Ping { nonce } => self.say(FromBroker::Pong { nonce }).await,
-            ToBroker::Expect { .. } => Ok(()),
+            ToBroker::Expect { function, .. } => {
+                assert_eq!(function, FunctionId(3));
+                self.shared.seen.send_modify(|seen| seen.expected += 1);
+                Ok(())
+            }
             ToBroker::Unregister { .. } => Ok(()),
         }
     }

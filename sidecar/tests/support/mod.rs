@@ -5,6 +5,7 @@
 
 pub mod broker;
 pub mod clients;
+pub mod files;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -39,7 +40,7 @@ pub fn spec(deadline: Duration) -> FunctionSpec {
 
 pub fn config(target: Target, deadline: Duration) -> BrokerConfig {
     let slab = SlabSizes { request: Bytes::mib(2), response: Bytes::mib(2) };
-    let model = ModelSource { digest: digest(), files: Vec::new() };
+    let model = ModelSource::known(digest());
     BrokerConfig { slab, ..BrokerConfig::new(target, spec(deadline), model) }
 }
 
@@ -58,7 +59,13 @@ impl Sidecar {
         let address = listener.local_addr().unwrap();
         let function = Function::new(NAME.to_owned(), 8 * BODY_MAX);
         let upstream = upstream.map(|address| address.to_string().parse().unwrap());
-        let served = Served { function: Arc::clone(&function), body_bytes_max: BODY_MAX, upstream };
+        let served = Served {
+            function: Arc::clone(&function),
+            body_bytes_max: BODY_MAX,
+            upstream,
+            vision: None,
+            prefetch: true,
+        };
         let stop = CancellationToken::new();
         let serving = tokio::spawn(server::serve(listener, served, stop.clone(), Duration::ZERO));
         Self { address, function, stop, serving }

@@ -279,7 +279,7 @@ fn config(socket: &Path, design: &Design) -> Result<BrokerConfig> {
         priority: Priority::Latency,
         late: Late::Serve,
     };
-    let model = ModelSource { digest: design.digest, files: Vec::new() };
+    let model = ModelSource::known(design.digest);
     let mut config = BrokerConfig::new(Target::Socket(socket.to_owned()), function, model);
     config.slab = SlabSizes { request: SLAB_HALF, response: SLAB_HALF };
     config.away_wait = Some(PATIENCE);
