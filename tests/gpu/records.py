@@ -24,6 +24,8 @@ TITLES = {
     "four_lanes": "Requests per second, four lanes beside one",
     "peer_swap_bandwidth": "Swap-in from another GPU",
     "peer_swap_request": "Request whose weights come from another GPU",
+    "two_link_load": "Loading over two GPUs' links",
+    "two_swaps_at_once": "A swap on each of two GPUs at once",
     "stress_wrong_outputs": "Wrong outputs under constant eviction",
     "stress_memory_growth": "GPU memory grown under constant eviction",
     "disk_to_host_bandwidth": "Reading weights from disk",

@@ -381,19 +381,19 @@ impl CudaDevice {
         groups: Arc<[Group]>,
         done: OnDone<SwapReport>,
     ) -> Result<(), DeviceError> {
-        let count = count_groups(&groups, size)?;
+        let (count, late) = (count_groups(&groups, size)?, late_group(&groups, size));
         let check = |range: &mut Range| {
             if size != range.weights {
                 return Err(DeviceError::Invalid("the weights have another size than the range"));
             }
             if range.state == State::Out {
                 (range.groups, range.recorded, range.failed) = (count, 0, None);
-                range.late_group = late_group(&groups, size);
+                range.late_group = late;
             }
             Ok(())
         };
         let asked = Instant::now();
-        self.queue(range, Step::AskIn, check, Swap::In { source, groups: Arc::clone(&groups), asked, done })
+        self.queue(range, Step::AskIn, check, Swap::In { source, groups, asked, done })
     }
 
     fn queue(

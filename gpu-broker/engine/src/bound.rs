@@ -22,7 +22,7 @@ use ort::session::{Session, builder::GraphOptimizationLevel};
 use crate::{
     CudaTarget, EngineError, Manifest, Prepared, RunError, Runtime, Target,
     await_op::{self, Waiter},
-    program::{self, IoLayout, Programs},
+    program::{self, IoLayout, Made, Programs},
     raw::{self, Weights},
 };
 
@@ -219,8 +219,7 @@ impl Bound {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         let lane = program::next_lane(cuda);
         let range = self.range();
-        let (signature, groups) = (self.manifest.signature.clone(), self.groups());
-        let made = IoLayout::of(&signature).and_then(|io| {
+        let made = IoLayout::of(&self.manifest.signature).and_then(|io| {
             let constants = cuda.constants();
             let made = cuda.bind(range, |binding| {
                 let stream = cuda.stream(binding)?;
@@ -228,8 +227,14 @@ impl Bound {
                     cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
                 })?;
                 let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
-                let names = (&self.input_names[..], &self.output_names[..]);
-                program::make(device, session, &signature, names, io, (lane, binding), &groups, constants)
+                let made = Made {
+                    session,
+                    signature: &self.manifest.signature,
+                    input_names: &self.input_names,
+                    output_names: &self.output_names,
+                    groups: &self.groups,
+                };
+                program::make(device, &made, io, (lane, binding), constants)
             });
             made.map_err(|error: EngineError| error.to_string())
         });

@@ -134,17 +134,24 @@ impl Running<'_> {
     }
 }
 
+/// A session that a program is made of.
+pub(crate) struct Made<'s> {
+    pub(crate) session: &'s Session,
+    pub(crate) signature: &'s Signature,
+    pub(crate) input_names: &'s [CString],
+    pub(crate) output_names: &'s [CString],
+    pub(crate) groups: &'s [Group],
+}
+
 /// Makes a model's program for a lane of its session, inside of [`CudaDevice::bind`], in the lane for that.
 pub(crate) fn make(
     device: &Arc<dyn Device>,
-    session: &Session,
-    signature: &Signature,
-    names: (&[CString], &[CString]),
+    made: &Made<'_>,
     io: IoLayout,
     (lane, binding): (usize, usize),
-    groups: &[Group],
     constants: Constants,
 ) -> Result<Programs, EngineError> {
+    let Made { session, signature, input_names, output_names, groups } = *made;
     let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
     let bind = |lane: usize| -> Result<raw::DeviceRun<'_>, EngineError> {
         let base = cuda.io_address(lane, io.end)?;
@@ -153,10 +160,10 @@ pub(crate) fn make(
             let element = onnx::element_of(spec.dtype);
             raw::device_tensor(cuda.ordinal(), base + slot.offset, slot.len, element, &raw::dims_of(&slot.shape))
         };
-        for ((spec, slot), name) in signature.inputs.iter().zip(&io.inputs).zip(names.0) {
+        for ((spec, slot), name) in signature.inputs.iter().zip(&io.inputs).zip(input_names) {
             run.bind_input(name, tensor(spec, slot)?)?;
         }
-        for ((spec, slot), name) in signature.outputs.iter().zip(&io.outputs).zip(names.1) {
+        for ((spec, slot), name) in signature.outputs.iter().zip(&io.outputs).zip(output_names) {
             run.bind_output(name, tensor(spec, slot)?)?;
         }
         Ok(run)

@@ -93,13 +93,14 @@ impl Measured {
 
 fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: &Prepared) -> Result<Measured> {
     let cuda = device.as_cuda().ok_or("no GPU")?;
-    let used = || -> Result<f64> { Ok(cuda.driver_memory()?.0.get() as f64) };
+    // What the lanes have taken for all of their models does not count.
+    let left = || -> Result<f64> { Ok((cuda.driver_memory()?.0.get() + cuda.arenas().1.get()) as f64) };
     let first = Asked::new(runtime, prepared, device)?;
     let kept = first.bound.kept_session().map(str::to_owned);
     // The first model of a kind loads kernels, which all share; the second shows what a function costs.
-    let (free, start) = (used()?, Instant::now());
+    let (before, start) = (left()?, Instant::now());
     let asked = Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs))?;
-    let (bind_ms, bind_bytes) = (start.elapsed().as_secs_f64() * 1e3, free - used()?);
+    let (bind_ms, bind_bytes) = (start.elapsed().as_secs_f64() * 1e3, before - left()?);
     drop(first);
 
     let bytes = asked.weights.size().get() as f64;
