@@ -25,6 +25,15 @@ pub(crate) struct Home {
     pub(crate) failures: u32,
     /// No swap-in before that.
     pub(crate) retry_at: At,
+    /// Its swap-out was asked for and has not been reported done: the addresses cannot be given memory yet.
+    pub(crate) leaving: bool,
+}
+
+impl Home {
+    /// Whether a swap-in could be asked for, as far as the last ones have shown.
+    pub(crate) fn may_come(&self, now: At) -> bool {
+        self.retry_at <= now && !self.leaving
+    }
 }
 
 /// How far a model's weights are.

@@ -113,7 +113,7 @@ impl Scheduler {
                     self.retry_at = self.retry_at.max(books.next_retry(model));
                 }
             }
-            // The memory was uncharged when the swap-out was decided, see `device`.
+            Event::SwapOutDone { model, device } if books.swap_out_done(model, device) => {}
             Event::SwapOutDone { .. } => return Trigger::Nothing,
             // The wish was granted: a further one must be said again.
             Event::Woken => self.wake_at = At::NEVER,

@@ -40,6 +40,24 @@ fn the_least_recently_used_model_makes_room() {
     assert_eq!(node.ask(4, 2, 50), [swap_out(1, 0), swap_in(2, 0), run(4, 2, 0, 0, false)]);
 }
 
+/// A model that was asked for while it was leaving was brought back at once. The device refused that, since what was behind
+/// its addresses was still being taken away, and the run that waited for the weights failed.
+#[test]
+fn a_model_comes_back_only_once_it_has_left() {
+    let mut node = Node::new(&[(10, 1)], &[6, 6], Late::Serve);
+    node.ask(1, 0, 50);
+    node.finish_copy();
+    node.finish_run(0);
+    node.leaves_late = true;
+    assert_eq!(node.ask(2, 1, 50), [swap_out(0, 0), swap_in(1, 0), run(2, 1, 0, 0, false)]);
+    node.finish_copy();
+    node.finish_run(0);
+    assert_eq!(node.ask(3, 0, 50), [], "it is still leaving");
+    let mut actions = Vec::new();
+    assert!(node.finish_swap_out(&mut actions));
+    assert_eq!(actions, [swap_out(1, 0), swap_in(0, 0), run(3, 0, 0, 0, false)]);
+}
+
 #[test]
 fn the_request_that_is_due_first_goes_first() {
     let mut node = Node::new(&[(10, 1)], &[1, 1, 1], Late::Serve);

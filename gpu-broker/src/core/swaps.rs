@@ -90,7 +90,10 @@ impl Core {
 
     pub(super) fn swap_out(&mut self, model: ModelId, device: DeviceId) {
         let Some((bound, _)) = self.bound(model, device) else { return };
-        let Some(range) = bound.bound.range() else { return };
+        let Some(range) = bound.bound.range() else {
+            self.events.push_back(Event::SwapOutDone { model, device });
+            return;
+        };
         let mailbox = Arc::clone(&self.mailbox);
         let held = bound.let_go();
         let done = Box::new(move |result| {
@@ -100,6 +103,7 @@ impl Core {
         let asked = self.devices[usize::from(device.0)].device.swap_out(range, done);
         if let Err(error) = asked {
             self.swapped_out(model, device, Err(error));
+            self.events.push_back(Event::SwapOutDone { model, device });
         }
     }
 

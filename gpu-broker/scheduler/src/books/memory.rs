@@ -19,7 +19,7 @@ impl Books {
     /// Whether the weights could be brought there now, whatever would have to leave.
     pub(crate) fn can_bring(&self, model: Slot, device: usize) -> bool {
         let (Some(known), Some(on)) = (self.models.get(model), self.devices.get(device)) else { return false };
-        let home = known.home(device).filter(|home| home.retry_at <= self.now);
+        let home = known.home(device).filter(|home| home.may_come(self.now));
         !on.lost && !known.removed && known.stay(device).is_none() && home.is_some_and(|h| on.can_make_room(h.charge))
     }
 
@@ -188,6 +188,9 @@ impl Books {
         let Some(known) = self.models.get_mut(model) else { return };
         let Some(at) = known.stays.iter().position(|stay| stay.device == device && stay.can_leave()) else { return };
         let (stay, id) = (known.stays.swap_remove(at), known.id);
+        if let Some(home) = known.home_mut(device) {
+            home.leaving = true;
+        }
         if let Some(on) = self.devices.get_mut(device) {
             subtract(&mut on.charged, stay.charge);
             if let Some(worth) = stay.listed {

@@ -74,7 +74,14 @@ impl Books {
             Some(home) => home.charge = charge,
             None => {
                 let cost = Cost::prior(charge);
-                known.homes.push(Home { device: place, charge, cost, failures: 0, retry_at: At::START });
+                known.homes.push(Home {
+                    device: place,
+                    charge,
+                    cost,
+                    failures: 0,
+                    retry_at: At::START,
+                    leaving: false,
+                });
             }
         }
     }
@@ -143,6 +150,15 @@ impl Books {
         if self.models.get(model).is_some_and(|known| known.cannot_be_brought(FAILURES_MAX)) {
             self.refuse_all_for(model, actions);
         }
+    }
+
+    /// The memory was uncharged when the swap-out was decided, see `device`; but only now can the model come back.
+    /// Tells whether somebody may have waited for that.
+    pub(crate) fn swap_out_done(&mut self, model: ModelId, device: DeviceId) -> bool {
+        let (Some(place), Some(slot)) = (self.place(device), self.models.find(model)) else { return false };
+        let Some(known) = self.models.get_mut(slot) else { return false };
+        let waited_for = known.waiting > 0;
+        known.home_mut(place).is_some_and(|home| std::mem::take(&mut home.leaving)) && waited_for
     }
 
     /// When the next swap-in of a model may be tried after failures.

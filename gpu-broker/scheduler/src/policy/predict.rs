@@ -86,7 +86,7 @@ impl Question<'_> {
 
     /// The fastest way to bring the weights.
     fn best_source(&self, home: &Home, device: &Device) -> Option<(Source, Copy)> {
-        if home.retry_at > self.books.now || !device.can_make_room(home.charge) {
+        if !home.may_come(self.books.now) || !device.can_make_room(home.charge) {
             return None;
         }
         let weights = home.cost.weights;

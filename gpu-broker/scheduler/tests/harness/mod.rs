@@ -26,6 +26,10 @@ pub struct Node {
     pub mapped: BTreeMap<DeviceId, BTreeSet<ModelId>>,
     pub running: BTreeMap<RequestKey, (DeviceId, LaneId, ModelId)>,
     pub copies: VecDeque<(DeviceId, ModelId)>,
+    /// Models whose memory is not free yet.
+    pub leaving: BTreeSet<(DeviceId, ModelId)>,
+    /// Swap-outs are reported when the test says so, not at once.
+    pub leaves_late: bool,
     pub outcomes: BTreeMap<RequestKey, &'static str>,
     pub asked: BTreeSet<RequestKey>,
     pub log: Vec<Action>,
@@ -45,6 +49,8 @@ impl Node {
             mapped: BTreeMap::new(),
             running: BTreeMap::new(),
             copies: VecDeque::new(),
+            leaving: BTreeSet::new(),
+            leaves_late: false,
             outcomes: BTreeMap::new(),
             asked: BTreeSet::new(),
             log: Vec::new(),
@@ -70,7 +76,16 @@ impl Node {
             self.obey(action);
         }
         self.log.extend(actions.iter().cloned());
+        while !self.leaves_late && self.finish_swap_out(&mut actions) {}
         actions
+    }
+
+    /// The next model that was to leave has left.
+    pub fn finish_swap_out(&mut self, actions: &mut Vec<Action>) -> bool {
+        let Some(&(device, model)) = self.leaving.first() else { return false };
+        self.leaving.remove(&(device, model));
+        actions.extend(self.tell(Event::SwapOutDone { model, device }));
+        true
     }
 
     pub fn obey(&mut self, action: &Action) {
@@ -78,8 +93,10 @@ impl Node {
             Action::SwapOut { model, device } => {
                 assert!(self.mapped.entry(device).or_default().remove(&model), "{model:?} is not on {device:?}");
                 assert!(!self.running.values().any(|&(d, _, m)| (d, m) == (device, model)), "{model:?} is in flight");
+                assert!(self.leaving.insert((device, model)), "{model:?} leaves {device:?} already");
             }
             Action::SwapIn { model, device, source } => {
+                assert!(!self.leaving.contains(&(device, model)), "{model:?} has not left {device:?} yet");
                 if let Source::Peer(from) = source {
                     assert!(self.mapped.get(&from).is_some_and(|models| models.contains(&model)), "{from:?} has it");
                 }

@@ -87,6 +87,7 @@ struct Mill {
     actions: Vec<Action>,
     running: Vec<RequestKey>,
     copies: Vec<(ModelId, DeviceId)>,
+    leaving: Vec<(ModelId, DeviceId)>,
 }
 
 impl Mill {
@@ -101,6 +102,7 @@ impl Mill {
             actions: Vec::new(),
             running: Vec::new(),
             copies: Vec::new(),
+            leaving: Vec::new(),
         };
         for device in (0..devices).map(DeviceId) {
             mill.tell(Event::DeviceAdded { device, capacity: Bytes::mib(8 << 10), lanes: 4 });
@@ -143,9 +145,13 @@ impl Mill {
             match action {
                 Action::Run { request, .. } => self.running.push(request),
                 Action::SwapIn { model, device, .. } => self.copies.push((model, device)),
-                Action::SwapOut { .. } | Action::Refuse { .. } | Action::WakeAt(_) => {}
+                Action::SwapOut { model, device } => self.leaving.push((model, device)),
+                Action::Refuse { .. } | Action::WakeAt(_) => {}
             }
         }
         self.actions = actions;
+        if let Some((model, device)) = self.leaving.pop() {
+            self.tell(Event::SwapOutDone { model, device });
+        }
     }
 }
