@@ -20,6 +20,7 @@ use crate::{
     config::Settings,
     device_plugin::{self, PluginSettings},
     limits::BLOCKING_THREADS_MAX,
+    replay,
     serve::{self, End},
     store,
 };
@@ -32,6 +33,8 @@ const START_PAUSE: Duration = Duration::from_secs(1);
 const START_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// The configuration is wrong: EX_USAGE of sysexits.h.
 const EXIT_CONFIG: u8 = 64;
+/// What shall be replayed is no trace: EX_DATAERR.
+const EXIT_DATA: u8 = 65;
 
 #[derive(Parser)]
 #[command(version, about = "Lets many inference functions share a node's GPUs")]
@@ -51,6 +54,11 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Replays a trace that a broker has recorded, and tells whether the scheduler decides the same again.
+    Replay {
+        /// The trace: what `trace` in the settings named.
+        trace: PathBuf,
+    },
     /// Tells the kubelet of this node's slots, until SIGTERM or SIGINT.
     DevicePlugin(PluginSettings),
     /// Prepares one model; started by the broker itself.
@@ -62,6 +70,7 @@ enum Command {
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result = match Cli::parse_from(arguments).command {
         Command::Serve { config, check } => return serve_command(config.as_deref(), check),
+        Command::Replay { trace } => return replay_command(&trace),
         Command::DevicePlugin(settings) => {
             log_to_stderr("info");
             plugin(settings).map_err(|error| error.to_string())
@@ -103,6 +112,19 @@ fn serve_command(config: Option<&Path>, check: bool) -> ExitCode {
         Err(error) => {
             eprintln!("the broker cannot serve: {error}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+fn replay_command(trace: &Path) -> ExitCode {
+    match replay::replay(trace) {
+        Ok(replayed) => {
+            println!("{replayed}");
+            if replayed.is_same() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("{}: {error}", trace.display());
+            ExitCode::from(EXIT_DATA)
         }
     }
 }

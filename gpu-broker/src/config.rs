@@ -27,13 +27,7 @@ const GPU_GRANULARITY: Bytes = Bytes::mib(2);
 const SWITCH: [(&str, bool); 4] = [("true", true), ("false", false), ("on", true), ("off", false)];
 
 /// Policies of the scheduler; all but the first are there to be compared with.
-const POLICIES: [(&str, PolicyKind); 5] = [
-    ("faaswap", PolicyKind::Faaswap),
-    ("torpor", PolicyKind::Torpor),
-    ("lru", PolicyKind::Lru),
-    ("fifo", PolicyKind::Fifo),
-    ("random", PolicyKind::Random { seed: 1 }),
-];
+const POLICIES: [PolicyKind; 5] = PolicyKind::all(1);
 
 /// All mistakes of a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +132,10 @@ pub struct Settings {
     pub verify_every: u64,
     /// Who decides what runs where.
     pub policy: PolicyKind,
+    /// File in which the scheduler's events and actions are recorded; absent: none.
+    pub trace: Option<PathBuf>,
+    /// Most bytes of that file.
+    pub trace_max: Bytes,
     /// Whether the admin port lets devices fail, to test what happens then.
     pub test_faults: bool,
     /// The devices that are listed.
@@ -202,7 +200,9 @@ impl Settings {
             gpu_fallback: from.choice("gpu_fallback", false, &SWITCH),
             tf32: from.choice("tf32", true, &SWITCH),
             verify_every: from.count("verify_every", VERIFY_EVERY, 0..=usize::MAX) as u64,
-            policy: from.choice("policy", PolicyKind::Faaswap, &POLICIES),
+            policy: from.choice("policy", PolicyKind::Faaswap, &POLICIES.map(|policy| (policy.name(), policy))),
+            trace: from.optional_path("trace"),
+            trace_max: from.bytes("trace_max", Bytes::mib(1024)),
             test_faults: from.choice("test_faults", false, &SWITCH),
             devices: Vec::new(),
         }

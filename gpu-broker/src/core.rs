@@ -15,6 +15,7 @@ mod swaps;
 use std::{
     cell::RefCell,
     collections::{HashMap, VecDeque},
+    io,
     rc::{Rc, Weak},
     sync::{Arc, atomic::Ordering},
     time::Instant,
@@ -23,7 +24,7 @@ use std::{
 use faaswap_device::Device;
 use faaswap_protocol::{Bytes, FunctionId, FunctionSpec, ModelDigest, Refusal, RequestId, Span};
 use faaswap_scheduler::{
-    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig,
+    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig, trace::Named,
 };
 use tokio::sync::Notify;
 
@@ -41,6 +42,7 @@ use crate::{
     mailbox::{Ended, Mailbox, Outcome},
     store::Home,
     telemetry::{Telemetry, level},
+    trace::Trace,
     verify::Verifier,
 };
 
@@ -126,6 +128,7 @@ pub(crate) struct Core {
     verifier: Arc<Verifier>,
     started: Instant,
     scheduler: Scheduler,
+    trace: Trace,
     events: VecDeque<Event>,
     devices: Vec<DeviceEntry>,
     models: HashMap<ModelId, Model>,
@@ -157,12 +160,17 @@ impl Core {
         loader: Arc<Loader>,
         verifier: Arc<Verifier>,
         devices: Vec<DeviceEntry>,
-    ) -> Rc<RefCell<Self>> {
-        let scheduler = Scheduler::new(SchedulerConfig {
+    ) -> io::Result<Rc<RefCell<Self>>> {
+        let config = SchedulerConfig {
             function_queue_max: settings.function_queue_max,
             node_queue_max: settings.node_queue_max,
             policy: settings.policy,
-        });
+        };
+        let scheduler = Scheduler::new(config);
+        let trace = match &settings.trace {
+            Some(path) => Trace::begin(path, settings.trace_max, &config)?,
+            None => Trace::default(),
+        };
         let core = Rc::new_cyclic(|me| {
             RefCell::new(Self {
                 me: me.clone(),
@@ -173,6 +181,7 @@ impl Core {
                 verifier,
                 started: Instant::now(),
                 scheduler,
+                trace,
                 events: VecDeque::new(),
                 devices,
                 models: HashMap::new(),
@@ -193,7 +202,7 @@ impl Core {
             })
         });
         core.borrow_mut().add_devices();
-        core
+        Ok(core)
     }
 
     fn add_devices(&mut self) {
@@ -201,6 +210,7 @@ impl Core {
             let entry = &self.devices[index];
             let (capacity, lanes) = (entry.device.info().capacity, entry.lanes.len());
             let lanes = u16::try_from(lanes).unwrap_or(u16::MAX);
+            self.trace.name(Named::Device, device_id(index).0, &entry.device.info().name);
             self.happen(Event::DeviceAdded { device: device_id(index), capacity, lanes });
         }
     }
@@ -221,6 +231,7 @@ impl Core {
         while let Some(event) = self.events.pop_front() {
             let now = self.now();
             self.scheduler.step(now, event, &mut actions);
+            self.trace.step(now, event, &actions);
             for action in actions.drain(..) {
                 self.act(action);
             }
@@ -312,9 +323,10 @@ impl Core {
         self.requests.is_empty() && self.peers.values().all(|entry| !entry.peer.outbox.has_waiting())
     }
 
-    /// Ends all connections.
-    pub(crate) fn close_all(&self) {
+    /// Ends all connections, and the trace.
+    pub(crate) fn close_all(&mut self) {
         self.peers.values().for_each(|entry| entry.peer.outbox.close());
+        self.trace.end();
     }
 
     /// What is done every second.

@@ -60,6 +60,16 @@ pub const SLAB_HALF_MIN: u64 = 4096;
 pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 /// How long there must have been nothing to do before a broker with lost devices starts anew to have them back.
 pub const QUIET_FOR: Duration = Duration::from_secs(5);
+/// Steps of the scheduler that wait to be written to a trace; where there are more, the trace ends.
+pub const TRACE_QUEUED_MAX: usize = 32_768;
+/// How often they are looked for.
+pub const TRACE_WRITTEN_EVERY: Duration = Duration::from_millis(20);
+/// How much of a trace is written at once.
+pub const TRACE_WRITTEN_BYTES: usize = 256 << 10;
+/// How long the broker waits, when it ends, for the last of a trace.
+pub const TRACE_ENDED_WITHIN: Duration = Duration::from_secs(5);
+/// Longest line of a trace that is read.
+pub const TRACE_LINE_BYTES_MAX: u64 = 16 << 20;
 /// How long a lane looks for its next run before it sleeps.
 pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(60);
 /// How long the loop and a lane look for a request that was said to be about to come.

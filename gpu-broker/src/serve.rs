@@ -90,7 +90,8 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let devices = lanes(opened, &mailbox)?;
     let verifier = Verifier::start(settings.verify_every).map_err(ServeError::io("starting a thread"))?;
     let core =
-        Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, verifier, devices);
+        Core::new(Arc::clone(&settings), Arc::clone(&telemetry), Arc::clone(&mailbox), loader, verifier, devices)
+            .map_err(ServeError::io("beginning the trace"))?;
     core.borrow_mut().tell_links(telemetry.gpus());
     let listeners = accept::Listeners::bind(&settings)?;
     let (asks, questions) = mpsc::channel(admin::QUESTIONS_MAX);
@@ -127,7 +128,7 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     if drained.await.is_err() {
         tracing::warn!(within = ?settings.drain_within, "requests were cut off at the end of the drain");
     }
-    core.borrow().close_all();
+    core.borrow_mut().close_all();
     accepting.remove_socket();
     Ok(end)
 }

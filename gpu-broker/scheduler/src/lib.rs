@@ -25,6 +25,7 @@ mod ready;
 mod scheduler;
 mod slots;
 mod time;
+pub mod trace;
 
 pub use decision::{Choice, Decision, Score};
 pub use event::{Action, DeviceId, Event, FunctionKey, LaneId, Link, ModelId, Moment, RequestKey, Source};

@@ -38,6 +38,37 @@ pub enum PolicyKind {
     },
 }
 
+impl PolicyKind {
+    /// All of them, with this seed where one follows from a seed.
+    pub const fn all(seed: u64) -> [Self; 5] {
+        [Self::Faaswap, Self::Torpor, Self::Lru, Self::Fifo, Self::Random { seed }]
+    }
+
+    /// Its name in settings, traces and tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Faaswap => "faaswap",
+            Self::Torpor => "torpor",
+            Self::Lru => "lru",
+            Self::Fifo => "fifo",
+            Self::Random { .. } => "random",
+        }
+    }
+
+    /// What its choices follow from; 0 where they follow from nothing else than events.
+    pub const fn seed(self) -> u64 {
+        match self {
+            Self::Random { seed } => seed,
+            Self::Faaswap | Self::Torpor | Self::Lru | Self::Fifo => 0,
+        }
+    }
+
+    /// The policy of that name.
+    pub fn of(name: &str, seed: u64) -> Option<Self> {
+        Self::all(seed).into_iter().find(|policy| policy.name() == name)
+    }
+}
+
 /// What happened, as far as it decides how much is to be looked at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trigger {

@@ -82,6 +82,11 @@ impl Reader {
         PathBuf::from(self.text(key, default))
     }
 
+    /// A path; `off` or nothing for none.
+    pub(super) fn optional_path(&mut self, key: &str) -> Option<PathBuf> {
+        self.parse(key, None, |text| Ok(Some(text).filter(|text| !matches!(*text, "" | "off")).map(PathBuf::from)))
+    }
+
     /// An address; `off` or nothing for none.
     pub(super) fn address(&mut self, key: &str, default: Option<&str>) -> Option<SocketAddr> {
         self.parse(key, default.and_then(|text| text.parse().ok()), |text| match text {

@@ -61,6 +61,18 @@ fn gpus_are_named_by_number_and_not_mixed_with_the_host() {
 }
 
 #[test]
+fn a_trace_is_recorded_where_one_is_asked_for() {
+    let trace = |text, variables: &[_]| {
+        let settings = load(text, variables).expect("valid");
+        (settings.trace, settings.trace_max)
+    };
+    assert_eq!(trace("", &[]).0, None);
+    assert_eq!(trace("trace = \"/a\"", &[("FAASWAP_TRACE", "off")]).0, None);
+    let limited = trace("trace_max = \"3MiB\"", &[("FAASWAP_TRACE", "/b/trace")]);
+    assert_eq!(limited, (Some(PathBuf::from("/b/trace")), Bytes::mib(3)));
+}
+
+#[test]
 fn all_mistakes_are_reported_at_once() {
     let text = "tcp_listen = \"nonsense\"\nsocket_mode = \"999\"\nhost_memory = \"many\"\nkeep_warm = \"soon\"\n\
                 functions_max = 0\ncolour = \"red\"\n[[device]]\nchunk = 1000\nmemori = 3";

@@ -1,7 +1,7 @@
 //! Functions: who may register what under which name, and when a registration is done.
 
 use faaswap_protocol::{CallId, Detail, FromBroker, FunctionId, FunctionSpec, Refusal};
-use faaswap_scheduler::{Event, FunctionKey, ModelId};
+use faaswap_scheduler::{Event, FunctionKey, ModelId, trace::Named};
 
 use super::{Core, Function, Owner, PeerId, models::Waiter};
 use crate::limits::{CALLS_MAX, FUNCTIONS_PER_CONNECTION_MAX};
@@ -93,6 +93,7 @@ impl Core {
         self.id_next += 1;
         let key = FunctionKey(u32::try_from(self.id_next & u64::from(u32::MAX)).unwrap_or(0));
         same_name.push(key);
+        self.trace.name(Named::Function, key.0, spec.name.as_str());
         if let Some(model) = self.models.get_mut(&model) {
             model.functions += 1;
             model.idle_since = None;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use faaswap_protocol::{Bytes, CallId, FromBroker, FunctionSpec, ModelDigest, Refusal, Signature};
-use faaswap_scheduler::{DeviceId, Event, ModelId};
+use faaswap_scheduler::{DeviceId, Event, ModelId, trace::Named};
 
 use super::{Core, Home, Model, PeerId, charge};
 use crate::{
@@ -93,6 +93,7 @@ impl Core {
     fn add_model(&mut self, digest: ModelDigest, loaded: Loaded) -> ModelId {
         self.id_next += 1;
         let id = ModelId(u32::try_from(self.id_next & u64::from(u32::MAX)).unwrap_or(0));
+        self.trace.name(Named::Model, id.0, &digest.to_string());
         let devices: Vec<_> = loaded.bound.iter().map(|(device, _)| *device).collect();
         let weights = loaded.weights;
         let model = Model {

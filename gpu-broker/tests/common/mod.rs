@@ -44,7 +44,7 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Starts a broker with these `[[device]]` tables and other settings in front of them.
+    /// Starts a broker with these `[[device]]` tables and other settings in front of them; `{dir}` is its folder.
     pub fn start(settings: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -64,6 +64,7 @@ impl Broker {
             dir.display(),
             library().display()
         );
+        let text = text.replace("{dir}", &dir.display().to_string());
         fs::write(&config, text).unwrap();
         let log = File::options().create(true).append(true).open(dir.join("broker.log")).unwrap();
         Command::new(env!("CARGO_BIN_EXE_faaswap-broker"))
