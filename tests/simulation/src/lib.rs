@@ -8,6 +8,7 @@ pub mod optimum;
 pub mod outcome;
 pub mod plot;
 pub mod random;
+pub mod recorded;
 pub mod report;
 pub mod scenario;
 pub mod search;

@@ -51,6 +51,8 @@ pub struct Outcome {
     /// What each step of the scheduler took on this machine, where that was asked for: the only thing here that does
     /// not follow from the seed.
     pub step_nanos: Vec<u32>,
+    /// The scheduler's trace, where that was asked for.
+    pub trace: String,
     /// The simulated span.
     pub span: Nanos,
 }

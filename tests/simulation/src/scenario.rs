@@ -36,7 +36,16 @@ pub fn play(node: &NodeSpec, models: &[ModelSpec], workload: &Workload, policy: 
 /// Run times that vary by 3%, and nothing goes wrong.
 pub fn setting(policy: PolicyKind, seed: u64) -> Setting {
     let config = SchedulerConfig { policy, ..SchedulerConfig::default() };
-    Setting { config, late: Late::Serve, noise: 0.03, faults: Vec::new(), seed, check: false, timed: false }
+    Setting {
+        config,
+        late: Late::Serve,
+        noise: 0.03,
+        faults: Vec::new(),
+        seed,
+        check: false,
+        timed: false,
+        record: false,
+    }
 }
 
 /// A node, its models, and what it is asked.

@@ -15,6 +15,7 @@ use std::{
 use faaswap_protocol::{Late, Priority, Slo};
 use faaswap_scheduler::{
     Action, DeviceId, Event, FunctionKey, Link, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig, invariants,
+    trace::Writer,
 };
 
 use self::{links::Links, runs::Runs};
@@ -71,6 +72,8 @@ pub struct Setting {
     pub check: bool,
     /// Note how long each step took.
     pub timed: bool,
+    /// Write a trace, as a broker does.
+    pub record: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -96,6 +99,7 @@ struct World<'a> {
     arrived: BTreeMap<RequestKey, (usize, Nanos)>,
     wake_at: Nanos,
     noise: Random,
+    record: Option<Writer>,
     outcome: Outcome,
 }
 
@@ -115,6 +119,7 @@ pub fn simulate(node: &NodeSpec, models: &[ModelSpec], workload: &Workload, sett
         arrived: BTreeMap::new(),
         wake_at: Nanos::MAX,
         noise: Random::new(setting.seed).fork(7),
+        record: None,
         outcome: Outcome {
             functions: vec![Tally::default(); workload.functions.len()],
             devices: vec![Work::default(); node.devices.len()],
@@ -122,6 +127,7 @@ pub fn simulate(node: &NodeSpec, models: &[ModelSpec], workload: &Workload, sett
             ..Outcome::default()
         },
     };
+    world.record = setting.record.then(|| Writer::begin(&setting.config, &mut world.outcome.trace));
     world.set_up(node);
     world.run();
     world.outcome
@@ -212,12 +218,16 @@ impl World<'_> {
 
     fn tell(&mut self, event: Event) {
         let mut actions = Vec::new();
+        let now = Moment(Duration::from_nanos(self.now));
         let begun = self.setting.timed.then(Instant::now);
-        self.scheduler.step(Moment(Duration::from_nanos(self.now)), event, &mut actions);
+        self.scheduler.step(now, event, &mut actions);
         if let Some(begun) = begun {
             self.outcome.step_nanos.push(u32::try_from(begun.elapsed().as_nanos()).unwrap_or(u32::MAX));
         }
         self.outcome.steps += 1;
+        if let Some(record) = &mut self.record {
+            record.step(&mut self.outcome.trace, now, &event, &actions);
+        }
         if self.setting.check {
             invariants::check(&self.scheduler).expect("invariants hold after every step");
         }

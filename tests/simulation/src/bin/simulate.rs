@@ -1,8 +1,13 @@
 //! Runs every scenario and writes tables and plots: `faaswap-simulate [FOLDER] [--seeds N] [--only NAME] [--figures FILE]`.
 //!
 //! FILE is the `figures.json` of `faaswap-gpu figures`: then the H100s of one scenario cost what was measured there.
+//! With `--trace FILE`, it plays what a broker has recorded instead, with every policy.
 
-use std::{path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use faaswap_scheduler::PolicyKind;
 use faaswap_simulation::{
@@ -10,6 +15,7 @@ use faaswap_simulation::{
     optimum,
     outcome::{Outcome, ratio},
     plot::{Line, Plot},
+    recorded,
     report::{self, Row},
     scenario::{self, Trace, policies},
     search::{largest, median},
@@ -27,6 +33,7 @@ struct Run {
     seeds: u64,
     only: Option<String>,
     figures: Option<Measured>,
+    trace: Option<PathBuf>,
     started: Instant,
     rows: Vec<Row>,
 }
@@ -37,6 +44,7 @@ fn main() -> ExitCode {
         seeds: SEEDS,
         only: None,
         figures: None,
+        trace: None,
         started: Instant::now(),
         rows: Vec::new(),
     };
@@ -52,13 +60,14 @@ fn main() -> ExitCode {
                     return ExitCode::FAILURE;
                 }
             },
+            "--trace" => run.trace = args.next().map(PathBuf::from),
             folder => run.folder = PathBuf::from(folder),
         }
     }
     match run.all() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("the results could not be written to {}: {error}", run.folder.display());
+            eprintln!("the simulation ends here, with its results in {}: {error}", run.folder.display());
             ExitCode::FAILURE
         }
     }
@@ -92,8 +101,11 @@ impl Run {
             ("adversarial", Self::adversarial),
             ("faults", Self::faults),
         ];
+        if let Some(trace) = self.trace.clone() {
+            self.recorded(&trace)?;
+        }
         for (name, part) in parts {
-            if self.only.as_ref().is_none_or(|only| only == name) {
+            if self.trace.is_none() && self.only.as_ref().is_none_or(|only| only == name) {
                 part(self)?;
             }
         }
@@ -113,6 +125,17 @@ impl Run {
             row.compliant, row.functions, row.p98_ms, row.load_cov
         ));
         self.rows.push(row);
+    }
+
+    /// What a broker has recorded, with every policy.
+    fn recorded(&mut self, trace: &Path) -> std::io::Result<()> {
+        let text = std::fs::read_to_string(trace)?;
+        let (node, models, workload) = recorded::stage(&text).map_err(std::io::Error::other)?;
+        for (name, policy) in policies(1) {
+            let outcome = scenario::play(&node, &models, &workload, policy, 1);
+            self.add("recorded", name, 1, &outcome);
+        }
+        Ok(())
     }
 
     /// The share of compliant functions over their number, and the published points.
