@@ -242,7 +242,10 @@ impl Core {
         match action {
             Action::SwapOut { model, device } => self.swap_out(model, device),
             Action::SwapIn { model, device, source } => self.swap_in(model, device, source),
-            Action::Run { request, model, device, lane, resident } => self.run(request, model, device, lane, resident),
+            // No function is registered for runs of several requests: `with` is empty.
+            Action::Run { request, with: _, model, device, lane, resident } => {
+                self.run(request, model, device, lane, resident);
+            }
             Action::Refuse { request, refusal } => {
                 let refusal = self.explained(request, refusal);
                 self.refuse(request, refusal);

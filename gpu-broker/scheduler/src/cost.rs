@@ -6,6 +6,7 @@
 use faaswap_protocol::Bytes;
 
 use crate::{
+    batches::Batches,
     estimate::Estimate,
     time::{Span, scale},
 };
@@ -28,6 +29,7 @@ pub(crate) struct Cost {
     run: Estimate,
     tail: Estimate,
     strain: Estimate,
+    pub(crate) batches: Batches,
 }
 
 /// A run that has ended, as it went.
@@ -40,6 +42,8 @@ pub(crate) struct Ran {
     pub(crate) weights_after: Option<Span>,
     /// Clock and foreign load while it ran, in thousandths of full speed.
     pub(crate) speed_permille: u64,
+    /// Requests that it answered.
+    pub(crate) size: usize,
 }
 
 impl Cost {
@@ -50,6 +54,7 @@ impl Cost {
             run: Estimate::prior(run.nanos()),
             tail: Estimate::prior(run.permille(TAIL_PRIOR_PERMILLE).nanos()),
             strain: Estimate::prior(STRAIN_PRIOR),
+            batches: Batches::new(),
         }
     }
 
@@ -85,6 +90,14 @@ impl Cost {
     /// Learns from a run; gives the strain that it showed, for the device's books.
     pub(crate) fn learn(&mut self, ran: Ran) -> Option<u64> {
         let took = ran.took.permille(ran.speed_permille);
+        if ran.size > 1 {
+            if ran.weights_after.is_none() {
+                let slowed = self.strain.value().saturating_mul(ran.beside_permille);
+                let alone = scale(took.nanos(), 1_000_000, slowed.saturating_add(1_000_000));
+                self.batches.learn(ran.size, Span::of_nanos(alone));
+            }
+            return None;
+        }
         match ran.weights_after {
             None if ran.beside_permille < 50 => {
                 self.run.learn(took.nanos());
@@ -127,7 +140,7 @@ mod tests {
     use super::*;
 
     fn alone(took_ms: u64) -> Ran {
-        Ran { took: Span::millis(took_ms), beside_permille: 0, weights_after: None, speed_permille: 1000 }
+        Ran { took: Span::millis(took_ms), beside_permille: 0, weights_after: None, speed_permille: 1000, size: 1 }
     }
 
     #[test]

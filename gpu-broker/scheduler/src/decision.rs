@@ -36,7 +36,10 @@ pub struct Score {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
     /// Run now, where the weights are or come.
-    Run,
+    Run {
+        /// How many requests the run answers.
+        size: usize,
+    },
     /// Bring the weights for a request that waits.
     Bring,
     /// Bring the weights for a request that is foreseen.

@@ -17,9 +17,11 @@ use crate::{
 };
 
 /// What runs on a lane.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Running {
     pub(crate) request: RequestKey,
+    /// Requests that share the run.
+    pub(crate) with: Vec<RequestKey>,
     pub(crate) started: At,
     /// When it is expected to end.
     pub(crate) ends: At,
@@ -128,8 +130,13 @@ impl Device {
 }
 
 impl Running {
-    pub(crate) fn new(request: RequestKey, started: At, ends: At, deadline: At) -> Self {
-        Self { request, started, ends, deadline, busy_before: Span::ZERO }
+    /// All requests that the run answers.
+    pub(crate) fn requests(&self) -> impl Iterator<Item = RequestKey> {
+        std::iter::once(self.request).chain(self.with.iter().copied())
+    }
+
+    pub(crate) fn new(request: RequestKey, with: Vec<RequestKey>, started: At, ends: At, deadline: At) -> Self {
+        Self { request, with, started, ends, deadline, busy_before: Span::ZERO }
     }
 }
 
@@ -141,7 +148,7 @@ mod tests {
     fn runs_beside_each_other_are_averaged_over_time() {
         let mut device = Device::new(DeviceId(0), Bytes::new(10), 2);
         let at = |ms| At::START + Span::millis(ms);
-        let run = |key, from| Running::new(RequestKey(key), at(from), at(from), At::NEVER);
+        let run = |key, from| Running::new(RequestKey(key), Vec::new(), at(from), at(from), At::NEVER);
         device.begin(at(0), LaneId(0), run(1, 0));
         device.begin(at(5), LaneId(1), run(2, 5));
         let (first, beside) = device.end(at(10), LaneId(0)).expect("it ran");

@@ -28,6 +28,11 @@ pub struct FunctionKey(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestKey(pub u64);
 
+/// What a request's inputs are like, as far as it matters for running it together with others: those of one function
+/// with equal forms may share a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Form(pub u32);
+
 /// Where weights are copied from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
@@ -138,6 +143,8 @@ pub enum Event {
         priority: Priority,
         /// What to do with late requests.
         late: Late,
+        /// How many of its requests may share a run: [`BATCH_MAX`](crate::BATCH_MAX) at most; 1 for none.
+        batch_max: u16,
     },
     /// A function is gone: what waits is refused as cancelled, what runs may end.
     FunctionRemoved {
@@ -152,6 +159,8 @@ pub enum Event {
         function: FunctionKey,
         /// When its answer is due.
         deadline: Moment,
+        /// With which others it may share a run; `None` for none.
+        form: Option<Form>,
     },
     /// Nobody wants the answer any more. A waiting request is refused, a running one ends as it ends.
     Cancelled {
@@ -181,11 +190,11 @@ pub enum Event {
         /// Where.
         device: DeviceId,
     },
-    /// A run ended, well or not; the executor has answered the request.
+    /// A run ended, well or not; the executor has answered its requests.
     RunDone {
-        /// The request.
+        /// The request that the run was started for.
         request: RequestKey,
-        /// How long it took.
+        /// How long it took; zero where that says nothing, as when requests that shared it had to be run one by one.
         took: Duration,
     },
     /// No new requests; what is there is still served.
@@ -213,10 +222,12 @@ pub enum Action {
         /// The fastest place to copy from. Host memory has them too.
         source: Source,
     },
-    /// Run the request; where a swap-in of its model was asked for before, the run overlaps it.
+    /// Run the request, together with others that wait; where a swap-in of its model was asked for before, the run overlaps it.
     Run {
-        /// The request.
+        /// The request. Its name stands for the run.
         request: RequestKey,
+        /// Other requests of its function that the same run answers.
+        with: Vec<RequestKey>,
         /// Its model.
         model: ModelId,
         /// Where.

@@ -1,6 +1,6 @@
 //! What is always true between two steps. Tests and the simulator check it after every step, the broker in debug builds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use faaswap_protocol::Bytes;
 
@@ -33,25 +33,29 @@ pub fn memory_is_never_oversold(scheduler: &Scheduler) -> Result<(), String> {
     Ok(())
 }
 
-/// BR-3: a lane runs at most one request, and a request runs on at most one lane.
+/// BR-3: a lane has at most one run, and a request is in at most one.
 pub fn lanes_and_requests_agree(scheduler: &Scheduler) -> Result<(), String> {
-    let mut running = BTreeMap::new();
+    let mut running: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     for (key, request) in &scheduler.books.requests {
-        if let Stage::Running { device, lane, .. } = request.stage
-            && let Some(other) = running.insert((device, usize::from(lane.0)), *key)
-        {
-            return Err(format!("BR-3: {key:?} and {other:?} run on {lane:?} of {device:?}"));
+        if let Stage::Running { device, lane, .. } = request.stage {
+            running.entry((device, usize::from(lane.0))).or_default().insert(*key);
         }
     }
     for (place, device) in scheduler.books.devices.iter().enumerate() {
         for (lane, holds) in device.lanes.iter().enumerate() {
-            if running.get(&(place, lane)).copied() != holds.as_ref().map(|holds| holds.request) {
-                return Err(format!("BR-3: lane {lane} of {:?} holds {holds:?}", device.id));
+            let held = holds.as_ref().map(|holds| holds.requests().collect::<Vec<_>>()).unwrap_or_default();
+            let there = running.remove(&(place, lane)).unwrap_or_default();
+            // As many as there are, and each of them: none is held twice.
+            if there.len() != held.len() || !held.iter().all(|request| there.contains(request)) {
+                return Err(format!("BR-3: lane {lane} of {:?} holds {holds:?}, {there:?} run there", device.id));
             }
         }
         if device.busy != device.lanes.iter().flatten().count() {
             return Err(format!("BR-3: {:?} counts {} busy lanes", device.id, device.busy));
         }
+    }
+    if let Some((lane, requests)) = running.first_key_value() {
+        return Err(format!("BR-3: {requests:?} run on lane {lane:?}, which there is not"));
     }
     Ok(())
 }
@@ -60,8 +64,10 @@ pub fn lanes_and_requests_agree(scheduler: &Scheduler) -> Result<(), String> {
 pub fn stays_count_their_runs(scheduler: &Scheduler) -> Result<(), String> {
     let books = &scheduler.books;
     let mut counted = BTreeMap::new();
-    for request in books.requests.values() {
-        if let Stage::Running { device, model, stay, .. } = request.stage {
+    for (key, request) in &books.requests {
+        let Stage::Running { device, lane, model, stay } = request.stage else { continue };
+        let running = books.devices[device].lanes.get(usize::from(lane.0)).and_then(Option::as_ref);
+        if running.is_some_and(|running| running.request == *key) {
             *counted.entry((model, device, stay.0)).or_insert(0_u32) += 1;
         }
     }

@@ -7,6 +7,7 @@
 //! a request would be answered there, from costs that it measures as it goes; the published one, LRU, FIFO and chance
 //! stand beside it for comparison.
 
+mod batches;
 mod books;
 mod cost;
 mod decision;
@@ -28,6 +29,7 @@ mod time;
 pub mod trace;
 
 pub use decision::{Choice, Decision, Score};
-pub use event::{Action, DeviceId, Event, FunctionKey, LaneId, Link, ModelId, Moment, RequestKey, Source};
+pub use event::{Action, DeviceId, Event, Form, FunctionKey, LaneId, Link, ModelId, Moment, RequestKey, Source};
+pub use limits::BATCH_MAX;
 pub use policy::PolicyKind;
 pub use scheduler::{Scheduler, SchedulerConfig};

@@ -4,6 +4,7 @@
 //! nothing else.
 
 mod ahead;
+mod batch;
 mod faaswap;
 mod means;
 mod plan;

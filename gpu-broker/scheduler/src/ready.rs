@@ -8,7 +8,9 @@ use std::{
 use faaswap_protocol::{Late, Priority, Slo};
 
 use crate::{
-    event::{FunctionKey, RequestKey},
+    batches::BatchLimit,
+    event::{Form, FunctionKey, RequestKey},
+    limits::BATCH_MAX,
     objective::Objective,
     slots::Slot,
     time::{At, Span},
@@ -38,6 +40,7 @@ pub(crate) struct Waiting {
     pub(crate) request: RequestKey,
     pub(crate) arrived: At,
     pub(crate) deadline: At,
+    pub(crate) form: Option<Form>,
 }
 
 /// A function and what waits for it.
@@ -52,6 +55,7 @@ pub(crate) struct Function {
     /// Mean latency, for the published order.
     pub(crate) latency: Span,
     pub(crate) in_flight: u32,
+    pub(crate) batch: BatchLimit,
     /// By deadline.
     pub(crate) fresh: VecDeque<Waiting>,
     /// What cannot be in time any more, by deadline.
@@ -61,7 +65,12 @@ pub(crate) struct Function {
 }
 
 impl Function {
-    pub(crate) fn new(key: FunctionKey, model: Slot, slo: Slo, priority: Priority, late: Late) -> Self {
+    pub(crate) fn new(
+        key: FunctionKey,
+        model: Slot,
+        slo: Slo,
+        (priority, late, batch_max): (Priority, Late, u16),
+    ) -> Self {
         Self {
             key,
             model,
@@ -71,6 +80,7 @@ impl Function {
             objective: Objective::new(slo),
             latency: Span::ZERO,
             in_flight: 0,
+            batch: BatchLimit::new(batch_max.clamp(1, BATCH_MAX)),
             fresh: VecDeque::new(),
             stale: VecDeque::new(),
             listed: [None; 2],

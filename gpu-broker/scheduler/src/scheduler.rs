@@ -5,7 +5,7 @@ use faaswap_protocol::Bytes;
 use crate::{
     books::{Books, Stage},
     decision::{Decision, Decisions},
-    event::{Action, DeviceId, Event, FunctionKey, Moment, RequestKey},
+    event::{Action, DeviceId, Event, Form, FunctionKey, Moment, RequestKey},
     limits::WAKE_MIN,
     policy::{Chosen, PolicyKind, Trigger},
     time::At,
@@ -84,8 +84,8 @@ impl Scheduler {
                 books.device_observed(device, foreign_permille, clock_permille, foreign);
             }
             Event::ModelRemoved { model } => books.remove_model(model, actions),
-            Event::FunctionAdded { function, model, slo, priority, late } => {
-                books.add_function(function, model, slo, priority, late);
+            Event::FunctionAdded { function, model, slo, priority, late, batch_max } => {
+                books.add_function(function, model, slo, (priority, late, batch_max));
             }
             Event::FunctionRemoved { function } => books.remove_function(function, actions),
             Event::Expected { function } => {
@@ -93,8 +93,8 @@ impl Scheduler {
                     self.policy.as_policy().expect(books, slot);
                 }
             }
-            Event::Arrived { request, function, deadline } => {
-                return self.arrive(request, function, deadline.into(), actions);
+            Event::Arrived { request, function, deadline, form } => {
+                return self.arrive(request, function, (deadline.into(), form), actions);
             }
             Event::Cancelled { request } => {
                 // A run cannot be called back; its answer goes to whoever still listens.
@@ -131,7 +131,7 @@ impl Scheduler {
         &mut self,
         request: RequestKey,
         function: FunctionKey,
-        deadline: At,
+        (deadline, form): (At, Option<Form>),
         actions: &mut Vec<Action>,
     ) -> Trigger {
         if self.books.requests.contains_key(&request) {
@@ -140,7 +140,7 @@ impl Scheduler {
         }
         match self.books.admit(function, deadline) {
             Ok(slot) => {
-                self.books.enqueue(request, slot, deadline);
+                self.books.enqueue(request, slot, deadline, form);
                 Trigger::Arrived(slot)
             }
             Err(refusal) => {

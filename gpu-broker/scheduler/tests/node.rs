@@ -5,7 +5,7 @@ mod harness;
 use std::{collections::BTreeSet, time::Duration};
 
 use faaswap_protocol::{Bytes, Late, Refusal};
-use faaswap_scheduler::{Action, Choice, DeviceId, Event, FunctionKey, ModelId, PolicyKind, RequestKey, Source};
+use faaswap_scheduler::{Action, Choice, DeviceId, Event, Form, FunctionKey, ModelId, PolicyKind, RequestKey, Source};
 use harness::{Node, ms, run, swap_in, swap_out};
 use proptest::prelude::*;
 
@@ -319,7 +319,10 @@ fn play(policy: PolicyKind, steps: &[Step], late: Late) -> Node {
     let mut node = Node::with(policy, &[(10, 2), (7, 1)], &[6, 3, 5, 7, 2], late);
     for (request, step) in (0..).zip(steps) {
         match *step {
-            Step::Ask { function, deadline_ms } => drop(node.ask(request, function, deadline_ms)),
+            Step::Ask { function, deadline_ms } => {
+                let form = [None, Some(Form(1)), Some(Form(1)), Some(Form(2))];
+                node.ask_with(request, function, deadline_ms, form[usize::try_from(request).expect("small") % 4]);
+            }
             Step::FinishRun(nth) => node.finish_run(nth),
             Step::FinishCopy => node.finish_copy(),
             Step::Cancel(request) => drop(node.tell(Event::Cancelled { request: RequestKey(request) })),

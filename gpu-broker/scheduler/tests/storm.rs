@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use faaswap_protocol::{Bytes, Late, Priority, Slo};
 use faaswap_scheduler::{
-    Action, DeviceId, Event, FunctionKey, Link, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
-    invariants,
+    Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, PolicyKind, RequestKey, Scheduler,
+    SchedulerConfig, invariants,
 };
 use proptest::prelude::*;
 
@@ -44,13 +44,14 @@ fn link() -> impl Strategy<Value = Link> {
 }
 
 fn function_added() -> impl Strategy<Value = Event> {
-    (function(), model(), span(), any::<u16>(), any::<bool>(), any::<bool>()).prop_map(
-        |(function, model, deadline, percentile, batch, refuse)| Event::FunctionAdded {
+    (function(), model(), span(), any::<u16>(), any::<bool>(), any::<bool>(), 0..40_u16).prop_map(
+        |(function, model, deadline, percentile, batch, refuse, batch_max)| Event::FunctionAdded {
             function,
             model,
             slo: Slo { deadline, percentile },
             priority: if batch { Priority::Batch } else { Priority::Latency },
             late: if refuse { Late::Refuse } else { Late::Serve },
+            batch_max,
         },
     )
 }
@@ -77,8 +78,9 @@ fn about_the_node() -> impl Strategy<Value = Event> {
 
 fn about_requests() -> impl Strategy<Value = Event> {
     prop_oneof![
-        8 => (request(), function(), span())
-            .prop_map(|(request, function, at)| Event::Arrived { request, function, deadline: Moment(at) }),
+        8 => (request(), function(), span(), prop::option::of((0..2_u32).prop_map(Form))).prop_map(
+            |(request, function, at, form)| Event::Arrived { request, function, deadline: Moment(at), form }
+        ),
         1 => request().prop_map(|request| Event::Cancelled { request }),
         4 => (model(), device(), span()).prop_map(|(model, device, took)| Event::SwapInDone { model, device, took }),
         1 => (model(), device()).prop_map(|(model, device)| Event::SwapInFailed { model, device }),
@@ -99,6 +101,8 @@ fn policies() -> impl Strategy<Value = PolicyKind> {
 struct Ledger {
     /// Open requests, and whether they run.
     open: BTreeMap<RequestKey, bool>,
+    /// What else each run answers, by the request that it was started for.
+    runs: BTreeMap<RequestKey, Vec<RequestKey>>,
 }
 
 impl Ledger {
@@ -107,19 +111,25 @@ impl Ledger {
             self.open.entry(request).or_insert(false);
         }
         if let Event::RunDone { request, .. } = event
-            && self.open.get(&request) == Some(&true)
+            && let Some(with) = self.runs.remove(&request)
         {
-            self.open.remove(&request);
+            for one in with.into_iter().chain([request]) {
+                self.open.remove(&one);
+            }
         }
         let mut actions = Vec::new();
         scheduler.step(now, event, &mut actions);
         prop_assert_eq!(invariants::check(scheduler), Ok(()), "after {:?}", event);
         for action in actions {
             match action {
-                Action::Run { request, .. } => {
-                    prop_assert_eq!(self.open.insert(request, true), Some(false), "{:?} waits", request);
+                Action::Run { request, with, .. } => {
+                    for one in with.iter().copied().chain([request]) {
+                        prop_assert_eq!(self.open.insert(one, true), Some(false), "{:?} waits", one);
+                    }
+                    self.runs.insert(request, with);
                 }
                 Action::Refuse { request, .. } => {
+                    self.runs.remove(&request);
                     prop_assert!(self.open.remove(&request).is_some(), "{:?} is open", request);
                 }
                 Action::SwapIn { .. } | Action::SwapOut { .. } => {}

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use faaswap_protocol::{Bytes, Late, Priority};
 use faaswap_scheduler::{
-    DeviceId, Event, FunctionKey, Link, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
-    trace::{Ending, Line, Named, Reader, TraceError, Writer, answer},
+    DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
+    trace::{Ending, Line, Named, Reader, TraceError, VERSION, Writer, answer},
 };
 use harness::{SLO, ms};
 use proptest::prelude::*;
@@ -22,6 +22,7 @@ fn events(a: u64, b: u32, c: u16) -> Vec<Event> {
         slo: faaswap_protocol::Slo { percentile: c, ..SLO },
         priority,
         late,
+        batch_max: c,
     };
     vec![
         Event::DeviceAdded { device, capacity: bytes, lanes: c },
@@ -37,7 +38,8 @@ fn events(a: u64, b: u32, c: u16) -> Vec<Event> {
         function_added(Priority::Latency, Late::Serve),
         function_added(Priority::Batch, Late::Refuse),
         Event::FunctionRemoved { function },
-        Event::Arrived { request, function, deadline: Moment(span) },
+        Event::Arrived { request, function, deadline: Moment(span), form: None },
+        Event::Arrived { request, function, deadline: Moment(span), form: Some(Form(b)) },
         Event::Cancelled { request },
         Event::SwapInDone { model, device, took: span },
         Event::SwapInFailed { model, device },
@@ -78,12 +80,14 @@ fn recorded() -> String {
     let mut writer = Writer::begin(&config, &mut text);
     writer.name(&mut text, Named::Function, 0, "team/ocr\nwith a line end");
     let (device, function, model) = (DeviceId(0), FunctionKey(0), ModelId(0));
-    let arrived = |n, at| Event::Arrived { request: RequestKey(n), function, deadline: ms(at) };
+    let arrived = |n, at| Event::Arrived { request: RequestKey(n), function, deadline: ms(at), form: None };
     let done = |n, took| Event::RunDone { request: RequestKey(n), took: Duration::from_millis(took) };
+    let (slo, priority, late) = (SLO, Priority::Latency, Late::Refuse);
+    let added = Event::FunctionAdded { function, model, slo, priority, late, batch_max: 1 };
     let history = [
         (0, Event::DeviceAdded { device, capacity: Bytes::new(4), lanes: 1 }),
         (0, Event::ModelBound { model, device, charge: Bytes::new(2) }),
-        (0, Event::FunctionAdded { function, model, slo: SLO, priority: Priority::Latency, late: Late::Refuse }),
+        (0, added),
         (5, arrived(1, 55)),
         (6, Event::SwapInDone { model, device, took: Duration::from_millis(1) }),
         (9, arrived(2, 59)),
@@ -154,8 +158,8 @@ fn a_line_that_was_changed_added_or_left_out_is_found() {
 fn what_is_no_trace_of_this_version_is_refused_with_the_reason() {
     let text = recorded();
     let first = text.lines().next().expect("a first line");
-    let later = first.replacen(" 1 ", " 7 ", 1);
-    assert_eq!(Reader::begin(&later).err(), Some(TraceError::Version { found: 7 }));
+    let later = first.replacen(&format!(" {VERSION} "), " 70 ", 1);
+    assert_eq!(Reader::begin(&later).err(), Some(TraceError::Version { found: 70 }));
     assert_eq!(Reader::begin("").err(), Some(TraceError::NoTrace));
     assert_eq!(Reader::begin("[1, 2]").err(), Some(TraceError::NoTrace));
     assert_eq!(Reader::begin(&first.replacen("256", "257", 1)).err(), Some(TraceError::Changed));

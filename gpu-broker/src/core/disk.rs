@@ -30,7 +30,7 @@ impl Core {
         // Requests that come and go between two looks are no quiet either.
         self.quiet_since = None;
         if !self.waits_for_disk(model, Waiting { request, function, deadline }) {
-            self.happen(Event::Arrived { request, function, deadline });
+            self.happen(Event::Arrived { request, function, deadline, form: None });
         }
     }
 
@@ -58,7 +58,7 @@ impl Core {
             return;
         };
         for Waiting { request, function, deadline } in requests {
-            self.happen(Event::Arrived { request, function, deadline });
+            self.happen(Event::Arrived { request, function, deadline, form: None });
         }
         // The swap-in that was asked for meanwhile, if there was a lane, holds them now.
         drop(held);

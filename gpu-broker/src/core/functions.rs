@@ -101,7 +101,7 @@ impl Core {
         let (slo, priority, late) = (spec.slo, spec.priority, spec.late);
         let refused = std::collections::HashMap::new();
         self.functions.insert(key, Function { owner, spec, model, users: 1, answered: 0, refused, slo_met: 0 });
-        self.happen(Event::FunctionAdded { function: key, model, slo, priority, late });
+        self.happen(Event::FunctionAdded { function: key, model, slo, priority, late, batch_max: 1 });
         key
     }
 

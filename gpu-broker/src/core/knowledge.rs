@@ -81,10 +81,14 @@ impl Core {
         DecisionReport {
             at_ms: ms(decision.at.0),
             choice: match decision.choice {
-                Choice::Run => "run",
+                Choice::Run { .. } => "run",
                 Choice::Bring => "bring",
                 Choice::BringAhead => "bring_ahead",
                 Choice::Refuse => "refuse",
+            },
+            requests: match decision.choice {
+                Choice::Run { size } => size,
+                Choice::Bring | Choice::BringAhead | Choice::Refuse => 1,
             },
             function: function.map(|function| function.spec.name.to_string()),
             model: self.models.get(&decision.model).map(|model| model.digest.to_string()),
@@ -131,6 +135,8 @@ fn ms(time: Duration) -> f64 {
 pub(crate) struct DecisionReport {
     at_ms: f64,
     choice: &'static str,
+    /// How many requests the run answers.
+    requests: usize,
     function: Option<String>,
     model: Option<String>,
     device: Option<String>,

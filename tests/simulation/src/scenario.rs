@@ -44,6 +44,7 @@ pub fn setting(policy: PolicyKind, seed: u64) -> Setting {
         seed,
         check: false,
         timed: false,
+        batching: None,
         record: false,
     }
 }
@@ -158,6 +159,14 @@ pub fn h100s(figures: Option<&Measured>, gpus: usize, rate: f64, seed: u64) -> S
     let counts = counts.iter().map(|line| line.iter().map(|count| count * rate).collect()).collect();
     let workload = workload::replay(&counts, &models, FUNCTIONS_EACH * gpus, MINUTES_SHORT, seed);
     (node, models, workload)
+}
+
+/// Few functions that are asked often: one of each of the paper's models on each of two GPUs. `batching` is the part of a run
+/// that each further request in it adds; `None` where each request runs alone.
+pub fn batching(per_minute: f64, batching: Option<f64>, policy: PolicyKind, seed: u64) -> Outcome {
+    let models = catalog::paper_models();
+    let workload = workload::steady(&models, 16, per_minute, 3, seed);
+    simulate(&catalog::paper_node(2), &models, &workload, &Setting { batching, ..setting(policy, seed) })
 }
 
 /// Round and round over more than fits: the worst for any cache; in waves of eight.

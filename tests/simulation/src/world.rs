@@ -14,8 +14,8 @@ use std::{
 
 use faaswap_protocol::{Late, Priority, Slo};
 use faaswap_scheduler::{
-    Action, DeviceId, Event, FunctionKey, Link, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig, invariants,
-    trace::Writer,
+    Action, BATCH_MAX, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Scheduler,
+    SchedulerConfig, invariants, trace::Writer,
 };
 
 use self::{links::Links, runs::Runs};
@@ -72,6 +72,8 @@ pub struct Setting {
     pub check: bool,
     /// Note how long each step took.
     pub timed: bool,
+    /// Whether requests of a function may share a run; each further one adds this part of a run to it.
+    pub batching: Option<f64>,
     /// Write a trace, as a broker does.
     pub record: bool,
 }
@@ -98,6 +100,8 @@ struct World<'a> {
     lost: Vec<bool>,
     arrived: BTreeMap<RequestKey, (usize, Nanos)>,
     wake_at: Nanos,
+    /// What else a run answers, by the request that it was started for.
+    joined: BTreeMap<RequestKey, Vec<RequestKey>>,
     noise: Random,
     record: Option<Writer>,
     outcome: Outcome,
@@ -118,6 +122,7 @@ pub fn simulate(node: &NodeSpec, models: &[ModelSpec], workload: &Workload, sett
         lost: vec![false; node.devices.len()],
         arrived: BTreeMap::new(),
         wake_at: Nanos::MAX,
+        joined: BTreeMap::new(),
         noise: Random::new(setting.seed).fork(7),
         record: None,
         outcome: Outcome {
@@ -161,7 +166,9 @@ impl World<'_> {
             }
             let slo = Slo { deadline: Duration::from_nanos(function.deadline), percentile: PERCENTILE };
             let (function, late) = (FunctionKey(model.0), self.setting.late);
-            self.tell(Event::FunctionAdded { function, model, slo, priority: Priority::Latency, late });
+            let (priority, batch_max) =
+                (Priority::Latency, if self.setting.batching.is_some() { BATCH_MAX } else { 1 });
+            self.tell(Event::FunctionAdded { function, model, slo, priority, late, batch_max });
         }
         for (at, (when, _)) in self.setting.faults.iter().enumerate() {
             self.enter(*when, Happening::Fault(at));
@@ -208,7 +215,8 @@ impl World<'_> {
         self.arrived.insert(key, (request.function, self.now));
         let function = FunctionKey(model_id(request.function).0);
         let deadline = Moment(Duration::from_nanos(self.now + deadline));
-        self.tell(Event::Arrived { request: key, function, deadline });
+        let form = self.setting.batching.map(|_| Form(0));
+        self.tell(Event::Arrived { request: key, function, deadline, form });
     }
 
     /// Whether a request that came then is counted.
@@ -255,8 +263,8 @@ impl World<'_> {
         match *action {
             Action::SwapOut { model, device } => self.tell(Event::SwapOutDone { model, device }),
             Action::SwapIn { model, device, source } => self.begin_copy(model, usize::from(device.0), source),
-            Action::Run { request, model, device, lane, resident } => {
-                self.begin_run(request, model, usize::from(device.0), usize::from(lane.0), resident);
+            Action::Run { request, ref with, model, device, lane, resident } => {
+                self.begin_run(request, with, model, (usize::from(device.0), usize::from(lane.0)), resident);
             }
             Action::Refuse { request, .. } => {
                 if let Some((function, arrived)) = self.arrived.remove(&request) {

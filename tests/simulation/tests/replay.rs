@@ -60,7 +60,8 @@ fn every_request_is_answered_or_refused_whatever_breaks() {
                 (50 * SECOND, Fault::Stuck { device: 3, until: 51 * SECOND }),
             ];
             let workload = Workload { counted_from: 0, ..few(seed) };
-            let outcome = simulate(&node, &models, &workload, &Setting { faults, late, ..small(policy, seed) });
+            let setting = Setting { faults, late, batching: Some(0.3), ..small(policy, seed) };
+            let outcome = simulate(&node, &models, &workload, &setting);
             let ended: u64 = outcome.functions.iter().map(|tally| u64::from(tally.answered + tally.refused)).sum();
             assert_eq!(ended, outcome.requests(), "{name}, SEED={seed}");
         }
@@ -93,6 +94,18 @@ fn no_policy_copies_less_than_the_bound() {
         let least = bound.links * 24e9 * 120.0;
         assert!(copied >= least, "{name} copied {copied}, the bound is {least}");
     }
+}
+
+/// Runs of several requests pay where a further one costs less than a run; where it does not, nothing is lost by allowing them.
+#[test]
+fn sharing_runs_makes_no_function_miss_what_it_keeps_alone() {
+    let met = |batching| {
+        let outcome = scenario::batching(300.0, batching, PolicyKind::Faaswap, 1);
+        (outcome.compliant(), outcome.functions.iter().map(|tally| u64::from(tally.met)).sum::<u64>())
+    };
+    let [none, fifth, whole] = [None, Some(0.2), Some(1.0)].map(met);
+    assert!(fifth > none, "{fifth:?} against {none:?}");
+    assert!(whole.0 >= none.0, "{whole:?} against {none:?}");
 }
 
 #[test]

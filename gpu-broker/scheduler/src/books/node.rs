@@ -44,7 +44,12 @@ impl Books {
         let on = &mut self.devices[place];
         on.lost = true;
         on.copies.clear();
-        let ran: Vec<_> = on.lanes.iter_mut().filter_map(Option::take).map(|running| running.request).collect();
+        let ran: Vec<_> = on
+            .lanes
+            .iter_mut()
+            .filter_map(Option::take)
+            .flat_map(|running| running.requests().collect::<Vec<_>>())
+            .collect();
         on.busy = 0;
         let there: Vec<Slot> = self.models.iter().filter(|(_, m)| m.home(place).is_some()).map(|(s, _)| s).collect();
         for model in there {
@@ -107,7 +112,13 @@ impl Books {
         self.forget_model_if_gone(slot);
     }
 
-    pub(crate) fn add_function(&mut self, key: FunctionKey, model: ModelId, slo: Slo, priority: Priority, late: Late) {
+    pub(crate) fn add_function(
+        &mut self,
+        key: FunctionKey,
+        model: ModelId,
+        slo: Slo,
+        (priority, late, batch_max): (Priority, Late, u16),
+    ) {
         if self.functions.find(key).is_some() {
             return;
         }
@@ -116,7 +127,7 @@ impl Books {
             known.functions += 1;
             known.deadline = known.deadline.min(slo.deadline.into());
         }
-        self.functions.find_or_insert(key, || Function::new(key, slot, slo, priority, late));
+        self.functions.find_or_insert(key, || Function::new(key, slot, slo, (priority, late, batch_max)));
     }
 
     pub(crate) fn remove_function(&mut self, key: FunctionKey, actions: &mut Vec<Action>) {

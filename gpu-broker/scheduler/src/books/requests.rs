@@ -8,19 +8,21 @@ use super::{Books, Request, Stage};
 use crate::{
     cost::Ran,
     device::Running,
-    event::{Action, FunctionKey, RequestKey, Source},
+    event::{Action, Form, FunctionKey, RequestKey, Source},
     model::{Model, Weights},
     ready::{Ready, Waiting},
     slots::Slot,
     time::{At, Span},
 };
 
-/// A request that has just ended.
+/// A run that has just ended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ended {
     pub(crate) function: Slot,
-    /// Whether it was answered within its deadline.
-    pub(crate) met: bool,
+    /// Requests that it answered.
+    pub(crate) answered: u32,
+    /// How many of them were not answered within their deadlines.
+    pub(crate) missed: u32,
 }
 
 impl Books {
@@ -62,9 +64,9 @@ impl Books {
     }
 
     /// Puts an admitted request into its queue.
-    pub(crate) fn enqueue(&mut self, request: RequestKey, slot: Slot, deadline: At) {
+    pub(crate) fn enqueue(&mut self, request: RequestKey, slot: Slot, deadline: At, form: Option<Form>) {
         let Some(function) = self.functions.get_mut(slot) else { return };
-        let waiting = Waiting { request, arrived: self.now, deadline };
+        let waiting = Waiting { request, arrived: self.now, deadline, form };
         self.ready.push(function, waiting);
         self.requests.insert(request, Request { function: function.key, waiting, stage: Stage::Waiting });
         let model = function.model;
@@ -131,8 +133,15 @@ impl Books {
         self.relist(slot);
     }
 
-    /// Starts a run on an idle lane of a device that has the weights, or gets them.
-    pub(crate) fn start(&mut self, request: RequestKey, device: usize, ends: At, actions: &mut Vec<Action>) -> bool {
+    /// Starts a run on an idle lane of a device that has the weights, or gets them. `with` are requests of the same
+    /// function that it answers too.
+    pub(crate) fn start(
+        &mut self,
+        request: RequestKey,
+        with: Vec<RequestKey>,
+        (device, ends): (usize, At),
+        actions: &mut Vec<Action>,
+    ) -> bool {
         let Some(&Request { function, waiting, stage: Stage::Waiting }) = self.requests.get(&request) else {
             return false;
         };
@@ -148,28 +157,42 @@ impl Books {
         stay.kept_until = At::START;
         let (stay_id, resident) = (stay.id, stay.weights == Weights::Resident);
         self.settle(model, device);
-        self.dequeue(slot, waiting);
-        if let Some(function) = self.functions.get_mut(slot) {
-            function.in_flight += 1;
-        }
         let stage = Stage::Running { device, lane, model, stay: stay_id };
-        self.requests.insert(request, Request { function, waiting, stage });
+        let running = Running::new(request, with, now, ends, waiting.deadline);
+        for one in running.requests() {
+            self.sent_off(slot, one, stage);
+        }
         if let Some(on) = self.devices.get_mut(device) {
-            on.begin(now, lane, Running::new(request, now, ends, waiting.deadline));
-            actions.push(Action::Run { request, model: id, device: on.id, lane, resident });
+            let with = running.with.clone();
+            on.begin(now, lane, running);
+            actions.push(Action::Run { request, with, model: id, device: on.id, lane, resident });
         }
         true
     }
 
+    /// A request leaves its queue for a lane.
+    fn sent_off(&mut self, slot: Slot, request: RequestKey, stage: Stage) {
+        let Some(found) = self.requests.get_mut(&request) else { return };
+        found.stage = stage;
+        let waiting = found.waiting;
+        self.dequeue(slot, waiting);
+        if let Some(function) = self.functions.get_mut(slot) {
+            function.in_flight += 1;
+        }
+    }
+
     /// A run ended; learns from it.
     pub(crate) fn run_done(&mut self, request: RequestKey, took: Duration, actions: &mut Vec<Action>) -> Option<Ended> {
-        let stage = self.requests.get(&request)?.stage;
-        let Stage::Running { device, lane, model, stay: stay_id } = stage else { return None };
-        let found = self.requests.remove(&request)?;
+        let found = self.requests.get(&request)?;
+        let Stage::Running { device, lane, model, stay: stay_id } = found.stage else { return None };
+        let function = found.function;
         let now = self.now;
         let on = self.devices.get_mut(device)?;
+        // A run is told by the request that it was started for.
+        on.lanes.get(usize::from(lane.0))?.as_ref().filter(|running| running.request == request)?;
         let speed_permille = on.speed_permille;
         let (running, beside_permille) = on.end(now, lane)?;
+        let size = running.requests().count();
         let stay = self.models.get_mut(model).and_then(|known| known.stay_mut(device));
         if let Some(stay) = stay.filter(|stay| stay.id == stay_id) {
             stay.in_flight = stay.in_flight.saturating_sub(1);
@@ -177,18 +200,33 @@ impl Books {
             let weights_after = (stay.asked_until() > running.started).then(|| stay.asked_until() - running.started);
             let took = Span::from(took).min(now - running.started + Span::millis(1));
             if !took.is_zero() && stay.weights == Weights::Resident {
-                self.learn_run(model, device, Ran { took, beside_permille, weights_after, speed_permille });
+                self.learn_run(model, device, Ran { took, beside_permille, weights_after, speed_permille, size });
             }
             self.settle(model, device);
             self.let_go_if_doomed(model, device, actions);
         }
-        let slot = self.functions.find(found.function)?;
-        let function = self.functions.get_mut(slot)?;
-        function.in_flight = function.in_flight.saturating_sub(1);
-        let met = now <= found.waiting.deadline;
-        function.record(now, now - found.waiting.arrived, met);
+        self.answered(function, &running, took.is_zero())
+    }
+
+    /// The requests of a run that has ended leave.
+    fn answered(&mut self, function: FunctionKey, running: &Running, says_nothing: bool) -> Option<Ended> {
+        let now = self.now;
+        let slot = self.functions.find(function);
+        let mut counts = (0, 0);
+        for request in running.requests() {
+            let Some(found) = self.requests.remove(&request) else { continue };
+            let Some(function) = slot.and_then(|slot| self.functions.get_mut(slot)) else { continue };
+            function.in_flight = function.in_flight.saturating_sub(1);
+            let met = now <= found.waiting.deadline;
+            function.record(now, now - found.waiting.arrived, met);
+            counts = (counts.0 + 1, counts.1 + u32::from(!met));
+        }
+        let slot = slot?;
+        if let Some(function) = self.functions.get_mut(slot).filter(|_| says_nothing && !running.with.is_empty()) {
+            function.batch.came_apart(now, running.with.len() + 1);
+        }
         self.relist(slot);
-        Some(Ended { function: slot, met })
+        Some(Ended { function: slot, answered: counts.0, missed: counts.1 })
     }
 
     fn learn_run(&mut self, model: Slot, device: usize, ran: Ran) {

@@ -9,6 +9,7 @@ use faaswap_protocol::{Late, Refusal};
 use super::{
     Policy, Trigger,
     ahead::Ahead,
+    batch::{Joined, joined},
     means::{COPY_ENDS_SOON, Means, runs_at_once},
     plan::Plan,
     predict::{Prediction, Question},
@@ -204,13 +205,17 @@ impl Faaswap {
             }
             remember(books, slot, waiting, best, compared, Choice::Bring);
         }
-        if best.opening.start <= books.now && books.start(waiting.request, best.device, best.ends, actions) {
-            if best.source.is_none() {
-                remember(books, slot, waiting, best, compared, Choice::Run);
+        if best.opening.start <= books.now {
+            let Joined { with, ends } = joined(books, slot, tier, waiting, &best);
+            let size = with.len() + 1;
+            if books.start(waiting.request, with, (best.device, ends), actions) {
+                if best.source.is_none() {
+                    remember(books, slot, waiting, best, compared, Choice::Run { size });
+                }
+                self.starts += 1;
+                self.plan.promise(best.device, best.opening, ends, Span::ZERO);
+                return Outcome::Started;
             }
-            self.starts += 1;
-            self.plan.promise(best.device, best.opening, best.ends, Span::ZERO);
-            return Outcome::Started;
         }
         if in_time || tier == Tier::Batch {
             self.plan.promise(best.device, best.opening, best.ends, (waiting.deadline - best.ends) / 2);
@@ -343,7 +348,9 @@ impl Faaswap {
             }
             remember(books, slot, waiting, best, compared, Choice::Bring);
         }
-        if best.opening.start <= books.now && books.start(waiting.request, best.device, best.ends, actions) {
+        if best.opening.start <= books.now
+            && books.start(waiting.request, Vec::new(), (best.device, best.ends), actions)
+        {
             self.plan.promise(best.device, best.opening, best.ends, Span::ZERO);
             return Outcome::Started;
         }
@@ -368,8 +375,8 @@ impl Policy for Faaswap {
     }
 
     fn ended(&mut self, books: &mut Books, ended: Ended) {
-        self.ended += 1;
-        self.missed += u32::from(!ended.met);
+        self.ended += ended.answered;
+        self.missed += ended.missed;
         if let Some(function) = books.functions.get(ended.function) {
             self.ahead.foresee(books, function.model);
         }

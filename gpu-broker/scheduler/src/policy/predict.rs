@@ -132,6 +132,12 @@ impl Question<'_> {
 }
 
 impl Prediction {
+    /// How much longer than alone and at full clock runs take there now.
+    pub(crate) fn slowed_permille(&self) -> u64 {
+        let run = self.run.nanos().max(1);
+        scale((self.run + self.throttle + self.corun).nanos(), 1000, run)
+    }
+
     /// The order of predictions: by when the answer comes, the price, and what being late costs.
     pub(crate) fn cost(&self, deadline: At, recent: Span) -> (At, Span, usize) {
         let late = (self.ends - deadline) * 3;

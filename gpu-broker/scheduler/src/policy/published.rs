@@ -171,7 +171,7 @@ pub(super) fn start_one(
     let ready_at = books.models.get(model).and_then(|known| known.stay(device)).map(|stay| stay.ready_at(books.now));
     let run = books.models.get(model).map(Model::run).unwrap_or_default();
     let ends = (books.now + run).max(ready_at.unwrap_or(books.now));
-    books.start(head.request, device, ends, actions);
+    books.start(head.request, Vec::new(), (device, ends), actions);
 }
 
 /// Where a model runs next among idle devices, and what it is copied from.

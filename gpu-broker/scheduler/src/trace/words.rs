@@ -5,7 +5,10 @@ use std::{fmt, str::SplitAsciiWhitespace, time::Duration};
 use faaswap_protocol::{Bytes, Late, Priority, Slo};
 
 use super::{Line, Named};
-use crate::event::{Action, DeviceId, Event, FunctionKey, Link, ModelId, Moment, RequestKey, Source};
+use crate::event::{Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Source};
+
+/// Said of a request that shares its run with no other.
+const ALONE: &str = "alone";
 
 /// Nanoseconds; more than the scheduler can tell apart are as many as it can.
 pub(super) fn nanos(span: Duration) -> u64 {
@@ -35,14 +38,19 @@ impl fmt::Display for Said<'_> {
             }
             Event::Expected { function } => write!(f, "expected {}", function.0),
             Event::ModelRemoved { model } => write!(f, "model_removed {}", model.0),
-            Event::FunctionAdded { function, model, slo, priority, late } => {
+            Event::FunctionAdded { function, model, slo, priority, late, batch_max } => {
                 let (deadline, percentile) = (nanos(slo.deadline), slo.percentile);
                 let (priority, late) = (priority_word(priority), late_word(late));
-                write!(f, "function_added {} {} {deadline} {percentile} {priority} {late}", function.0, model.0)
+                let (function, model) = (function.0, model.0);
+                write!(f, "function_added {function} {model} {deadline} {percentile} {priority} {late} {batch_max}")
             }
             Event::FunctionRemoved { function } => write!(f, "function_removed {}", function.0),
-            Event::Arrived { request, function, deadline } => {
-                write!(f, "arrived {} {} {}", request.0, function.0, nanos(deadline.0))
+            Event::Arrived { request, function, deadline, form } => {
+                write!(f, "arrived {} {} {} ", request.0, function.0, nanos(deadline.0))?;
+                match form {
+                    None => f.write_str(ALONE),
+                    Some(form) => write!(f, "{}", form.0),
+                }
             }
             Event::Cancelled { request } => write!(f, "cancelled {}", request.0),
             Event::SwapInDone { model, device, took } => {
@@ -68,9 +76,10 @@ impl fmt::Display for Done<'_> {
                 Source::Host => write!(f, "swap_in {} {} host", model.0, device.0),
                 Source::Peer(from) => write!(f, "swap_in {} {} peer {}", model.0, device.0, from.0),
             },
-            Action::Run { request, model, device, lane, resident } => {
+            Action::Run { request, with, model, device, lane, resident } => {
                 let weights = if *resident { "resident" } else { "coming" };
-                write!(f, "run {} {} {} {} {weights}", request.0, model.0, device.0, lane.0)
+                write!(f, "run {} {} {} {} {weights}", request.0, model.0, device.0, lane.0)?;
+                with.iter().try_for_each(|other| write!(f, " +{}", other.0))
             }
             Action::Refuse { request, refusal } => {
                 write!(f, "refuse {} {} ({refusal})", request.0, refusal.code())
@@ -162,6 +171,13 @@ impl<'a> Words<'a> {
         self.number().map(RequestKey)
     }
 
+    fn form(&mut self) -> Option<Option<Form>> {
+        match self.word()? {
+            ALONE => Some(None),
+            form => form.parse().ok().map(Form).map(Some),
+        }
+    }
+
     fn link(&mut self) -> Option<Link> {
         match self.word()? {
             "host" => Some(Link::Host { to: self.device()? }),
@@ -204,7 +220,7 @@ impl<'a> Words<'a> {
             "function_removed" => Event::FunctionRemoved { function: self.function()? },
             "arrived" => {
                 let (request, function) = (self.request()?, self.function()?);
-                Event::Arrived { request, function, deadline: self.moment()? }
+                Event::Arrived { request, function, deadline: self.moment()?, form: self.form()? }
             }
             "cancelled" => Event::Cancelled { request: self.request()? },
             "swap_in_done" => Event::SwapInDone { model: self.model()?, device: self.device()?, took: self.span()? },
@@ -224,6 +240,6 @@ impl<'a> Words<'a> {
         let (priority, late) = (self.word()?, self.word()?);
         let priority = [Priority::Latency, Priority::Batch].into_iter().find(|one| priority_word(*one) == priority)?;
         let late = [Late::Serve, Late::Refuse].into_iter().find(|one| late_word(*one) == late)?;
-        Some(Event::FunctionAdded { function, model, slo, priority, late })
+        Some(Event::FunctionAdded { function, model, slo, priority, late, batch_max: self.number()? })
     }
 }

@@ -8,8 +8,8 @@ use std::{
 
 use faaswap_protocol::{Bytes, Late, Priority, Slo};
 use faaswap_scheduler::{
-    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
-    Source, invariants,
+    Action, BATCH_MAX, DeviceId, Event, Form, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler,
+    SchedulerConfig, Source, invariants,
 };
 
 pub const SLO: Slo = Slo { deadline: Duration::from_millis(50), percentile: 9800 };
@@ -25,6 +25,8 @@ pub struct Node {
     /// Models with memory behind them, per device, in the order of the actions.
     pub mapped: BTreeMap<DeviceId, BTreeSet<ModelId>>,
     pub running: BTreeMap<RequestKey, (DeviceId, LaneId, ModelId)>,
+    /// What else each run answers.
+    pub joined: BTreeMap<RequestKey, Vec<RequestKey>>,
     pub copies: VecDeque<(DeviceId, ModelId)>,
     /// Models whose memory is not free yet.
     pub leaving: BTreeSet<(DeviceId, ModelId)>,
@@ -48,6 +50,7 @@ impl Node {
             now: ms(0),
             mapped: BTreeMap::new(),
             running: BTreeMap::new(),
+            joined: BTreeMap::new(),
             copies: VecDeque::new(),
             leaving: BTreeSet::new(),
             leaves_late: false,
@@ -63,7 +66,8 @@ impl Node {
             for (device, _) in (0..).map(DeviceId).zip(devices) {
                 node.tell(Event::ModelBound { model, device, charge: Bytes::new(charge) });
             }
-            node.tell(Event::FunctionAdded { function, model, slo: SLO, priority: Priority::Latency, late });
+            let (slo, priority) = (SLO, Priority::Latency);
+            node.tell(Event::FunctionAdded { function, model, slo, priority, late, batch_max: BATCH_MAX });
         }
         node
     }
@@ -103,24 +107,36 @@ impl Node {
                 assert!(self.mapped.entry(device).or_default().insert(model), "{model:?} is on {device:?} already");
                 self.copies.push_back((device, model));
             }
-            Action::Run { request, model, device, lane, resident } => {
+            Action::Run { request, ref with, model, device, lane, resident } => {
                 assert!(self.mapped.get(&device).is_some_and(|models| models.contains(&model)));
                 assert_eq!(resident, !self.copies.contains(&(device, model)));
                 assert!(!self.running.values().any(|&(d, l, _)| (d, l) == (device, lane)), "{lane:?} is taken");
                 assert!(self.running.insert(request, (device, lane, model)).is_none());
+                let all: BTreeSet<_> = with.iter().copied().chain([request]).collect();
+                assert_eq!(all.len(), with.len() + 1, "none is there twice");
+                assert!(all.is_disjoint(&self.joined.values().flatten().copied().collect()));
+                assert!(all.iter().all(|one| self.asked.contains(one) && !self.outcomes.contains_key(one)));
+                self.joined.insert(request, with.clone());
             }
             Action::Refuse { request, ref refusal } => {
+                // All requests of a run that breaks off are refused, one after the other.
                 self.running.remove(&request);
+                self.joined.remove(&request);
                 assert_eq!(self.outcomes.insert(request, refusal.code()), None, "{request:?} was answered twice");
             }
             Action::WakeAt(moment) => assert!(moment >= self.now || self.now.0 > Duration::ZERO),
         }
     }
 
+    /// A request that goes alone.
     pub fn ask(&mut self, request: u64, function: u32, deadline_ms: u64) -> Vec<Action> {
+        self.ask_with(request, function, deadline_ms, None)
+    }
+
+    pub fn ask_with(&mut self, request: u64, function: u32, deadline_ms: u64, form: Option<Form>) -> Vec<Action> {
         self.asked.insert(RequestKey(request));
         let deadline = Moment(self.now.0 + Duration::from_millis(deadline_ms));
-        self.tell(Event::Arrived { request: RequestKey(request), function: FunctionKey(function), deadline })
+        self.tell(Event::Arrived { request: RequestKey(request), function: FunctionKey(function), deadline, form })
     }
 
     pub fn finish_copy(&mut self) {
@@ -130,16 +146,22 @@ impl Node {
     }
 
     pub fn finish_run(&mut self, nth: usize) {
+        self.finish_run_after(nth, Duration::from_millis(1));
+    }
+
+    pub fn finish_run_after(&mut self, nth: usize, took: Duration) {
         let Some(&request) = self.running.keys().nth(nth % self.running.len().max(1)) else { return };
         self.running.remove(&request);
-        assert_eq!(self.outcomes.insert(request, "answered"), None);
-        self.tell(Event::RunDone { request, took: Duration::from_millis(1) });
+        for one in self.joined.remove(&request).unwrap_or_default().into_iter().chain([request]) {
+            assert_eq!(self.outcomes.insert(one, "answered"), None);
+        }
+        self.tell(Event::RunDone { request, took });
     }
 }
 
 pub fn run(request: u64, model: u32, device: u16, lane: u16, resident: bool) -> Action {
     let (request, model) = (RequestKey(request), ModelId(model));
-    Action::Run { request, model, device: DeviceId(device), lane: LaneId(lane), resident }
+    Action::Run { request, with: vec![], model, device: DeviceId(device), lane: LaneId(lane), resident }
 }
 
 pub fn swap_in(model: u32, device: u16) -> Action {

@@ -114,7 +114,7 @@ impl Mill {
             }
             let slo = Slo { deadline: Duration::from_millis(50), percentile: 9_800 };
             let (function, priority, late) = (FunctionKey(function), Priority::Latency, Late::Serve);
-            mill.tell(Event::FunctionAdded { function, model, slo, priority, late });
+            mill.tell(Event::FunctionAdded { function, model, slo, priority, late, batch_max: 1 });
         }
         mill
     }
@@ -126,7 +126,7 @@ impl Mill {
             let function = FunctionKey(u32::try_from(function).unwrap_or(0));
             let (request, deadline) = (RequestKey(self.requests), Moment(self.now + Duration::from_millis(50)));
             self.requests += 1;
-            self.tell(Event::Arrived { request, function, deadline });
+            self.tell(Event::Arrived { request, function, deadline, form: None });
         }
         if let Some((model, device)) = self.copies.pop() {
             self.tell(Event::SwapInDone { model, device, took: Duration::from_millis(4) });

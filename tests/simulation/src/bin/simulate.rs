@@ -89,7 +89,7 @@ fn both<T: Send>(figure: impl Fn(PolicyKind) -> T + Sync) -> [T; 2] {
 impl Run {
     fn all(&mut self) -> std::io::Result<()> {
         std::fs::create_dir_all(&self.folder)?;
-        let parts: [(&str, Part); 10] = [
+        let parts: [(&str, Part); 11] = [
             ("paper", Self::paper),
             ("largest", Self::largest),
             ("balance", Self::balance),
@@ -100,6 +100,7 @@ impl Run {
             ("h100s", Self::h100s),
             ("adversarial", Self::adversarial),
             ("faults", Self::faults),
+            ("batching", Self::batching),
         ];
         if let Some(trace) = self.trace.clone() {
             self.recorded(&trace)?;
@@ -318,6 +319,24 @@ impl Run {
         for (name, policy) in policies(1) {
             let outcome = scenario::adversarial(policy, 1);
             self.add("adversarial", name, 1, &outcome);
+        }
+        Ok(())
+    }
+
+    /// The largest rate of which all functions are compliant, where each request runs alone, and where requests of a
+    /// function may share a run: a further one adds a fifth of a run, a half, or a whole one (there is nothing to gain).
+    fn batching(&mut self) -> std::io::Result<()> {
+        for (name, share) in [("none", None), ("fifth", Some(0.2)), ("half", Some(0.5)), ("whole", Some(1.0))] {
+            let mut found = Vec::new();
+            for seed in 1..=self.seeds {
+                let play = |rate| scenario::batching(ratio(rate as u64, 1), share, PolicyKind::Faaswap, seed);
+                let most = largest(60, 1500, 20, |rate| play(rate).all_compliant()).unwrap_or(0);
+                let scenario = format!("batching-{name}");
+                self.rows.push(Row::largest(format!("{scenario}-per-minute"), "faaswap", seed, most));
+                self.add(&format!("{scenario}-{most}-per-minute"), "faaswap", seed, &play(most));
+                found.push(most);
+            }
+            self.say(&format!("batching, {name}: {} requests a minute of each function", median(found)));
         }
         Ok(())
     }

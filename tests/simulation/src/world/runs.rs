@@ -64,13 +64,15 @@ impl World<'_> {
     pub(super) fn begin_run(
         &mut self,
         request: RequestKey,
+        with: &[RequestKey],
         model: ModelId,
-        device: usize,
-        lane: usize,
+        (device, lane): (usize, usize),
         resident: bool,
     ) {
         self.advance_runs(device);
-        let work = self.noisy(self.model(model).run);
+        let further = f64::from(u32::try_from(with.len()).unwrap_or(u32::MAX));
+        let work = self.noisy(self.model(model).run) * (1.0 + further * self.setting.batching.unwrap_or(1.0));
+        self.joined.insert(request, with.to_vec());
         let pipelined = !resident && self.links.is_coming(device, model);
         let run = Run {
             request,
@@ -159,7 +161,22 @@ impl World<'_> {
     fn run_over(&mut self, device: usize, lane: usize, run: Run) {
         self.runs[device].lanes[lane] = None;
         self.reschedule_runs(device);
-        if let Some((function, arrived)) = self.arrived.remove(&run.request)
+        for request in self.requests_of(run) {
+            self.answered(device, request);
+        }
+        let took = Duration::from_nanos(self.now - run.started);
+        self.tell(Event::RunDone { request: run.request, took });
+    }
+
+    /// All requests of a run that is over.
+    fn requests_of(&mut self, run: Run) -> Vec<RequestKey> {
+        let mut requests = self.joined.remove(&run.request).unwrap_or_default();
+        requests.push(run.request);
+        requests
+    }
+
+    fn answered(&mut self, device: usize, request: RequestKey) {
+        if let Some((function, arrived)) = self.arrived.remove(&request)
             && self.counts(arrived)
         {
             let latency = self.now - arrived;
@@ -169,8 +186,6 @@ impl World<'_> {
             self.outcome.devices[device].answered += 1;
             self.outcome.latencies_us.push(u32::try_from(latency / 1_000).unwrap_or(u32::MAX));
         }
-        let took = Duration::from_nanos(self.now - run.started);
-        self.tell(Event::RunDone { request: run.request, took });
     }
 
     /// Runs that wait for these weights go on.
@@ -193,8 +208,10 @@ impl World<'_> {
             if let Some(run) = self.runs[device].lanes[lane].filter(|run| run.model == model && run.pipelined) {
                 self.runs[device].lanes[lane] = None;
                 self.reschedule_runs(device);
-                if let Some((function, arrived)) = self.arrived.remove(&run.request) {
-                    self.outcome.functions[function].refused += u32::from(self.counts(arrived));
+                for request in self.requests_of(run) {
+                    if let Some((function, arrived)) = self.arrived.remove(&request) {
+                        self.outcome.functions[function].refused += u32::from(self.counts(arrived));
+                    }
                 }
                 self.tell(Event::RunDone { request: run.request, took: Duration::ZERO });
             }
