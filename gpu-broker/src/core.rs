@@ -242,9 +242,8 @@ impl Core {
         match action {
             Action::SwapOut { model, device } => self.swap_out(model, device),
             Action::SwapIn { model, device, source } => self.swap_in(model, device, source),
-            // No function is registered for runs of several requests: `with` is empty.
-            Action::Run { request, with: _, model, device, lane, resident } => {
-                self.run(request, model, device, lane, resident);
+            Action::Run { request, with, model, device, lane, resident } => {
+                self.run(request, &with, model, (device, lane), resident);
             }
             Action::Refuse { request, refusal } => {
                 let refusal = self.explained(request, refusal);
@@ -257,12 +256,29 @@ impl Core {
         }
     }
 
-    fn run(&mut self, request: RequestKey, model: ModelId, device: DeviceId, lane: LaneId, resident: bool) {
+    fn run(
+        &mut self,
+        request: RequestKey,
+        with: &[RequestKey],
+        model: ModelId,
+        (device, lane): (DeviceId, LaneId),
+        resident: bool,
+    ) {
         let bound = self.bound(model, device).map(|(bound, _)| bound);
-        let handed = match (self.requests.get_mut(&request), bound) {
-            (Some(found), Some(model)) => {
-                found.resident = resident;
-                let run = Run { ask: Arc::clone(&found.ask), model, resident };
+        let mut ask_of = |request: &RequestKey| {
+            let found = self.requests.get_mut(request)?;
+            found.resident = resident;
+            Some((Arc::clone(&found.ask), found.function))
+        };
+        let (first, others) =
+            (ask_of(&request), with.iter().filter_map(|one| Some(ask_of(one)?.0)).collect::<Vec<_>>());
+        let handed = match (first, bound) {
+            (Some((ask, function)), Some(model)) => {
+                if !others.is_empty() {
+                    self.telemetry.shared_run(others.len() + 1);
+                }
+                let batching = self.functions.get(&function).map(|function| function.spec.batching);
+                let run = Run { ask, with: others, batching: batching.unwrap_or_default(), model, resident };
                 let lanes = &self.devices[usize::from(device.0)].lanes;
                 lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run))
             }
@@ -271,7 +287,9 @@ impl Core {
         if !handed {
             // A lane that the scheduler believes to be idle takes a run; where it does not, the request must not hang.
             tracing::error!(?request, ?device, ?lane, "a run could not be handed to its lane");
-            self.refuse(request, Refusal::HardwareFault);
+            for one in with.iter().chain([&request]) {
+                self.refuse(*one, Refusal::HardwareFault);
+            }
             self.events.push_back(Event::RunDone { request, took: std::time::Duration::ZERO });
         }
     }
@@ -282,6 +300,14 @@ impl Core {
             match ended {
                 Ended::Run { request, took, outcome } => {
                     self.run_ended(request, outcome);
+                    self.happen(Event::RunDone { request, took });
+                    self.look_for_lost_devices();
+                }
+                Ended::Answered { request, outcome } => self.run_ended(request, outcome),
+                Ended::RunOver { request, took } => {
+                    if took.is_zero() {
+                        self.telemetry.shared_runs_apart.inc();
+                    }
                     self.happen(Event::RunDone { request, took });
                     self.look_for_lost_devices();
                 }

@@ -1,7 +1,10 @@
-//! Lanes: threads that run one request at a time, and answer it themselves.
+//! Lanes: threads that do one run at a time, and answer its requests themselves.
 //!
 //! The answer goes from here straight to the peer's socket; the loop hears of it through the mailbox, *before* the peer
 //! does, so that whatever the peer says next meets books that know the run has ended.
+
+mod answer;
+mod batch;
 
 use std::{
     io,
@@ -16,26 +19,21 @@ use std::{
 
 use bytes::Bytes as Buffer;
 use faaswap_device::{Device, DeviceError, HostWeights};
-use faaswap_engine::{Bound, Input, InputData, Place, RunError, RunOutput};
-use faaswap_protocol::{
-    Bytes, DType, FromBroker, Refusal, RequestId, Shape, Span, TensorSlice, Timing,
-    limits::{PAYLOAD_BYTES_MAX, TENSOR_ALIGN},
-};
+use faaswap_engine::{Bound, Input, InputData};
+use faaswap_protocol::{Batching, DType, ModelDigest, RequestId, Shape, Span, Timing};
 use faaswap_scheduler::RequestKey;
 use faaswap_slab::{Region, Slab, SlotAllocator};
 
+use self::{answer::Places, batch::Trials};
 use crate::{
     limits::{EXPECTED_LOOKS_FOR, LANE_LOOKS_FOR},
-    mailbox::{Ended, Mailbox, Outcome},
+    mailbox::{Ended, Mailbox},
     socket::Outbox,
     store::Held,
 };
 
 /// Most orders that wait for a lane: its next run, one that follows at once, and one hint.
 const ORDERS_MAX: usize = 3;
-/// Alignment of a tensor in a payload.
-#[expect(clippy::cast_possible_truncation, reason = "a small constant")]
-const PAYLOAD_ALIGN: usize = TENSOR_ALIGN as usize;
 
 /// A peer's slab and the books of its response half.
 #[derive(Debug)]
@@ -115,16 +113,18 @@ pub(crate) struct Ask {
 /// A model on a device, and when its last copy there was complete.
 #[derive(Debug)]
 pub(crate) struct BoundModel {
+    digest: ModelDigest,
     pub(crate) bound: Bound,
     pub(crate) device: Arc<dyn Device>,
     copied_at: Mutex<Option<Instant>>,
     /// Its weights in host memory, while they are copied, and while they are on the device.
     held: Mutex<Option<Held>>,
+    trials: Trials,
 }
 
 impl BoundModel {
-    pub(crate) fn new(bound: Bound, device: Arc<dyn Device>) -> Self {
-        Self { bound, device, copied_at: Mutex::default(), held: Mutex::default() }
+    pub(crate) fn new(digest: ModelDigest, bound: Bound, device: Arc<dyn Device>) -> Self {
+        Self { digest, bound, device, copied_at: Mutex::default(), held: Mutex::default(), trials: Trials::default() }
     }
 
     /// Keeps weights in host memory for a copy that begins, and gives them.
@@ -166,6 +166,10 @@ impl BoundModel {
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) ask: Arc<Ask>,
+    /// Other requests of the same function that it answers.
+    pub(crate) with: Vec<Arc<Ask>>,
+    /// On what condition it may.
+    pub(crate) batching: Batching,
     pub(crate) model: Arc<BoundModel>,
     pub(crate) resident: bool,
 }
@@ -239,12 +243,14 @@ fn next(queue: &Receiver<Order>, heard: &AtomicBool) -> Option<Run> {
 }
 
 fn serve(run: Run, mailbox: &Mailbox) {
-    let Run { ask, model, resident } = run;
+    if !run.with.is_empty() {
+        return batch::serve(run, mailbox);
+    }
+    let Run { ask, model, resident, .. } = run;
     let started = Instant::now();
     let inputs: Vec<_> = ask.inputs.iter().map(as_input).collect();
-    let mut places = Places { peer: &ask.peer, taken: Vec::new(), bytes: 0 };
+    let mut places = Places::of(&ask.peer);
     let result = model.bound.run(&inputs, &ask.wanted, &mut |index, _, _, size| places.place(index, size));
-    let taken = std::mem::take(&mut places.taken);
     let ran = started.elapsed();
     let copied_at = *model.copied_at();
     let swapping = copied_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(started)).min(ran);
@@ -254,33 +260,10 @@ fn serve(run: Run, mailbox: &Mailbox) {
         swapping: if resident { Duration::ZERO } else { swapping },
         was_resident: resident,
     };
-    let lost = result.is_err() && model.is_lost();
+    let result = result.map_err(|error| answer::refusal(error, model.is_lost()));
     drop((inputs, model));
-    if !ask.right.take() {
-        give_up(&ask.peer, &taken);
-        mailbox.post(Ended::Run { request: ask.key, took: ran, outcome: Outcome::GivenUp });
-        return;
-    }
-    match result {
-        Ok(outputs) => {
-            let spans = taken.iter().map(|(_, span)| *span).collect();
-            let outcome = Outcome::Answered { outputs: spans };
-            mailbox.put(Ended::Run { request: ask.key, took: ran, outcome });
-            let (outputs, payload) = describe(outputs, &taken);
-            ask.peer.outbox.send(&FromBroker::Answer { request: ask.id, outputs, timing }, payload);
-        }
-        Err(error) => {
-            give_up(&ask.peer, &taken);
-            let refusal = match error {
-                RunError::Refused(refusal) => refusal,
-                RunError::Failed(_) if lost => Refusal::HardwareFault,
-                RunError::Failed(reason) => Refusal::RunFailed { reason },
-            };
-            let outcome = Outcome::Refused(refusal.code());
-            mailbox.put(Ended::Run { request: ask.key, took: ran, outcome });
-            ask.peer.outbox.send(&FromBroker::Refused { request: ask.id, refusal }, Vec::new());
-        }
-    }
+    let request = ask.key;
+    places.answer(&ask, result, timing, |outcome| mailbox.put(Ended::Run { request, took: ran, outcome }));
     mailbox.ring();
 }
 
@@ -290,59 +273,4 @@ fn as_input(input: &RunInput) -> Input<'_> {
         InputBytes::Own(bytes) => InputData::Bytes(bytes),
     };
     Input { dtype: input.dtype, shape: &input.shape, data }
-}
-
-fn give_up(peer: &Peer, taken: &[(u16, Span)]) {
-    if let Some(shared) = peer.shared.get() {
-        shared.free(taken.iter().map(|(_, span)| *span));
-    }
-}
-
-/// Finds places for outputs.
-struct Places<'a> {
-    peer: &'a Peer,
-    /// Which output lies where in the slab.
-    taken: Vec<(u16, Span)>,
-    bytes: u64,
-}
-
-impl Places<'_> {
-    fn place(&mut self, index: u16, size: Bytes) -> Result<Place, Refusal> {
-        let Some(shared) = self.peer.shared.get() else { return self.place_in_memory(size) };
-        let full = || Refusal::SlabFull { needed: size, size: shared.slab.layout().response };
-        let span = shared.slots().allocate(size.get()).ok_or_else(full)?;
-        self.taken.push((index, span));
-        shared.slab.response_region(span).map(Place::Region).map_err(|_| full())
-    }
-
-    fn place_in_memory(&mut self, size: Bytes) -> Result<Place, Refusal> {
-        let most = Bytes::new(u64::from(PAYLOAD_BYTES_MAX));
-        let start = self.bytes.next_multiple_of(TENSOR_ALIGN);
-        let end = start.checked_add(size.get()).filter(|end| *end <= most.get());
-        let (Some(end), Some(len)) = (end, size.as_len()) else {
-            return Err(Refusal::SlabFull { needed: size, size: most });
-        };
-        self.bytes = end;
-        Ok(Place::Memory(vec![0; len]))
-    }
-}
-
-/// The outputs as a message says them, and the payload that carries them where they are in memory of ours.
-fn describe(outputs: Vec<RunOutput>, taken: &[(u16, Span)]) -> (Vec<TensorSlice>, Vec<u8>) {
-    let mut payload = Vec::new();
-    let place_of = |index| taken.iter().find(|(of, _)| *of == index).map(|(_, span)| *span);
-    let slices = outputs.into_iter().map(|output| {
-        let span = match &output.place {
-            Place::Region(_) => place_of(output.index).unwrap_or(Span { offset: 0, len: 0 }),
-            Place::Memory(bytes) => {
-                payload.resize(payload.len().next_multiple_of(PAYLOAD_ALIGN), 0);
-                let span = Span { offset: payload.len() as u64, len: bytes.len() as u64 };
-                payload.extend_from_slice(bytes);
-                span
-            }
-        };
-        TensorSlice { index: output.index, dtype: output.dtype, shape: output.shape, span }
-    });
-    let slices = slices.collect();
-    (slices, payload)
 }

@@ -92,9 +92,9 @@ impl Loader {
         let mut bound = Vec::new();
         for (id, device) in fitting {
             let made = Bound::new(&self.runtime, &prepared, &device).map_err(rejected)?;
-            bound.push((id, Arc::new(BoundModel::new(made, device))));
+            bound.push((id, Arc::new(BoundModel::new(*model, made, device))));
         }
-        Ok(Loaded { bound, home, signature: Arc::new(manifest.signature.clone()), weights })
+        Ok(Loaded { bound, home, signature: Arc::new(manifest.signature.clone()), weights, by_rows: manifest.by_rows })
     }
 
     /// The devices that can hold so many weights.

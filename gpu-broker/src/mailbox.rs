@@ -14,10 +14,35 @@ use tokio::sync::Notify;
 /// One thing that ended elsewhere.
 #[derive(Debug)]
 pub(crate) enum Ended {
-    Run { request: RequestKey, took: Duration, outcome: Outcome },
-    NearlyRead { model: ModelId },
-    SwapIn { model: ModelId, device: DeviceId, result: Result<SwapReport, DeviceError> },
-    SwapOut { model: ModelId, device: DeviceId, result: Result<(), DeviceError> },
+    /// A run, and with it its only request.
+    Run {
+        request: RequestKey,
+        took: Duration,
+        outcome: Outcome,
+    },
+    /// A request of a run that has others and goes on.
+    Answered {
+        request: RequestKey,
+        outcome: Outcome,
+    },
+    /// A run of several requests, by the one that it was started for; zero where they had to be run one by one.
+    RunOver {
+        request: RequestKey,
+        took: Duration,
+    },
+    NearlyRead {
+        model: ModelId,
+    },
+    SwapIn {
+        model: ModelId,
+        device: DeviceId,
+        result: Result<SwapReport, DeviceError>,
+    },
+    SwapOut {
+        model: ModelId,
+        device: DeviceId,
+        result: Result<(), DeviceError>,
+    },
 }
 
 /// How a run ended.
@@ -31,7 +56,7 @@ pub(crate) enum Outcome {
     GivenUp,
 }
 
-/// Holds at most one entry per lane, per queued swap and per model, which is what limits it.
+/// Holds at most one entry per request of a run, per lane, per queued swap and per model, which is what limits it.
 #[derive(Debug, Default)]
 pub(crate) struct Mailbox {
     ended: Mutex<VecDeque<Ended>>,

@@ -70,6 +70,10 @@ pub struct Telemetry {
     swap_in: Family<ByDevice, Histogram, fn() -> Histogram>,
     device_used: Family<ByDevice, Level>,
     device_capacity: Family<ByDevice, Level>,
+    shared_runs: Counter,
+    shared_requests: Counter,
+    /// Runs of several requests that had to be run one by one.
+    pub(crate) shared_runs_apart: Counter,
     /// Connections.
     pub(crate) connections: Level,
     /// Peers that were cut off for what they sent, or did not read.
@@ -118,6 +122,9 @@ impl Telemetry {
             swap_in: Family::new_with_constructor(seconds),
             device_used: Family::default(),
             device_capacity: Family::default(),
+            shared_runs: Counter::default(),
+            shared_requests: Counter::default(),
+            shared_runs_apart: Counter::default(),
             connections: Level::default(),
             peers_cut_off: Counter::default(),
             functions: Level::default(),
@@ -150,6 +157,10 @@ impl Telemetry {
         r.register_with_unit("swap_in", "Time to bring a model to a device", Unit::Seconds, self.swap_in.clone());
         r.register_with_unit("device_used", "Device memory charged to models", Unit::Bytes, self.device_used.clone());
         r.register_with_unit("device_capacity", "Device memory in all", Unit::Bytes, self.device_capacity.clone());
+        r.register("shared_runs", "Runs that answered several requests of a function", self.shared_runs.clone());
+        r.register("shared_run_requests", "Requests that they answered", self.shared_requests.clone());
+        let help = "Those whose requests had to be run one by one";
+        r.register("shared_runs_apart", help, self.shared_runs_apart.clone());
         r.register("connections", "Open connections", self.connections.clone());
         r.register("peers_cut_off", "Peers cut off by limits or violations", self.peers_cut_off.clone());
         r.register("functions", "Functions that can be called", self.functions.clone());
@@ -167,6 +178,12 @@ impl Telemetry {
 
     pub(crate) fn request(&self, function: &str, outcome: &'static str) {
         self.requests.get_or_create(&ByOutcome { function: function.to_owned(), outcome }).inc();
+    }
+
+    /// A run begins that answers so many requests.
+    pub(crate) fn shared_run(&self, requests: usize) {
+        self.shared_runs.inc();
+        self.shared_requests.inc_by(u64::try_from(requests).unwrap_or(u64::MAX));
     }
 
     pub(crate) fn answered(&self, function: &str, took: Duration, resident: bool, slo_met: bool) {

@@ -152,6 +152,7 @@ async fn attach(function: &Function, settings: &Settings) -> Result<(), AppError
         slo: settings.slo,
         priority: settings.priority,
         late: settings.late,
+        batching: settings.batching,
     };
     // The list is never empty; a socket that is not there is where it would come.
     let nearest = settings.brokers.first().cloned().unwrap_or(Target::Socket(PathBuf::new()));

@@ -17,7 +17,7 @@ use std::{
 };
 
 use ::config::{Config, Environment, File, FileFormat};
-use faaswap_protocol::{Bytes, FunctionName, Late, ModelDigest, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, FunctionName, Late, ModelDigest, Priority, Slo};
 use http::uri::Authority;
 
 use self::read::Reader;
@@ -84,6 +84,8 @@ pub struct Settings {
     pub priority: Priority,
     /// What to do with late requests.
     pub late: Late,
+    /// Whether its requests may share runs.
+    pub batching: Batching,
     /// Port for clients.
     pub listen: SocketAddr,
     /// Port for operators; absent: none.
@@ -159,6 +161,8 @@ impl Settings {
         let percentile = from.parse("slo_percentile", read::percentile).unwrap_or(9800);
         let priority = from.one_of("priority", &[("latency", Priority::Latency), ("batch", Priority::Batch)]);
         let late = from.one_of("late", &[("serve", Late::Serve), ("refuse", Late::Refuse)]);
+        let batching = [("off", Batching::Off), ("exact", Batching::Exact), ("on", Batching::On)];
+        let batching = from.one_of("batching", &batching);
         let everywhere = |port| SocketAddr::from(([0, 0, 0, 0], port));
         // Behind a front, the second port is for the handler alone.
         let beside = if watchdog.is_some() { SocketAddr::from(([127, 0, 0, 1], 9463)) } else { everywhere(9463) };
@@ -187,6 +191,7 @@ impl Settings {
             slo: Slo { deadline: Duration::from_millis(deadline), percentile },
             priority: priority.unwrap_or_default(),
             late: late.unwrap_or_default(),
+            batching: batching.unwrap_or_default(),
             listen,
             metrics_listen: metrics_listen.unwrap_or(Some(metrics_default)),
             upstream,

@@ -10,7 +10,7 @@
 //! use std::{path::PathBuf, time::Duration};
 //!
 //! use bytes::Bytes;
-//! use faaswap_protocol::{DType, FunctionSpec, Late, Priority, Slo};
+//! use faaswap_protocol::{Batching, DType, FunctionSpec, Late, Priority, Slo};
 //! use faaswap_sidecar::{
 //!     broker::{Broker, BrokerConfig, InferRequest, Target},
 //!     model::{ModelRef, ModelSource},
@@ -25,6 +25,7 @@
 //!     slo: Slo { deadline: Duration::from_millis(50), percentile: 9800 },
 //!     priority: Priority::Latency,
 //!     late: Late::Serve,
+//!     batching: Batching::default(),
 //! };
 //! // `Target::Address("node:9470".into())` where no Unix socket is shared: tensors then travel in the frames.
 //! let target = Target::Socket(PathBuf::from("/run/faaswap/broker.sock"));

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 4;
+pub const MANIFEST_VERSION: u32 = 5;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -75,6 +75,8 @@ pub struct Manifest {
     pub await_types: Vec<DType>,
     /// The last group that some node needs without having an input that could wait for it.
     pub await_before_run: Option<u32>,
+    /// Whether several requests could be run together, one below the other; see `prepare::rows`.
+    pub by_rows: bool,
     /// Inputs that only kernels read which do not choose addresses by their values; see `prepare::shared`.
     pub inputs_in_place: Vec<bool>,
     /// Outputs that no other node reads.

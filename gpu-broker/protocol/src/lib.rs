@@ -14,7 +14,9 @@ pub mod units;
 pub mod wire;
 
 pub use ids::{CallId, FunctionId, FunctionName, ModelDigest, NameError, RequestId};
-pub use message::{FromBroker, FunctionSpec, Late, ModelFile, Priority, SlabLayout, Slo, Timing, ToBroker, Transport};
+pub use message::{
+    Batching, FromBroker, FunctionSpec, Late, ModelFile, Priority, SlabLayout, Slo, Timing, ToBroker, Transport,
+};
 pub use refusal::{Detail, Refusal};
 pub use tensor::{DType, Dim, Shape, ShapeError, Signature, Span, TensorSlice, TensorSpec};
 pub use units::Bytes;

@@ -70,6 +70,19 @@ pub enum Late {
     Refuse,
 }
 
+/// Whether requests of a function may share a run with others of the same function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Batching {
+    /// Each runs alone.
+    Off,
+    /// Where that gives the same outputs, bit by bit, as it does alone.
+    #[default]
+    Exact,
+    /// Where that gives the same outputs but for rounding.
+    On,
+}
+
 /// What a sidecar says of its function.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionSpec {
@@ -83,6 +96,8 @@ pub struct FunctionSpec {
     pub priority: Priority,
     /// What to do with late requests.
     pub late: Late,
+    /// Whether its requests may share runs.
+    pub batching: Batching,
 }
 
 /// One file of a model: `files[0]` is the ONNX graph, the others are its external data.

@@ -6,8 +6,9 @@
 use std::{fmt::Debug, path::Path, time::Duration};
 
 use faaswap_protocol::{
-    Bytes, CallId, DType, Detail, Dim, FromBroker, FunctionId, FunctionSpec, Late, ModelDigest, ModelFile, Priority,
-    Refusal, RequestId, Shape, Signature, SlabLayout, Slo, Span, TensorSlice, TensorSpec, Timing, ToBroker, Transport,
+    Batching, Bytes, CallId, DType, Detail, Dim, FromBroker, FunctionId, FunctionSpec, Late, ModelDigest, ModelFile,
+    Priority, Refusal, RequestId, Shape, Signature, SlabLayout, Slo, Span, TensorSlice, TensorSpec, Timing, ToBroker,
+    Transport,
     limits::{MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, WIRE_VERSION},
     wire::{HEAD_LEN, Head, WireError, decode, encode},
 };
@@ -26,6 +27,7 @@ fn function() -> FunctionSpec {
         slo: Slo { deadline: Duration::from_millis(80), percentile: 9800 },
         priority: Priority::Batch,
         late: Late::Refuse,
+        batching: Batching::On,
     }
 }
 

@@ -4,7 +4,7 @@
 //! until the last group is there; so it hears of a request only when the end of the reading is near. The swap-in then
 //! follows the rest.
 
-use faaswap_scheduler::{Event, FunctionKey, ModelId, Moment, RequestKey};
+use faaswap_scheduler::{Event, Form, FunctionKey, ModelId, Moment, RequestKey};
 
 use super::{Core, Refusal};
 use crate::{mailbox::Ended, store::Held};
@@ -22,15 +22,22 @@ struct Waiting {
     request: RequestKey,
     function: FunctionKey,
     deadline: Moment,
+    form: Option<Form>,
 }
 
 impl Core {
     /// Tells the scheduler of a request, now or when its weights are nearly read from disk.
-    pub(super) fn arrived(&mut self, model: ModelId, request: RequestKey, function: FunctionKey, deadline: Moment) {
+    pub(super) fn arrived(
+        &mut self,
+        model: ModelId,
+        request: RequestKey,
+        function: FunctionKey,
+        (deadline, form): (Moment, Option<Form>),
+    ) {
         // Requests that come and go between two looks are no quiet either.
         self.quiet_since = None;
-        if !self.waits_for_disk(model, Waiting { request, function, deadline }) {
-            self.happen(Event::Arrived { request, function, deadline, form: None });
+        if !self.waits_for_disk(model, Waiting { request, function, deadline, form }) {
+            self.happen(Event::Arrived { request, function, deadline, form });
         }
     }
 
@@ -57,8 +64,8 @@ impl Core {
         else {
             return;
         };
-        for Waiting { request, function, deadline } in requests {
-            self.happen(Event::Arrived { request, function, deadline, form: None });
+        for Waiting { request, function, deadline, form } in requests {
+            self.happen(Event::Arrived { request, function, deadline, form });
         }
         // The swap-in that was asked for meanwhile, if there was a lane, holds them now.
         drop(held);

@@ -41,6 +41,8 @@ pub(crate) struct Loaded {
     pub(crate) home: Home,
     pub(crate) signature: Arc<Signature>,
     pub(crate) weights: Bytes,
+    /// Whether requests could be run together.
+    pub(crate) by_rows: bool,
 }
 
 impl Core {

@@ -1,18 +1,22 @@
 //! Requests: from a peer's frame to the scheduler, and from a run's end back into the books.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+    time::Instant,
+};
 
 use bytes::Bytes as Buffer;
 use faaswap_protocol::{
     Bytes, Detail, FromBroker, FunctionId, Refusal, RequestId, Signature, Span, TensorSlice,
     limits::REQUESTS_IN_FLIGHT_MAX,
 };
-use faaswap_scheduler::{Event, FunctionKey, Moment, RequestKey};
+use faaswap_scheduler::{Event, Form, FunctionKey, Moment, RequestKey};
 
 use super::{Core, Outcome, PeerId, Request};
 use crate::{
     lane::{AnswerRight, Ask, InputBytes, Lane, Peer, RunInput},
-    limits::{INLINE_BYTES_MAX, UNRELEASED_MAX},
+    limits::{BATCH_INPUT_BYTES_MAX, INLINE_BYTES_MAX, UNRELEASED_MAX},
 };
 
 /// What a peer asks for.
@@ -76,6 +80,7 @@ impl Core {
         let model = self.models.get(&known.model).ok_or(Refusal::UnknownFunction)?;
         let inputs = inputs(&entry.peer, &model.loaded.signature, infer.inputs, &infer.payload)?;
         let (deadline, model) = (infer.time_left.unwrap_or(known.spec.slo.deadline), known.model);
+        let form = form(&inputs, &infer.outputs);
         let key = RequestKey(self.new_id());
         let Some(entry) = self.peers.get_mut(&from) else { return Ok(()) };
         entry.in_flight.insert(id, key);
@@ -92,7 +97,7 @@ impl Core {
         });
         self.requests.insert(key, Request { ask, from, function, resident: false });
         let deadline = Moment(self.now().0.saturating_add(deadline));
-        self.arrived(model, key, function, deadline);
+        self.arrived(model, key, function, (deadline, form));
         Ok(())
     }
 
@@ -192,6 +197,20 @@ impl Core {
             self.telemetry.request(function.spec.name.as_str(), code);
         }
     }
+}
+
+/// What a request has in common with those that it could be run with: shapes behind the first dimension, and the outputs that
+/// it wants. `None` where it holds more than one row, or too much to be copied. Whoever runs it compares the shapes again.
+fn form(inputs: &[RunInput], wanted: &[u16]) -> Option<Form> {
+    let mut hash = DefaultHasher::new();
+    let mut bytes = 0_u64;
+    for input in inputs {
+        let [1, rest @ ..] = input.shape.dims() else { return None };
+        bytes = bytes.checked_add(input.shape.size(input.dtype).ok()?.get())?;
+        rest.hash(&mut hash);
+    }
+    wanted.hash(&mut hash);
+    (bytes <= BATCH_INPUT_BYTES_MAX).then(|| Form(u32::try_from(hash.finish() >> 32).unwrap_or_default()))
 }
 
 /// Checks each input against the signature, and its place against the slab or payload.

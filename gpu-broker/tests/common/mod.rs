@@ -19,8 +19,9 @@ use std::{
 };
 
 use faaswap_protocol::{
-    Bytes, CallId, DType, FromBroker, FunctionId, FunctionSpec, Late, ModelDigest, ModelFile, Priority, Refusal,
-    RequestId, Shape, Signature, Slo, Span, TensorSlice, Timing, ToBroker, Transport, limits::WIRE_VERSION, wire,
+    Batching, Bytes, CallId, DType, FromBroker, FunctionId, FunctionSpec, Late, ModelDigest, ModelFile, Priority,
+    Refusal, RequestId, Shape, Signature, Slo, Span, TensorSlice, Timing, ToBroker, Transport, limits::WIRE_VERSION,
+    wire,
 };
 use faaswap_slab::{Slab, fds};
 use sha2::{Digest, Sha256};
@@ -344,6 +345,29 @@ impl Client {
         self.register(&spec, &[("model.onnx", file)]).map(|(function, _)| function)
     }
 
+    /// Sends one input of any type, at this offset of the slab, or inline.
+    pub fn ask_bytes(
+        &mut self,
+        function: FunctionId,
+        (dtype, shape): (DType, &[u64]),
+        bytes: &[u8],
+        offset: u64,
+    ) -> RequestId {
+        let request = RequestId(self.id());
+        let len = bytes.len() as u64;
+        let span = Span { offset: if self.slab.is_some() { offset } else { 0 }, len };
+        if let Some(slab) = &self.slab {
+            slab.request_region(span).unwrap().write(0, bytes).unwrap();
+        }
+        let payload = if self.slab.is_some() { &[][..] } else { bytes };
+        let input = TensorSlice { index: 0, dtype, shape: Shape::new(shape).unwrap(), span };
+        self.say(
+            &ToBroker::Infer { request, function, inputs: vec![input], outputs: vec![], time_left: None },
+            payload,
+        );
+        request
+    }
+
     /// Sends one f32 input at offset 0 of the slab, or inline.
     pub fn ask(&mut self, function: FunctionId, shape: &[u64], values: &[f32]) -> RequestId {
         self.ask_in(function, shape, values, None)
@@ -420,5 +444,6 @@ pub fn spec(name: &str, model: ModelDigest) -> FunctionSpec {
         slo: Slo { deadline: Duration::from_secs(30), percentile: 9800 },
         priority: Priority::Latency,
         late: Late::Serve,
+        batching: Batching::default(),
     }
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use faaswap_engine::onnx::{
-    GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
-    element_of, tensor_shape_proto, type_proto,
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto,
+    ValueInfoProto, attribute_proto, element_of, tensor_shape_proto, type_proto,
 };
 use faaswap_protocol::DType;
 use prost::Message;
@@ -48,20 +48,7 @@ impl Linear {
             output: vec!["y".to_owned()],
             ..NodeProto::default()
         };
-        let graph = GraphProto {
-            name: Some("linear".to_owned()),
-            node: vec![node],
-            initializer: vec![weight],
-            input: vec![value("x", &[-1, size])],
-            output: vec![value("y", &[-1, size])],
-            ..GraphProto::default()
-        };
-        ModelProto {
-            ir_version: Some(8),
-            opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(17) }],
-            graph: Some(graph),
-            ..ModelProto::default()
-        }
+        model_of("linear", (vec![node], vec![weight]), (value("x", &[-1, size]), value("y", &[-1, size])))
     }
 
     pub fn write(&self, dir: &Path) -> PathBuf {
@@ -72,6 +59,10 @@ impl Linear {
 }
 
 pub fn value(name: &str, dims: &[i64]) -> ValueInfoProto {
+    value_of(DType::F32, name, dims)
+}
+
+pub fn value_of(dtype: DType, name: &str, dims: &[i64]) -> ValueInfoProto {
     let dim = |&dim: &i64| tensor_shape_proto::Dimension {
         value: Some(if dim < 0 {
             tensor_shape_proto::dimension::Value::DimParam("n".to_owned())
@@ -81,7 +72,51 @@ pub fn value(name: &str, dims: &[i64]) -> ValueInfoProto {
         denotation: None,
     };
     let shape = Some(TensorShapeProto { dim: dims.iter().map(dim).collect() });
-    let tensor = type_proto::Tensor { elem_type: Some(element_of(DType::F32)), shape };
+    let tensor = type_proto::Tensor { elem_type: Some(element_of(dtype)), shape };
     let kind = TypeProto { value: Some(type_proto::Value::TensorType(tensor)), denotation: None };
     ValueInfoProto { name: Some(name.to_owned()), r#type: Some(kind), ..ValueInfoProto::default() }
+}
+
+/// A model of these nodes and weights, with one input and one output.
+fn model_of(
+    name: &str,
+    (node, initializer): (Vec<NodeProto>, Vec<TensorProto>),
+    (input, output): (ValueInfoProto, ValueInfoProto),
+) -> ModelProto {
+    let graph = GraphProto {
+        name: Some(name.to_owned()),
+        node,
+        initializer,
+        input: vec![input],
+        output: vec![output],
+        ..GraphProto::default()
+    };
+    ModelProto {
+        ir_version: Some(8),
+        opset_import: vec![OperatorSetIdProto { domain: Some(String::new()), version: Some(17) }],
+        graph: Some(graph),
+        ..ModelProto::default()
+    }
+}
+
+/// The file of such a model.
+pub fn write_graph(
+    dir: &Path,
+    name: &str,
+    graph: (Vec<NodeProto>, Vec<TensorProto>),
+    ends: (ValueInfoProto, ValueInfoProto),
+) -> PathBuf {
+    let path = dir.join(format!("{name}.onnx"));
+    std::fs::write(&path, model_of(name, graph, ends).encode_to_vec()).unwrap();
+    path
+}
+
+/// An attribute of a node: some whole numbers.
+pub fn integers(name: &str, values: &[i64]) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(attribute_proto::AttributeType::Ints.into()),
+        ints: values.to_vec(),
+        ..AttributeProto::default()
+    }
 }

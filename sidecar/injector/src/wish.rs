@@ -10,7 +10,8 @@ pub const PREFIX: &str = "faaswap.dev/";
 pub const STATUS: &str = "faaswap.dev/status";
 
 /// All annotations that mean something.
-const KNOWN: [&str; 19] = [
+const KNOWN: [&str; 20] = [
+    "batching",
     "function",
     "inject",
     "late",
@@ -217,6 +218,8 @@ impl Reader<'_> {
         keep("FAASWAP_SLO_PERCENTILE", self.checked("slo-percentile", percentile, is_percentile));
         let one_of = |choices: &'static [&'static str]| move |v: &str| choices.contains(&v);
         keep("FAASWAP_PRIORITY", self.checked("priority", "latency, batch", one_of(&["latency", "batch"])));
+        let batching = one_of(&["off", "exact", "on"]);
+        keep("FAASWAP_BATCHING", self.checked("batching", "off, exact, on", batching));
         keep("FAASWAP_LATE", self.checked("late", "serve, refuse", one_of(&["serve", "refuse"])));
         keep(
             "FAASWAP_UPSTREAM",
@@ -315,6 +318,8 @@ mod tests {
     fn a_model_is_enough() {
         let Verdict::Wish(wish) = read_all(&[("model", "resnet/model.onnx")]) else { panic!("a wish") };
         assert_eq!(wish.variables, BTreeMap::from([("FAASWAP_MODEL", "/models/resnet/model.onnx".to_owned())]));
+        let Verdict::Wish(batched) = read_all(&[("model", "m.onnx"), ("batching", "off")]) else { panic!("a wish") };
+        assert_eq!(batched.variables["FAASWAP_BATCHING"], "off");
         assert_eq!((wish.mode, wish.transport, wish.memory.as_str()), (Mode::Side, None, "256Mi"));
     }
 
@@ -333,7 +338,8 @@ mod tests {
             ("sidecar-cpu", "much"),
             ("sidecar-image", "two words"),
             ("upstream", "nowhere"),
-            ("batching", "on"),
+            ("batching", "yes"),
+            ("batches", "on"),
         ]);
         for expected in [
             "annotation faaswap.dev/inject: 'yes' is not allowed; allowed: true or false",
@@ -348,11 +354,12 @@ mod tests {
             "annotation faaswap.dev/sidecar-cpu: 'much'",
             "annotation faaswap.dev/sidecar-image: 'two words'",
             "annotation faaswap.dev/upstream: 'nowhere'",
-            "annotation faaswap.dev/batching: 'on' means nothing; known: function, inject,",
+            "annotation faaswap.dev/batching: 'yes' is not allowed; allowed: off, exact, on",
+            "annotation faaswap.dev/batches: 'on' means nothing; known: batching, function, inject,",
         ] {
             assert!(all.contains(expected), "{expected} is missing in:\n{all}");
         }
-        assert_eq!(all.lines().count(), 13, "{all}");
+        assert_eq!(all.lines().count(), 14, "{all}");
         assert!(mistakes(&[("inject", "true")]).contains("faaswap.dev/model is not set"));
     }
 

@@ -9,7 +9,7 @@ pub mod files;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use faaswap_protocol::{Bytes, FunctionSpec, Late, ModelDigest, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, FunctionSpec, Late, ModelDigest, Priority, Slo};
 use faaswap_sidecar::{
     broker::{Broker, BrokerConfig, SlabSizes, Target},
     infer::Function,
@@ -35,6 +35,7 @@ pub fn spec(deadline: Duration) -> FunctionSpec {
         slo: Slo { deadline, percentile: 9800 },
         priority: Priority::Latency,
         late: Late::Serve,
+        batching: Batching::default(),
     }
 }
 

@@ -3,6 +3,7 @@
 //! What is compared alternates, so that what disturbs the machine disturbs both; medians are reported. It never fails
 //! for a slow figure, only for a wrong output: whether a figure is good enough is for people to judge.
 
+mod batching;
 mod idle;
 mod overhead;
 mod resident;
@@ -37,10 +38,11 @@ impl Figures {
 /// Which parts to run; all where none is named.
 pub fn run(parts: &[String]) -> Result<()> {
     type Part = fn(&mut Figures) -> Result<()>;
-    const PARTS: [(&str, Part); 5] = [
+    const PARTS: [(&str, Part); 6] = [
         ("swaps", swaps::run),
         ("resident", resident::run),
         ("overhead", overhead::run),
+        ("batching", batching::run),
         ("requests", idle::many_requests),
         ("idle", idle::idle_functions),
     ];

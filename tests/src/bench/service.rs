@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use faaswap_protocol::{DType, FunctionSpec, Late, Priority, Slo};
+use faaswap_protocol::{Batching, DType, FunctionSpec, Late, Priority, Slo};
 use faaswap_sidecar::{
     broker::{Broker as Client, BrokerConfig, InferAnswer, InferRequest, Known, SlabSizes, Target},
     model::{ModelRef, ModelSource},
@@ -22,6 +22,11 @@ pub(super) fn runtime() -> Result<Runtime> {
 
 /// Registers a model as a function. Must be called inside the runtime.
 pub(super) fn start(broker: &Broker, name: &str, model: &Path) -> Result<Client> {
+    start_with(broker, name, model, Batching::default())
+}
+
+/// The same, with a say in whether its requests may share runs.
+pub(super) fn start_with(broker: &Broker, name: &str, model: &Path, batching: Batching) -> Result<Client> {
     let model = ModelRef::File { graph: model.to_owned(), data: Vec::new() };
     let model = ModelSource::load(&model).map_err(|e| Trouble::new(e.to_string()))?;
     let function = FunctionSpec {
@@ -30,6 +35,7 @@ pub(super) fn start(broker: &Broker, name: &str, model: &Path) -> Result<Client>
         slo: Slo { deadline: PATIENCE, percentile: 9800 },
         priority: Priority::Latency,
         late: Late::Serve,
+        batching,
     };
     let mut config = BrokerConfig::new(Target::Socket(broker.socket()), function, model);
     config.slab = SlabSizes { request: faaswap_protocol::Bytes::mib(32), response: faaswap_protocol::Bytes::mib(32) };

@@ -13,6 +13,7 @@ mod inspect;
 pub mod kin;
 mod limit;
 mod optimize;
+mod rows;
 mod shared;
 mod types;
 mod verify;
@@ -32,6 +33,7 @@ use self::verify::Reference;
 pub use self::{
     check::{Proof, check},
     limit::{PrepareLimits, limit_this_process},
+    verify::is_close,
 };
 use crate::{
     EngineError, Manifest, PlainSession, PrepareError, Prepared, Runtime, Target, await_op,
@@ -114,6 +116,7 @@ fn rewrite(
     let signature = refine(signature, graph);
     let inputs_in_place = shared::inputs_in_place(graph, signature.inputs.iter().map(|spec| spec.name.as_str()));
     let outputs_in_place = shared::outputs_in_place(graph, signature.outputs.iter().map(|spec| spec.name.as_str()));
+    let by_rows = rows::by_rows(graph, signature.inputs.iter().map(|spec| spec.name.as_str()));
     model.training_info.clear();
     model.opset_import.push(OperatorSetIdProto { domain: Some(await_op::DOMAIN.to_owned()), version: Some(1) });
     let manifest = Manifest {
@@ -129,6 +132,7 @@ fn rewrite(
         await_count: placed.count,
         await_types: placed.types.into_iter().collect(),
         await_before_run: placed.before_run,
+        by_rows,
         inputs_in_place,
         outputs_in_place,
         trial_run_us: None,

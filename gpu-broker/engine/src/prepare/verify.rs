@@ -231,6 +231,13 @@ fn compare(outputs: &[RunOutput], reference: &Reference, prepared: &Prepared) ->
     Ok(worst)
 }
 
+/// Whether two outputs are the same but for what another order of additions makes, on that kind of device.
+pub fn is_close(target: Target, dtype: DType, ours: &[u8], theirs: &[u8]) -> bool {
+    let tolerance = if target == Target::Cpu { TOLERANCE } else { TOLERANCE_ON_GPU };
+    let within = |(diff, largest): (f64, f64)| diff <= tolerance * largest.max(1.0);
+    ours == theirs || (ours.len() == theirs.len() && max_abs_diff(dtype, ours, theirs).is_some_and(within))
+}
+
 /// Largest difference and largest value; `None` where a value is a number here and none there, or for integers.
 fn max_abs_diff(dtype: DType, ours: &[u8], theirs: &[u8]) -> Option<(f64, f64)> {
     let (ours, theirs) = (floats(dtype, ours)?, floats(dtype, theirs)?);

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use faaswap_protocol::{Bytes, FunctionSpec, Late, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, FunctionSpec, Late, Priority, Slo};
 use faaswap_sidecar::{
     broker::{Broker as Client, BrokerConfig, InferError, InferRequest, SlabSizes, Target},
     model::ModelSource,
@@ -278,6 +278,7 @@ fn config(socket: &Path, design: &Design) -> Result<BrokerConfig> {
         slo: Slo { deadline: design.deadline, percentile: 9800 },
         priority: Priority::Latency,
         late: Late::Serve,
+        batching: Batching::default(),
     };
     let model = ModelSource::known(design.digest);
     let mut config = BrokerConfig::new(Target::Socket(socket.to_owned()), function, model);
