@@ -132,6 +132,8 @@ pub struct Settings {
     pub verify_every: u64,
     /// Who decides what runs where.
     pub policy: PolicyKind,
+    /// Whether models are brought before a request that a hint or a rhythm foretells.
+    pub prefetch: bool,
     /// File in which the scheduler's events and actions are recorded; absent: none.
     pub trace: Option<PathBuf>,
     /// Most bytes of that file.
@@ -201,6 +203,7 @@ impl Settings {
             tf32: from.choice("tf32", true, &SWITCH),
             verify_every: from.count("verify_every", VERIFY_EVERY, 0..=usize::MAX) as u64,
             policy: from.choice("policy", PolicyKind::Faaswap, &POLICIES.map(|policy| (policy.name(), policy))),
+            prefetch: from.choice("prefetch", true, &SWITCH),
             trace: from.optional_path("trace"),
             trace_max: from.bytes("trace_max", Bytes::mib(1024)),
             test_faults: from.choice("test_faults", false, &SWITCH),

@@ -165,6 +165,7 @@ impl Core {
             function_queue_max: settings.function_queue_max,
             node_queue_max: settings.node_queue_max,
             policy: settings.policy,
+            ahead: settings.prefetch,
         };
         let scheduler = Scheduler::new(config);
         let trace = match &settings.trace {

@@ -20,11 +20,13 @@ pub struct SchedulerConfig {
     pub node_queue_max: usize,
     /// Who decides.
     pub policy: PolicyKind,
+    /// Whether models are brought before a request that is foreseen; only ours foresees any.
+    pub ahead: bool,
 }
 
 impl Default for SchedulerConfig {
     fn default() -> Self {
-        Self { function_queue_max: 256, node_queue_max: 16_384, policy: PolicyKind::default() }
+        Self { function_queue_max: 256, node_queue_max: 16_384, policy: PolicyKind::default(), ahead: true }
     }
 }
 

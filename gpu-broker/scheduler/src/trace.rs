@@ -4,7 +4,7 @@
 //! carries a check over itself and all lines before it: a changed, missing or added line is found where it is.
 //!
 //! ```text
-//! faaswap-trace 2 policy=faaswap seed=0 function_queue_max=256 node_queue_max=16384 #8c7b1c52
+//! faaswap-trace 2 policy=faaswap seed=0 function_queue_max=256 node_queue_max=16384 ahead=true #8c7b1c52
 //! 81250 device_added 0 1048576 1 >  #0d2a5a1e
 //! name function 4 team/ocr #5c1b9a77
 //! 93411520 arrived 7 4 123411520 alone > swap_in 3 0 host; run 7 3 0 0 coming #e0a53b90
@@ -144,11 +144,11 @@ impl Writer {
     pub fn begin(config: &SchedulerConfig, out: &mut String) -> Self {
         let mut writer = Self { check: Check::new() };
         let (policy, seed) = (config.policy.name(), config.policy.seed());
-        let queues = (config.function_queue_max, config.node_queue_max);
+        let (queues, ahead) = ((config.function_queue_max, config.node_queue_max), config.ahead);
         writer.seal(
             out,
             format_args!(
-                "{MAGIC} {VERSION} policy={policy} seed={seed} function_queue_max={} node_queue_max={}",
+                "{MAGIC} {VERSION} policy={policy} seed={seed} function_queue_max={} node_queue_max={} ahead={ahead}",
                 queues.0, queues.1
             ),
         );
@@ -203,6 +203,7 @@ impl Reader {
                 policy: PolicyKind::of(policy, seed)?,
                 function_queue_max: words.value("function_queue_max")?.parse().ok()?,
                 node_queue_max: words.value("node_queue_max")?.parse().ok()?,
+                ahead: words.value("ahead")?.parse().ok()?,
             })
         });
         let config = config.ok_or_else(|| TraceError::Unknown { text: first.to_owned() })?;

@@ -149,7 +149,7 @@ proptest! {
         storm in prop::collection::vec((prop_oneof![1 => about_the_node(), 4 => about_requests()], span()), 0..200),
         policy in policies(),
     ) {
-        let config = SchedulerConfig { function_queue_max: 4, node_queue_max: 12, policy };
+        let config = SchedulerConfig { function_queue_max: 4, node_queue_max: 12, policy, ahead: true };
         let (mut scheduler, mut ledger) = (Scheduler::new(config), Ledger::default());
         for event in set_up {
             ledger.tell(&mut scheduler, Moment::default(), event)?;

@@ -44,6 +44,10 @@ pub struct Outcome {
     pub devices: Vec<Work>,
     /// Latencies of all answers in microseconds, sorted.
     pub latencies_us: Vec<u32>,
+    /// Answers to requests that were started with their weights there.
+    pub found_resident: u64,
+    /// Latencies of all others in microseconds, sorted: their weights had to be brought.
+    pub swapped_us: Vec<u32>,
     /// A digest of every event and action, to compare two runs.
     pub digest: u64,
     /// Events that the scheduler took in.
@@ -78,6 +82,27 @@ impl Outcome {
         self.functions.iter().map(|tally| u64::from(tally.asked)).sum()
     }
 
+    /// Requests that were not answered in time.
+    pub fn missed(&self) -> u64 {
+        self.functions.iter().map(|tally| u64::from(tally.asked - tally.met)).sum()
+    }
+
+    /// The mean latency in milliseconds.
+    pub fn mean_ms(&self) -> f64 {
+        let sum: u64 = self.latencies_us.iter().map(|us| u64::from(*us)).sum();
+        ratio(sum, 1_000) / ratio(self.latencies_us.len() as u64, 1).max(1.0)
+    }
+
+    /// The share of answers to requests that found their weights on a device.
+    pub fn resident_share(&self) -> f64 {
+        ratio(self.found_resident, self.latencies_us.len() as u64)
+    }
+
+    /// The median latency of answers whose weights had to be brought, in milliseconds.
+    pub fn swapped_ms(&self) -> f64 {
+        self.swapped_us.get(self.swapped_us.len() / 2).map_or(0.0, |us| f64::from(*us) / 1e3)
+    }
+
     /// That part of answers came within this many milliseconds.
     pub fn latency_ms(&self, permille: usize) -> f64 {
         let last = self.latencies_us.len().saturating_sub(1);
@@ -101,11 +126,14 @@ impl Outcome {
             all.functions.extend(one.functions);
             all.devices.extend(one.devices);
             all.latencies_us.extend(one.latencies_us);
+            all.swapped_us.extend(one.swapped_us);
+            all.found_resident += one.found_resident;
             all.digest = all.digest.rotate_left(7) ^ one.digest;
             all.steps += one.steps;
             all.span = all.span.max(one.span);
         }
         all.latencies_us.sort_unstable();
+        all.swapped_us.sort_unstable();
         all
     }
 }

@@ -169,6 +169,30 @@ pub fn batching(per_minute: f64, batching: Option<f64>, policy: PolicyKind, seed
     simulate(&catalog::paper_node(2), &models, &workload, &Setting { batching, ..setting(policy, seed) })
 }
 
+/// Functions with the paper's models that timers call every 30 s, a tenth of a second early or late, on two H100s with memory
+/// for a third of them; with `strangers`, as many more that are called by chance, as often on average.
+pub fn prefetch(strangers: bool, ahead: bool, seed: u64) -> Outcome {
+    const TIMERS: usize = 96;
+    let models = catalog::h100_paper_models();
+    let mut node = catalog::h100_node(2);
+    for device in &mut node.devices {
+        device.capacity = Bytes::new(4_500_000_000);
+    }
+    let mut workload = workload::timers(&models, TIMERS, 30 * SECOND, SECOND / 10, 20 * 60 * SECOND, seed);
+    if strangers {
+        let by_chance = workload::steady(&models, TIMERS, 2.0, 20, seed);
+        let beside = by_chance.requests.into_iter().map(|r| workload::Request { function: r.function + TIMERS, ..r });
+        workload.requests.extend(beside);
+        workload.requests.sort_unstable();
+        workload.functions.extend(by_chance.functions);
+    }
+    // A rhythm is seen after some gaps.
+    workload.counted_from = 5 * 60 * SECOND;
+    let setting = setting(PolicyKind::Faaswap, seed);
+    let config = SchedulerConfig { ahead, ..setting.config };
+    simulate(&node, &models, &workload, &Setting { config, ..setting })
+}
+
 /// Round and round over more than fits: the worst for any cache; in waves of eight.
 pub fn adversarial(policy: PolicyKind, seed: u64) -> Outcome {
     let models = catalog::paper_models();

@@ -145,6 +145,21 @@ pub fn bursty(models: &[ModelSpec], n: usize, exponent: f64, per_minute: f64, mi
     finish(functions, requests, span)
 }
 
+/// `n` functions that timers call: each every so often, from a moment of its own on, early or late by some `jitter`.
+pub fn timers(models: &[ModelSpec], n: usize, every: Nanos, jitter: Nanos, span: Nanos, seed: u64) -> Workload {
+    let mut times = Random::new(seed).fork(9);
+    let mut requests = Vec::new();
+    for function in 0..n {
+        let phase = times.below(usize::try_from(every).unwrap_or(usize::MAX)) as Nanos + jitter;
+        let turns = (0..).map(|turn| phase + turn * every).take_while(|at| at + jitter < span);
+        for at in turns {
+            let off = times.below(usize::try_from(2 * jitter + 1).unwrap_or(usize::MAX)) as Nanos;
+            requests.push(Request { at: at + off - jitter, function });
+        }
+    }
+    finish(deal(models, n), requests, span)
+}
+
 /// The worst for a cache: all functions one after the other, round and round, in waves of `wave` at once.
 pub fn adversarial(models: &[ModelSpec], n: usize, wave: usize, every: Nanos, span: Nanos) -> Workload {
     let (mut requests, mut at, mut function) = (Vec::new(), 0, 0);

@@ -197,6 +197,7 @@ impl World<'_> {
             }
         }
         self.outcome.latencies_us.sort_unstable();
+        self.outcome.swapped_us.sort_unstable();
     }
 
     fn enter(&mut self, at: Nanos, what: Happening) {

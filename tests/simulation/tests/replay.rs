@@ -108,6 +108,17 @@ fn sharing_runs_makes_no_function_miss_what_it_keeps_alone() {
     assert!(whole.0 >= none.0, "{whole:?} against {none:?}");
 }
 
+/// What a timer calls is brought before it calls, and nobody pays for that.
+#[test]
+fn requests_by_timers_find_their_weights_there_and_no_request_is_late_for_that() {
+    for strangers in [false, true] {
+        let [without, with] = [false, true].map(|ahead| scenario::prefetch(strangers, ahead, 1));
+        assert!(without.resident_share() < 0.1 && with.resident_share() > 0.3, "{}", with.resident_share());
+        assert!(with.mean_ms() < without.mean_ms());
+        assert!(with.missed() <= without.missed() && with.compliant() >= without.compliant());
+    }
+}
+
 #[test]
 fn the_published_load_is_kept_by_ours_and_not_by_chance() {
     assert!(scenario::paper(scenario::Trace::HeldBack, 400, PolicyKind::Faaswap, 77).all_compliant());

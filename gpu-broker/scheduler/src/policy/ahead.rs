@@ -1,7 +1,7 @@
 //! Brings models whose next request is foreseen, while nobody needs the link or the memory.
 //!
 //! A request is foreseen by a hint, or by the rhythm of those before. Such a copy starts only when nothing waits and no
-//! copy is under way, one at a time, and never takes the place of what is about as likely to be asked for.
+//! copy is under way, one at a time, and never takes the place of what would be missed about as much.
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use crate::{
     decision::{Choice, Decision, Score},
     event::{Action, Source},
     limits::{AHEAD_MAX, EXPECTED_FOR},
-    model::Weights,
+    model::{Home, Weights},
     slots::Slot,
     time::{At, Span},
 };
@@ -21,8 +21,9 @@ const HINTS_MAX: usize = 64;
 const EARLY: Span = Span::millis(5);
 /// A copy longer than this leaves another device's link free for what may come meanwhile.
 const LONG: Span = Span::millis(10);
-/// What has to leave may be expected to be asked for this often, in thousandths, while the foreseen model is kept.
-const VICTIMS_ASKED_MAX: u64 = 500;
+/// What has to leave may cost so much of what is gained, in thousandths: both are delays, as far as they are expected while
+/// the foreseen model is kept.
+const COST_MAX_PERMILLE: u64 = 500;
 
 /// What is foreseen.
 #[derive(Clone, Debug, Default)]
@@ -60,6 +61,9 @@ impl Ahead {
 
     /// Brings one model if the moment is good; gives when to look again.
     pub(crate) fn look(&mut self, books: &mut Books, actions: &mut Vec<Action>) -> At {
+        if !books.config.ahead {
+            return At::NEVER;
+        }
         self.under_way.retain(|(model, device)| {
             let stay = books.models.get(*model).and_then(|known| known.stay(*device));
             stay.is_some_and(|stay| matches!(stay.weights, Weights::Coming { .. }))
@@ -126,29 +130,42 @@ fn place(books: &Books, model: Slot) -> Option<usize> {
     let quiet = (0..books.devices.len()).all(|other| idle(other) || books.devices[other].lost);
     let spared = books.devices.iter().filter(|device| !device.lost).count() > 1;
     let homes = books.homes(known).filter(|(home, device)| {
-        let short = books.links.alone(home.device, home.cost.weights) <= LONG;
-        quiet && (short || spared) && books.can_bring(model, home.device) && {
-            device.free() >= home.charge || victims_asked(books, home.device, home.charge.get()) < VICTIMS_ASKED_MAX
+        let copy = books.links.alone(home.device, home.cost.weights);
+        let in_nobodys_way = copy <= LONG || (spared && copy * 2 <= tightest_deadline(books));
+        quiet && in_nobodys_way && books.can_bring(model, home.device) && {
+            let bearable = delay(books, home).permille(COST_MAX_PERMILLE);
+            device.free() >= home.charge || victims_delay(books, home.device, home.charge.get()) < bearable
         }
     });
     homes.max_by_key(|(home, device)| (device.free(), std::cmp::Reverse(home.device))).map(|(home, _)| home.device)
 }
 
-/// How often what would have to leave is expected to be asked for, in thousandths.
-fn victims_asked(books: &Books, device: usize, charge: u64) -> u64 {
-    let Some(on) = books.devices.get(device) else { return u64::MAX };
-    let (mut free, mut asked) = (on.free().get(), 0_u64);
+/// The tightest deadline of all functions: whoever comes during a copy that takes half of it is still in time.
+fn tightest_deadline(books: &Books) -> Span {
+    books.functions.iter().map(|(_, function)| function.deadline).min().unwrap_or_default()
+}
+
+/// What a request waits for its weights beyond its run, where these are not there.
+fn delay(books: &Books, home: &Home) -> Span {
+    books.links.alone(home.device, home.cost.weights) - home.cost.run() + home.cost.tail()
+}
+
+/// How much requests for what would have to leave are expected to wait in all, while the foreseen model is kept.
+fn victims_delay(books: &Books, device: usize, charge: u64) -> Span {
+    let never = Span::secs(u64::MAX);
+    let Some(on) = books.devices.get(device) else { return never };
+    let (mut free, mut waits) = (on.free().get(), Span::ZERO);
     for (_, victim) in &on.leaving {
-        if free >= charge || asked >= VICTIMS_ASKED_MAX {
+        if free >= charge {
             break;
         }
         let Some(known) = books.models.get(*victim) else { continue };
-        let Some(stay) = known.stay(device) else { continue };
+        let (Some(stay), Some(home)) = (known.stay(device), known.home(device)) else { continue };
         if stay.kept_until > books.now {
-            return u64::MAX;
+            return never;
         }
         free = free.saturating_add(stay.charge.get());
-        asked = asked.saturating_add(known.demand.permille_in(books.now, EXPECTED_FOR));
+        waits += delay(books, home).permille(known.demand.permille_in(books.now, EXPECTED_FOR).min(1000));
     }
-    asked
+    waits
 }

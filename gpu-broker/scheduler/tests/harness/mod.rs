@@ -44,7 +44,7 @@ impl Node {
     }
 
     pub fn with(policy: PolicyKind, devices: &[(u64, u16)], models: &[u64], late: Late) -> Self {
-        let config = SchedulerConfig { function_queue_max: 8, node_queue_max: 32, policy };
+        let config = SchedulerConfig { function_queue_max: 8, node_queue_max: 32, policy, ahead: true };
         let mut node = Self {
             scheduler: Scheduler::new(config),
             now: ms(0),

@@ -101,6 +101,7 @@ impl Run {
             ("adversarial", Self::adversarial),
             ("faults", Self::faults),
             ("batching", Self::batching),
+            ("prefetch", Self::prefetch),
         ];
         if let Some(trace) = self.trace.clone() {
             self.recorded(&trace)?;
@@ -319,6 +320,25 @@ impl Run {
         for (name, policy) in policies(1) {
             let outcome = scenario::adversarial(policy, 1);
             self.add("adversarial", name, 1, &outcome);
+        }
+        Ok(())
+    }
+
+    /// Requests that timers make, with and without bringing their models ahead, alone and beside requests by chance.
+    fn prefetch(&mut self) -> std::io::Result<()> {
+        for (beside, strangers) in [("alone", false), ("beside-chance", true)] {
+            for (name, ahead) in [("off", false), ("on", true)] {
+                for seed in 1..=self.seeds {
+                    let outcome = scenario::prefetch(strangers, ahead, seed);
+                    let (found, brought) = (outcome.resident_share(), outcome.swapped_ms());
+                    let (mean, missed) = (outcome.mean_ms(), outcome.missed());
+                    self.add(&format!("prefetch-{name}-{beside}"), "faaswap", seed, &outcome);
+                    self.say(&format!(
+                        "{:.1}% found their weights there, the others took {brought:.1} ms (median); mean {mean:.1} ms; {missed} late",
+                        found * 100.0
+                    ));
+                }
+            }
         }
         Ok(())
     }

@@ -19,6 +19,8 @@ struct Run {
     request: RequestKey,
     model: ModelId,
     started: Nanos,
+    /// Its weights were there when it was started.
+    resident: bool,
     /// The weights came after its start.
     pipelined: bool,
     phase: Phase,
@@ -78,6 +80,7 @@ impl World<'_> {
             request,
             model,
             started: self.now,
+            resident,
             pipelined,
             phase: Phase::Computing,
             left: work,
@@ -162,7 +165,7 @@ impl World<'_> {
         self.runs[device].lanes[lane] = None;
         self.reschedule_runs(device);
         for request in self.requests_of(run) {
-            self.answered(device, request);
+            self.answered(device, request, run.resident);
         }
         let took = Duration::from_nanos(self.now - run.started);
         self.tell(Event::RunDone { request: run.request, took });
@@ -175,7 +178,7 @@ impl World<'_> {
         requests
     }
 
-    fn answered(&mut self, device: usize, request: RequestKey) {
+    fn answered(&mut self, device: usize, request: RequestKey, resident: bool) {
         if let Some((function, arrived)) = self.arrived.remove(&request)
             && self.counts(arrived)
         {
@@ -184,7 +187,13 @@ impl World<'_> {
             tally.answered += 1;
             tally.met += u32::from(latency <= self.workload.functions[function].deadline);
             self.outcome.devices[device].answered += 1;
-            self.outcome.latencies_us.push(u32::try_from(latency / 1_000).unwrap_or(u32::MAX));
+            let latency_us = u32::try_from(latency / 1_000).unwrap_or(u32::MAX);
+            self.outcome.latencies_us.push(latency_us);
+            if resident {
+                self.outcome.found_resident += 1;
+            } else {
+                self.outcome.swapped_us.push(latency_us);
+            }
         }
     }
 
