@@ -68,6 +68,7 @@ fn a_trace_is_recorded_where_one_is_asked_for() {
     };
     assert_eq!(trace("", &[]).0, None);
     assert_eq!(trace("trace = \"/a\"", &[("FAASWAP_TRACE", "off")]).0, None);
+    assert!(load("", &[]).expect("valid").prefetch && !load("prefetch = \"off\"", &[]).expect("valid").prefetch);
     let limited = trace("trace_max = \"3MiB\"", &[("FAASWAP_TRACE", "/b/trace")]);
     assert_eq!(limited, (Some(PathBuf::from("/b/trace")), Bytes::mib(3)));
 }

@@ -24,9 +24,9 @@ const IN_FLIGHT: usize = 16;
 /// Inputs of their own, so that an answer to another request is found.
 const INPUTS: usize = 32;
 /// Turns of each way, after one that does not count.
-const TURNS: usize = 12;
+const TURNS: usize = 6;
 /// Requests of one way before the next way's turn.
-const BLOCK: usize = 320;
+const BLOCK: usize = 160;
 const WAYS: [(&str, Batching); 3] = [("off", Batching::Off), ("exact", Batching::Exact), ("on", Batching::On)];
 
 struct Case {
