@@ -29,8 +29,17 @@ const TURNS: usize = 6;
 const BLOCK: usize = 160;
 const WAYS: [(&str, Batching); 3] = [("off", Batching::Off), ("exact", Batching::Exact), ("on", Batching::On)];
 
+/// What inputs hold.
+#[derive(Clone, Copy)]
+enum Numbers {
+    /// Bytes of a file and one value for none, as whole numbers.
+    Bytes,
+    Floats,
+}
+
 struct Case {
     name: &'static str,
+    numbers: Numbers,
     path: PathBuf,
     dims: Vec<u64>,
 }
@@ -50,9 +59,14 @@ pub(super) fn run(figures: &mut Figures) -> Result<()> {
     let chain = folder.path().join("chain.onnx");
     models::write(&models::matmul_chain(512, 12, 3), &chain)?;
     let cases = [
-        Case { name: "12 MatMuls", path: chain, dims: vec![1, 512] },
-        Case { name: "file type", path: cache::model("magika.onnx")?, dims: vec![1, 2048] },
-        Case { name: "text recognition", path: cache::model("ch_PP-OCRv4_rec_infer.onnx")?, dims: vec![1, 3, 48, 96] },
+        Case { name: "12 MatMuls", numbers: Numbers::Floats, path: chain, dims: vec![1, 512] },
+        Case { name: "file type", numbers: Numbers::Bytes, path: cache::model("magika.onnx")?, dims: vec![1, 2048] },
+        Case {
+            name: "text recognition",
+            numbers: Numbers::Floats,
+            path: cache::model("ch_PP-OCRv4_rec_infer.onnx")?,
+            dims: vec![1, 3, 48, 96],
+        },
     ];
     let broker = Broker::start(&BrokerOptions::new(vec![DeviceOptions::new("host0", "96MiB")]))?;
     for (index, case) in cases.iter().enumerate() {
@@ -66,26 +80,29 @@ pub(super) fn run(figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-fn known(case: &Case) -> Result<(DType, Vec<Known>)> {
+fn known(case: &Case) -> Result<Vec<Known>> {
     let plain = PlainSession::open(&cache::runtime()?, &case.path, false)?;
     let shape = Shape::new(case.dims.clone()).map_err(|e| Trouble::new(e.to_string()))?;
-    let dtype = if case.name == "file type" { DType::I32 } else { DType::F32 };
+    let dtype = match case.numbers {
+        Numbers::Bytes => DType::I32,
+        Numbers::Floats => DType::F32,
+    };
     let mut random = Random::new(11);
     let mut one = || -> Result<Known> {
-        let value = |_: u64| match dtype {
-            DType::I32 => i32::try_from(random.below(257)).unwrap_or(0).to_le_bytes(),
-            _ => random.signed().to_le_bytes(),
+        let value = |_: u64| match case.numbers {
+            Numbers::Bytes => i32::try_from(random.below(257)).unwrap_or(0).to_le_bytes(),
+            Numbers::Floats => random.signed().to_le_bytes(),
         };
         let data: Vec<u8> = (0..case.dims.iter().product()).flat_map(value).collect();
         let expected = plain.run(&[Input { dtype, shape: &shape, data: InputData::Bytes(&data) }])?.remove(0).1;
         Ok(Known { request: service::request(dtype, &case.dims, Bytes::from(data))?, expected })
     };
-    Ok((dtype, (0..INPUTS).map(|_| one()).collect::<Result<_>>()?))
+    (0..INPUTS).map(|_| one()).collect()
 }
 
 fn measure(figures: &mut Figures, broker: &Broker, index: usize, case: &Case) -> Result<[f64; 3]> {
     let runtime = service::runtime()?;
-    let known: Arc<Vec<Known>> = Arc::new(known(case)?.1);
+    let known: Arc<Vec<Known>> = Arc::new(known(case)?);
     let mut clients = Vec::new();
     for (way, batching) in WAYS {
         let name = format!("batching-{index}-{way}");

@@ -89,7 +89,7 @@ fn both<T: Send>(figure: impl Fn(PolicyKind) -> T + Sync) -> [T; 2] {
 impl Run {
     fn all(&mut self) -> std::io::Result<()> {
         std::fs::create_dir_all(&self.folder)?;
-        let parts: [(&str, Part); 11] = [
+        let parts: [(&str, Part); 12] = [
             ("paper", Self::paper),
             ("largest", Self::largest),
             ("balance", Self::balance),
