@@ -77,6 +77,8 @@ pub struct Replayed {
     functions: BTreeMap<FunctionKey, Tally>,
     names: BTreeMap<FunctionKey, String>,
     open: BTreeMap<RequestKey, (FunctionKey, Moment)>,
+    /// What else a run answers, by the request that it was started for.
+    shared: BTreeMap<RequestKey, Vec<RequestKey>>,
 }
 
 impl Replayed {
@@ -96,6 +98,7 @@ impl Replayed {
             functions: BTreeMap::new(),
             names: BTreeMap::new(),
             open: BTreeMap::new(),
+            shared: BTreeMap::new(),
         }
     }
 
@@ -111,22 +114,28 @@ impl Replayed {
             self.functions.entry(function).or_default().arrived += 1;
             self.open.insert(request, (function, now));
         }
-        if let Event::RunDone { request, .. } = *event
-            && let Some((function, arrived)) = self.open.remove(&request)
-        {
-            self.functions.entry(function).or_default().latencies.push(now.0.saturating_sub(arrived.0));
+        if let Event::RunDone { request, .. } = *event {
+            for one in self.shared.remove(&request).unwrap_or_default().into_iter().chain([request]) {
+                if let Some((function, arrived)) = self.open.remove(&one) {
+                    self.functions.entry(function).or_default().latencies.push(now.0.saturating_sub(arrived.0));
+                }
+            }
         }
     }
 
     fn did(&mut self, action: &Action) {
         match *action {
-            Action::Run { resident, .. } => {
+            Action::Run { request, ref with, resident, .. } => {
                 self.runs += 1;
                 self.resident_runs += u64::from(resident);
+                if !with.is_empty() {
+                    self.shared.insert(request, with.clone());
+                }
             }
             Action::SwapIn { .. } => self.swap_ins += 1,
             Action::SwapOut { .. } => self.swap_outs += 1,
             Action::Refuse { request, .. } => {
+                self.shared.remove(&request);
                 if let Some((function, _)) = self.open.remove(&request) {
                     self.functions.entry(function).or_default().refused += 1;
                 }

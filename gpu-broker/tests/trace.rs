@@ -64,6 +64,7 @@ fn a_broker_s_trace_replays_and_what_was_changed_in_it_is_found() {
     assert_eq!(code, Some(0), "{said}");
     assert_eq!(number_before(&said, " requests: "), 160, "{said}");
     assert!(number_before(&said, " swap-ins,") >= 5 && said.contains("f3: 32 requests, "), "{said}");
+    assert_eq!(number_before(&said, " are open"), 0, "also of those that have shared a run: {said}");
     assert!(number_before(&said, " were refused") <= 5, "no more than were cancelled: {said}");
     assert!(said.contains("the recording was stopped") && said.contains("decided as they were recorded"), "{said}");
 

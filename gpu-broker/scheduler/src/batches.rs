@@ -16,7 +16,7 @@ const DOUBLED_PRIOR_PERMILLE: u64 = 1_700;
 /// A larger run must bring a request's share of it below so many thousandths of what it is in a smaller one.
 const SHARE_MAX_PERMILLE: u64 = 950;
 /// Sizes that did not pay are tried again after so many choices: what they were measured under may have changed.
-const FORGET_EVERY: u32 = 1_024;
+const FORGET_EVERY: u32 = 64;
 
 /// What runs of several requests of a model take on a device, nothing beside them.
 #[derive(Clone, Copy, Debug)]
@@ -134,7 +134,7 @@ mod tests {
             batches.chosen(1);
             batches.best(ALONE, 16, LONG).0 == 2
         });
-        assert_eq!(until, Some(1_023));
+        assert_eq!(until, Some(63));
     }
 
     #[test]
