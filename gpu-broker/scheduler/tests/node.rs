@@ -83,6 +83,25 @@ fn weights_come_while_the_lane_is_busy_with_another_model() {
     assert_eq!(node.log.last(), Some(&run(2, 1, 0, 0, true)));
 }
 
+/// A copy of 20 ms and a run of 5 ms, which would end together if the run began after 15 ms.
+#[test]
+fn a_run_begins_a_little_before_its_copy_asks_for_it_where_a_lane_is_to_spare() {
+    for (lanes, begins_ms) in [(1, 15), (2, 13), (8, 13)] {
+        let mut node = Node::new(&[(1_000_000_000, lanes)], &[200_000_000], Late::Serve);
+        let (device, link) = (DeviceId(0), faaswap_scheduler::Link::Host { to: DeviceId(0) });
+        node.tell(Event::LinkMeasured { link, bytes_per_s: 10_000_000_000 });
+        let (weights, run) = (Bytes::new(200_000_000), Duration::from_millis(5));
+        node.tell(Event::ModelMeasured { model: ModelId(0), device, weights, run });
+        let actions = node.ask(1, 0, 50);
+        assert_eq!(actions[0], swap_in(0, 0));
+        let wakes = actions.iter().find_map(|action| match action {
+            Action::WakeAt(at) => Some(at.0.as_millis()),
+            _ => None,
+        });
+        assert!(wakes.is_some_and(|at| at.abs_diff(begins_ms) <= 1), "{lanes} lanes: {actions:?}");
+    }
+}
+
 #[test]
 fn a_model_on_a_busy_device_is_copied_from_there_over_a_faster_link() {
     let mut node = Node::new(&[(10, 1), (10, 1)], &[4], Late::Serve);

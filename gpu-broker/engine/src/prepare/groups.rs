@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn groups_are_fewer_where_each_costs_time() {
         let (table, total) = weights(&[128 << 10; 400]);
-        let (free, dear) = (cut(&table, total, Bytes::mib(4), 0), cut(&table, total, Bytes::mib(4), 192 << 10));
+        let (free, dear) = (cut(&table, total, Bytes::mib(8), 0), cut(&table, total, Bytes::mib(8), 192 << 10));
         assert!(dear.len() < free.len() && dear.len() as u64 <= total / (GROUPS_COST_ONE_IN * (192 << 10)));
         assert!(dear.windows(2).all(|w| w[0].offset + w[0].len == w[1].offset));
         assert_eq!(dear.iter().map(|g| g.len).sum::<u64>(), total);
