@@ -268,7 +268,7 @@ impl Core {
         let bound = self.bound(model, device).map(|(bound, _)| bound);
         let mut ask_of = |request: &RequestKey| {
             let found = self.requests.get_mut(request)?;
-            found.resident = resident;
+            found.resident = bound.as_ref().is_some_and(|model| model.found_by(found.ask.arrived, resident));
             Some((Arc::clone(&found.ask), found.function))
         };
         let (first, others) =

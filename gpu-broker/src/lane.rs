@@ -157,6 +157,11 @@ impl BoundModel {
         self.bound.range().is_some_and(|range| self.device.address(range) == Err(DeviceError::Lost))
     }
 
+    /// Whether a request that came at that moment found the weights there; `resident` says whether they are by now.
+    pub(crate) fn found_by(&self, arrived: Instant, resident: bool) -> bool {
+        resident && self.copied_at().is_none_or(|at| at <= arrived)
+    }
+
     pub(crate) fn copied_at(&self) -> MutexGuard<'_, Option<Instant>> {
         self.copied_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -258,7 +263,7 @@ fn serve(run: Run, mailbox: &Mailbox) {
         queued: started.saturating_duration_since(ask.arrived),
         ran,
         swapping: if resident { Duration::ZERO } else { swapping },
-        was_resident: resident,
+        was_resident: model.found_by(ask.arrived, resident),
     };
     let result = result.map_err(|error| answer::refusal(error, model.is_lost()));
     drop((inputs, model));

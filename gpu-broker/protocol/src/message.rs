@@ -118,7 +118,7 @@ pub struct Timing {
     pub ran: Duration,
     /// How long weights were still being copied after the request was given to a lane.
     pub swapping: Duration,
-    /// Whether the weights were there already when the request was given to a lane.
+    /// Whether the weights were there already when the request came.
     pub was_resident: bool,
 }
 

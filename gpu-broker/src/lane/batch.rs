@@ -148,7 +148,8 @@ impl Serving<'_> {
     ) {
         let queued = started.saturating_duration_since(ask.arrived);
         // Only requests whose weights are there are run together.
-        let timing = Timing { queued, ran, swapping: Duration::ZERO, was_resident: true };
+        let was_resident = self.model.found_by(ask.arrived, true);
+        let timing = Timing { queued, ran, swapping: Duration::ZERO, was_resident };
         let request = ask.key;
         places.answer(ask, result, timing, |outcome| self.mailbox.put(Ended::Answered { request, outcome }));
     }

@@ -57,7 +57,7 @@ pub(crate) enum Ending {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Answered {
     pub(crate) right: bool,
-    /// Whether the weights were there when a lane was.
+    /// Whether the weights were there when the request came.
     pub(crate) was_resident: bool,
     /// In the broker: until it was given to a lane, and on the lane.
     pub(crate) queued: Duration,
