@@ -266,10 +266,16 @@ fn serve(run: Run, mailbox: &Mailbox) {
         was_resident: model.found_by(ask.arrived, resident),
     };
     let result = result.map_err(|error| answer::refusal(error, model.is_lost()));
-    drop((inputs, model));
+    drop(inputs);
+    let unsettled = model.bound.is_unsettled().then(|| Arc::clone(&model));
+    drop(model);
     let request = ask.key;
     places.answer(&ask, result, timing, |outcome| mailbox.put(Ended::Run { request, took: ran, outcome }));
     mailbox.ring();
+    // Nobody waits for this; the next run in this lane does, once.
+    if let Some(model) = unsettled {
+        model.bound.settle();
+    }
 }
 
 fn as_input(input: &RunInput) -> Input<'_> {

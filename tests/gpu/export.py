@@ -17,6 +17,8 @@ from transformers import BertConfig, BertModel
 SEED = 7
 OPSET = 17
 KINDS = ("fp32", "fp16")
+# This one is exported with an open batch, too.
+OPEN = ("resnet50", "fp32")
 # Models that are exported at a time.
 AT_ONCE = 8
 
@@ -156,8 +158,18 @@ def export(out, name):
         torch.onnx.export(model, tuple(x.cuda() for x in example(kind == "fp16")), f"{folder}/part", input_names=inputs,
                           output_names=["y"], dynamo=False, opset_version=OPSET, do_constant_folding=True)
         os.replace(f"{folder}/part", f"{folder}/model.onnx")
+        if (name, kind) == OPEN:
+            export_open(out, name, model, example(False), inputs)
         size = os.path.getsize(f"{folder}/model.onnx") / 1e6
         print(f"{name}-{kind}: {size:.0f} MB, exported in {time.time() - start:.1f} s", flush=True)
+
+
+def export_open(out, name, model, args, inputs):
+    """The same model for any number of images at once; in a folder of its own, since it has no fixed shapes."""
+    folder = f"{out}/open/{name}"
+    os.makedirs(folder, exist_ok=True)
+    torch.onnx.export(model, tuple(x.cuda() for x in args), f"{folder}/model.onnx", input_names=inputs, output_names=["y"],
+                      dynamo=False, opset_version=OPSET, dynamic_axes={name: {0: "batch"} for name in [*inputs, "y"]})
 
 
 def export_all(out, names):

@@ -26,6 +26,7 @@ TITLES = {
     "peer_swap_request": "Request whose weights come from another GPU",
     "two_link_load": "Loading over two GPUs' links",
     "two_swaps_at_once": "A swap on each of two GPUs at once",
+    "open_batch_run": "Run of a model with an open batch, as a program",
     "stress_wrong_outputs": "Wrong outputs under constant eviction",
     "stress_memory_growth": "GPU memory grown under constant eviction",
     "disk_to_host_bandwidth": "Reading weights from disk",

@@ -5,6 +5,7 @@
 //! events of the link: a program may be launched as soon as all copies of its weights are *queued*.
 
 mod arena;
+mod binding;
 mod detour;
 mod device;
 mod driver;
@@ -50,7 +51,7 @@ use self::{
     source::Source,
 };
 pub use self::{
-    lane::{Constants, IO_BYTES_MAX, Run},
+    lane::{Alone, Constants, IO_BYTES_MAX, Run},
     probe::{PROBE_WITHIN, measure_links},
     program::{Program, RunTimes},
     shared::SWAPS_QUEUED_MAX,
@@ -242,61 +243,6 @@ impl CudaDevice {
         self.shared.lose();
     }
 
-    /// Does work that binds a model, in the lane that it is told: with one chunk behind all of the model's range.
-    pub fn bind<T, E: From<DeviceError>>(
-        &self,
-        range: Option<RangeId>,
-        work: impl FnOnce(usize) -> Result<T, E>,
-    ) -> Result<T, E> {
-        let lane = self.binding_lane();
-        self.shared.context.enter()?;
-        let Some(range) = range else { return work(lane.number) };
-        let addresses = {
-            let mut books = self.shared.books()?;
-            let found = books.ranges.get(range)?;
-            if found.state != State::Out || found.lent {
-                let (state, wanted) = (found.state.name(), State::Out.name());
-                return Err(DeviceError::State { range, state, wanted }.into());
-            }
-            found.lent = true;
-            let behind = std::mem::take(&mut found.behind);
-            let addresses = Arc::clone(&found.addresses);
-            drop(books);
-            if let Err(error) = self.shared.noted(addresses.unmap(0, behind)) {
-                self.shared.change(range, |range| range.lent = false);
-                return Err(error.into());
-            }
-            addresses
-        };
-        let chunk = self.shared.info.chunk.as_len().unwrap_or(usize::MAX);
-        let lent = (0..addresses.len()).step_by(chunk).try_for_each(|at| addresses.map(at, &self.dummy, chunk));
-        let lent = lent.and_then(|()| addresses.open(0, addresses.len()));
-        let result = lent.map_err(E::from).and_then(|()| work(lane.number));
-        let finished = self.finish(lane.number);
-        let unmapped = addresses.unmap(0, addresses.len());
-        self.shared.change(range, |range| range.lent = false);
-        self.shared.noted(finished.and(unmapped))?;
-        result
-    }
-
-    /// Does work of libraries that may wait for the whole device, as when a session is made, first run, or dropped: to do so
-    /// spoils what other threads capture, so it is done while nobody does.
-    pub fn beside_captures<T>(&self, work: impl FnOnce() -> T) -> T {
-        let _nobody = self.capturing.read().unwrap_or_else(PoisonError::into_inner);
-        work()
-    }
-
-    /// Waits for a lane to bind in.
-    fn binding_lane(&self) -> BindingLane<'_> {
-        let mut free = self.binding.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(number) = free.pop() {
-                return BindingLane { device: self, number };
-            }
-            free = self.bound.wait(free).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
     /// Device memory for the purpose that the calling thread has named; the device's own scratch where it named none.
     pub fn allocate(&self, len: usize) -> Result<usize, DeviceError> {
         let address = match arena::purpose().unwrap_or(Purpose::Scratch(self.own_lane())) {
@@ -423,19 +369,6 @@ fn late_group(groups: &[Group], size: Bytes) -> Option<u32> {
     let late = size.get().checked_sub(LATE_BYTES)?;
     let group = groups.iter().position(|group| group.offset + group.len >= late)?;
     u32::try_from(group).ok().filter(|_| group + 1 < groups.len())
-}
-
-/// A lane that is bound in, until this is dropped.
-struct BindingLane<'d> {
-    device: &'d CudaDevice,
-    number: usize,
-}
-
-impl Drop for BindingLane<'_> {
-    fn drop(&mut self) {
-        self.device.binding.lock().unwrap_or_else(PoisonError::into_inner).push(self.number);
-        self.device.bound.notify_one();
-    }
 }
 
 fn zero(context: &Arc<Context>, memory: &Physical, len: usize) -> Result<(), DeviceError> {

@@ -4,6 +4,7 @@
 //! whose swap-in failed fails. Sizes and places of tensors are checked here, before ONNX Runtime sees them.
 
 mod session;
+mod shapes;
 
 use std::{
     ffi::CString,
@@ -19,6 +20,7 @@ use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape};
 use faaswap_slab::Region;
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
+use self::shapes::Shapes;
 use crate::{
     CudaTarget, EngineError, Manifest, Prepared, RunError, Runtime, Target,
     await_op::{self, Waiter},
@@ -98,6 +100,8 @@ pub struct Bound {
     // The order matters: the program goes first, then the session, then the tensors that it uses, then the addresses
     // under them.
     programs: Option<Programs>,
+    /// Programs for shapes that requests tell, where the model has open dimensions and is on a GPU.
+    shapes: Option<Shapes>,
     session: Option<Session>,
     /// The lane of a GPU in which the session runs where there is no program.
     lane: Option<usize>,
@@ -151,6 +155,7 @@ impl Bound {
         let output_names: Result<_, EngineError> = names(&manifest.signature.outputs);
         let mut bound = Self {
             programs: None,
+            shapes: None,
             session: None,
             lane: None,
             kept: None,
@@ -234,7 +239,7 @@ impl Bound {
                     output_names: &self.output_names,
                     groups: &self.groups,
                 };
-                program::make(device, &made, io, (lane, binding), constants)
+                program::make(device, &made, io, (lane, binding), Some(constants))
             });
             made.map_err(|error: EngineError| error.to_string())
         });
@@ -253,6 +258,8 @@ impl Bound {
                 cuda.beside_captures(|| self.session = None);
                 self.kept = Some(why);
                 self.lane = Some(lane);
+                let open = IoLayout::of(&self.manifest.signature).is_err() && self.range.is_some();
+                self.shapes = open.then(Shapes::default);
                 let constants = cuda.constants();
                 let stream = cuda.stream(lane)?;
                 cuda.for_constants(&constants, || {
@@ -329,14 +336,19 @@ impl Bound {
         if let Some(programs) = &self.programs {
             return self.run_program(programs, inputs, wanted, place);
         }
-        let cuda = self.range.as_ref().and_then(|reserved| reserved.waiter.device.as_cuda());
-        match (cuda, self.lane) {
-            (Some(cuda), Some(lane)) => {
-                let run = || self.run_session(inputs, wanted, place);
-                cuda.in_lane(lane, run).map_err(RunError::failed)?
-            }
-            _ => self.run_session(inputs, wanted, place),
+        let known = self.shapes.as_ref().and_then(|shapes| shapes.program(inputs));
+        if let Some(programs) = known {
+            return self.run_program(&programs, inputs, wanted, place);
         }
+        let cuda = self.range.as_ref().and_then(|reserved| reserved.waiter.device.as_cuda());
+        let (Some(cuda), Some(lane)) = (cuda, self.lane) else { return self.run_session(inputs, wanted, place) };
+        let run = || self.run_session(inputs, wanted, place);
+        let outputs = cuda.in_lane(lane, run).map_err(RunError::failed)??;
+        let all = outputs.iter().map(|output| usize::from(output.index)).eq(0..self.output_names.len());
+        if let Some(shapes) = self.shapes.as_ref().filter(|_| all) {
+            shapes.ran(inputs, &outputs);
+        }
+        Ok(outputs)
     }
 
     /// Runs the program. Its inputs are copies on the device, which no peer can change.
@@ -409,7 +421,7 @@ impl Drop for Bound {
     fn drop(&mut self) {
         let Some(device) = self.range.as_ref().map(|reserved| Arc::clone(&reserved.waiter.device)) else { return };
         if let Some(cuda) = device.as_cuda() {
-            self.programs = None;
+            (self.programs, self.shapes) = (None, None);
             cuda.beside_captures(|| self.session = None);
         }
     }

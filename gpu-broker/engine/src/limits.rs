@@ -24,6 +24,14 @@ pub const GROUPS_MIN: usize = 4;
 /// About how many groups a large model has on a GPU: where more than some 48 copies are queued, the driver keeps the one
 /// who queues them waiting, as measured on an H100.
 pub const GROUPS_QUEUED: u64 = 24;
+/// Runs of the same shapes in a session before they are captured, where a model has open dimensions.
+pub const CAPTURED_AFTER: u32 = 3;
+/// Most programs of one model with open dimensions; further shapes run in its session.
+pub const PROGRAMS_PER_MODEL_MAX: usize = 8;
+/// Shapes without a program whose runs are counted, the latest.
+pub const SHAPES_COUNTED_MAX: usize = 32;
+/// Largest request, with its answer, that is kept to be compared with what a program answers.
+pub const SAMPLE_BYTES_MAX: Bytes = Bytes::mib(64);
 /// Most groups of one model; larger models get larger groups.
 pub const GROUPS_MAX: u64 = 256;
 /// Largest constant that the optimizer may compute in advance: a tiny graph can ask for terabytes of them.

@@ -55,9 +55,16 @@ pub(crate) struct IoLayout {
 impl IoLayout {
     /// `Err` says why the model has no program: a shape that only a request can tell.
     pub(crate) fn of(signature: &Signature) -> Result<Self, String> {
+        let fixed = |spec: &TensorSpec| spec.fixed_shape().ok_or_else(|| format!("{} has no fixed shape", spec.name));
+        let inputs = signature.inputs.iter().map(fixed).collect::<Result<Vec<_>, _>>()?;
+        let outputs = signature.outputs.iter().map(fixed).collect::<Result<Vec<_>, _>>()?;
+        Self::with(signature, &inputs, &outputs)
+    }
+
+    /// As above, with shapes that a request has told.
+    pub(crate) fn with(signature: &Signature, inputs: &[Shape], outputs: &[Shape]) -> Result<Self, String> {
         let mut end = 0;
-        let mut place = |spec: &TensorSpec| {
-            let shape = spec.fixed_shape().ok_or_else(|| format!("{} has no fixed shape", spec.name))?;
+        let mut place = |(spec, shape): (&TensorSpec, &Shape)| {
             let len = shape.size(spec.dtype).ok().and_then(Bytes::as_len);
             let len = len.ok_or_else(|| format!("{} is too large", spec.name))?;
             let offset = end;
@@ -65,10 +72,10 @@ impl IoLayout {
             if end > IO_BYTES_MAX {
                 return Err(format!("inputs and outputs have more than {IO_BYTES_MAX} bytes"));
             }
-            Ok(Slot { offset, len, shape })
+            Ok(Slot { offset, len, shape: shape.clone() })
         };
-        let inputs = signature.inputs.iter().map(&mut place).collect::<Result<Vec<_>, _>>()?;
-        let outputs = signature.outputs.iter().map(&mut place).collect::<Result<Vec<_>, _>>()?;
+        let inputs = signature.inputs.iter().zip(inputs).map(&mut place).collect::<Result<Vec<_>, _>>()?;
+        let outputs = signature.outputs.iter().zip(outputs).map(&mut place).collect::<Result<Vec<_>, _>>()?;
         let inputs_end = outputs.first().map_or(end, |first| first.offset);
         Ok(Self { inputs, outputs, inputs_end, end })
     }
@@ -79,8 +86,8 @@ impl IoLayout {
 pub(crate) struct Programs {
     program: Program,
     pub(crate) io: IoLayout,
-    /// Nothing reads it: it gives the memory back in the end.
-    _constants: Constants,
+    /// Nothing reads it: it gives the memory back in the end. `None` where a session that is kept has it.
+    _constants: Option<Constants>,
     pub(crate) device: Arc<dyn Device>,
 }
 
@@ -143,18 +150,20 @@ pub(crate) struct Made<'s> {
     pub(crate) groups: &'s [Group],
 }
 
-/// Makes a model's program for a lane of its session, inside of [`CudaDevice::bind`], in the lane for that.
+/// Makes a model's program for a lane of its session: inside of [`CudaDevice::bind`], in the lane for that, or in the lane itself
+/// with the weights there. The session's stream is that of the lane in which it is made.
 pub(crate) fn make(
     device: &Arc<dyn Device>,
     made: &Made<'_>,
     io: IoLayout,
     (lane, binding): (usize, usize),
-    constants: Constants,
+    constants: Option<Constants>,
 ) -> Result<Programs, EngineError> {
     let Made { session, signature, input_names, output_names, groups } = *made;
     let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
-    let bind = |lane: usize| -> Result<raw::DeviceRun<'_>, EngineError> {
-        let base = cuda.io_address(lane, io.end)?;
+    // Both before the lane is taken: it may be one and the same.
+    let (there, here) = (cuda.io_address(binding, io.end)?, cuda.io_address(lane, io.end)?);
+    let bind = |base: usize| -> Result<raw::DeviceRun<'_>, EngineError> {
         let mut run = raw::DeviceRun::new(session)?;
         let tensor = |spec: &TensorSpec, slot: &Slot| {
             let element = onnx::element_of(spec.dtype);
@@ -168,13 +177,14 @@ pub(crate) fn make(
         }
         Ok(run)
     };
-    let warm = bind(binding)?;
+    let alone = cuda.alone_in(binding)?;
+    let warm = bind(there)?;
     cuda.clear_io(binding, io.end)?;
     cuda.beside_captures(|| -> Result<(), EngineError> {
-        cuda.in_lane(binding, || warm.queue())??;
+        alone.run(|| warm.queue())?;
         Ok(cuda.finish(binding)?)
     })?;
-    let run = bind(lane)?;
+    let run = bind(here)?;
     let program = cuda.capture(lane, binding, groups, || run.queue())?;
     Ok(Programs { program, io, _constants: constants, device: Arc::clone(device) })
 }

@@ -8,6 +8,7 @@
 //!     faaswap-gpu fault MODELS               a kernel that traps, and the GPU used again
 //!     faaswap-gpu links OUT                  each link alone and together, and what NVML sees
 //!     faaswap-gpu tiers OUT                  weights from disk, alone and while they are swapped in
+//!     faaswap-gpu open MODELS OUT            a model with an open batch
 //!     faaswap-gpu density MODELS OUT         many functions on a whole broker, at rising rates
 //!     faaswap-gpu soak MODELS OUT            the same at one rate, and what memory was taken meanwhile
 //!     faaswap-gpu front MODELS OUT           what a sidecar and the broker add to what the device takes
@@ -26,6 +27,7 @@ mod links;
 mod many;
 mod model;
 mod node;
+mod open;
 mod peers;
 mod record;
 mod stats;
@@ -34,7 +36,7 @@ mod tiers;
 use std::{error::Error, process::ExitCode};
 
 const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | \
-                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | front MODELS OUT | lose MODELS OUT | \
+                     peers MODELS OUT | fault MODELS | links OUT | tiers OUT | open MODELS OUT | front MODELS OUT | lose MODELS OUT | \
                      density MODELS OUT | soak MODELS OUT | tiny-models MODELS | prepare-model | \
                      broker";
 
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),
         ["one", models, name] => fault::one(models.as_ref(), name),
         ["links", out] => links::run(out.as_ref()),
+        ["open", models, out] => open::run(models.as_ref(), out.as_ref(), "resnet50"),
         ["tiers", out] => tiers::run(out.as_ref()),
         ["prepare-model"] => model::prepare_from_stdin(),
         ["tiny-models", models] => faaswap_tests::models::write_tiny(models.as_ref()).map_err(Into::into),

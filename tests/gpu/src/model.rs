@@ -144,10 +144,19 @@ pub(crate) struct Asked {
 
 impl Asked {
     pub(crate) fn new(runtime: &Runtime, prepared: &Prepared, device: &Arc<dyn Device>) -> Result<Self> {
+        Self::with_inputs(runtime, prepared, device, inputs(&prepared.manifest().signature)?)
+    }
+
+    /// With inputs of the caller's.
+    pub(crate) fn with_inputs(
+        runtime: &Runtime,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+        inputs: Vec<(DType, Shape, Vec<u8>)>,
+    ) -> Result<Self> {
         let weights = Arc::new(HostWeights::open(&prepared.weights_path())?);
         device.prepare_weights(&weights)?;
-        let inputs = Arc::new(inputs(&prepared.manifest().signature)?);
-        Self::with(runtime, prepared, device, weights, inputs)
+        Self::with(runtime, prepared, device, weights, Arc::new(inputs))
     }
 
     pub(crate) fn with(

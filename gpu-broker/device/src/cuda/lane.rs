@@ -146,11 +146,14 @@ impl CudaDevice {
 
     /// Does work in a lane, alone there, whose device memory is the lane's scratch.
     pub fn in_lane<T>(&self, lane: usize, work: impl FnOnce() -> T) -> Result<T, DeviceError> {
+        Ok(self.alone_in(lane)?.run(work))
+    }
+
+    /// Waits until nobody else runs anything in a lane, and keeps it so.
+    pub fn alone_in(&self, lane: usize) -> Result<Alone<'_>, DeviceError> {
         let io = self.lane(lane)?.io();
         self.shared.context.enter()?;
-        let done = with_purpose(Purpose::Scratch(lane), work);
-        drop(io);
-        Ok(done)
+        Ok(Alone { lane, _io: io })
     }
 
     /// Waits for what is queued in a lane.
@@ -172,6 +175,25 @@ impl CudaDevice {
         let io = lane.io();
         self.shared.context.enter()?;
         Ok(Run { device: self, program, lane, io })
+    }
+}
+
+/// A lane that is the caller's until this is dropped.
+pub struct Alone<'d> {
+    lane: usize,
+    _io: MutexGuard<'d, Io>,
+}
+
+impl Alone<'_> {
+    /// Does work whose device memory is the lane's scratch.
+    pub fn run<T>(&self, work: impl FnOnce() -> T) -> T {
+        with_purpose(Purpose::Scratch(self.lane), work)
+    }
+}
+
+impl fmt::Debug for Alone<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Alone").field("lane", &self.lane).finish_non_exhaustive()
     }
 }
 

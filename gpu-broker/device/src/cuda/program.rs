@@ -113,8 +113,8 @@ thread_local! {
 }
 
 impl CudaDevice {
-    /// Makes a program of what `work` queues on the binding lane's stream, for `lane`: its scratch is that lane's. It is cut
-    /// where it waits for a later stage of these groups.
+    /// Makes a program of what `work` queues on the binding lane's stream, for `lane`, which may be the same: its scratch is
+    /// that lane's. It is cut where it waits for a later stage of these groups.
     ///
     /// Fails where `work` keeps scratch for itself: the next program in the lane would overwrite it.
     pub fn capture<E: From<DeviceError>>(
@@ -127,10 +127,10 @@ impl CudaDevice {
         let (binding_lane, target) = (self.lane(binding)?, self.lane(lane)?);
         self.shared.context.enter()?;
         let _alone = self.capturing.write().unwrap_or_else(PoisonError::into_inner);
-        let peak = binding_lane.scratch().peak();
+        let (peak, workspace) = (binding_lane.scratch().peak(), binding_lane.workspace().mapped());
         // Two arenas of the same history need the same; what another history adds is grown into during the capture.
         target.scratch().grow(peak)?;
-        target.workspace().grow(binding_lane.workspace().mapped())?;
+        target.workspace().grow(workspace)?;
         let before = target.scratch().live();
         let stages = stages(groups, self.info().chunk);
         let stages = stages.iter().map(|stage| u32::try_from(stage.groups).unwrap_or(u32::MAX)).collect();

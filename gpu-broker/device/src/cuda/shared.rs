@@ -256,6 +256,17 @@ impl Shared {
         Ok(Reading { shared: self, range: id })
     }
 
+    /// As above, where the weights are there.
+    pub(super) fn read_resident(&self, id: RangeId) -> Result<Option<Reading<'_>>, DeviceError> {
+        let mut books = self.books()?;
+        let range = books.ranges.get(id)?;
+        if range.state != State::Resident {
+            return Ok(None);
+        }
+        range.readers += 1;
+        Ok(Some(Reading { shared: self, range: id }))
+    }
+
     /// Takes a step of the link.
     pub(super) fn step(&self, id: RangeId, step: Step) {
         self.change(id, |range| {
