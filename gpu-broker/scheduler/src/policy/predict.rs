@@ -17,7 +17,7 @@ const STRAIN_THAT_PAYS: u64 = 900;
 
 /// How much earlier a run starts than its weights' copy asks for, where a lane is to spare. Timers are up to a millisecond
 /// late, and as much is lost to waking up and to inputs; measured behind a broker on an H100: 0.9 ms later than without.
-const STARTS_AHEAD: Span = Span::millis(2);
+const STARTS_AHEAD: Span = Span::millis(1);
 
 /// One place for a request.
 #[derive(Clone, Copy, Debug)]
