@@ -232,14 +232,7 @@ impl Bound {
                     cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
                 })?;
                 let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
-                let made = Made {
-                    session,
-                    signature: &self.manifest.signature,
-                    input_names: &self.input_names,
-                    output_names: &self.output_names,
-                    groups: &self.groups,
-                };
-                program::make(device, &made, io, (lane, binding), Some(constants))
+                program::make(device, &self.made_of(session), io, (lane, binding), Some(constants))
             });
             made.map_err(|error: EngineError| error.to_string())
         });
@@ -269,6 +262,17 @@ impl Bound {
             }
         }
         Ok(())
+    }
+
+    /// What a program of this session needs to be known of the model.
+    fn made_of<'s>(&'s self, session: &'s Session) -> Made<'s> {
+        Made {
+            session,
+            signature: &self.manifest.signature,
+            input_names: &self.input_names,
+            output_names: &self.output_names,
+            groups: &self.groups,
+        }
     }
 
     /// On a GPU: how many copies and fills of the program are kernels of ours, and how many are not.

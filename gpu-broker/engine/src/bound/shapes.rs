@@ -14,7 +14,7 @@ use crate::{
     EngineError,
     limits::{CAPTURED_AFTER, PROGRAMS_PER_MODEL_MAX, SAMPLE_BYTES_MAX, SHAPES_COUNTED_MAX},
     prepare::is_close,
-    program::{self, IoLayout, Made, Programs},
+    program::{self, IoLayout, Programs},
 };
 
 /// A request of some shapes and what was answered to it: what a program must answer.
@@ -165,15 +165,8 @@ impl Bound {
             &shapes(&mut sample.outputs.iter().map(|(_, shape, _)| shape.clone())),
         );
         let io = io.map_err(EngineError::Ort)?;
-        let made = Made {
-            session,
-            signature: &self.manifest.signature,
-            input_names: &self.input_names,
-            output_names: &self.output_names,
-            groups: &self.groups,
-        };
         cuda.while_resident(reserved.waiter.range, || {
-            let programs = program::make(device, &made, io, (lane, lane), None)?;
+            let programs = program::make(device, &self.made_of(session), io, (lane, lane), None)?;
             self.compare(&programs, sample)?;
             Ok(programs)
         })
