@@ -232,7 +232,10 @@ impl Bound {
                     cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
                 })?;
                 let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
-                program::make(device, &self.made_of(session), io, (lane, binding), Some(constants))
+                let here = (lane, program::make_room(cuda, &io, lane)?);
+                let there = program::make_room(cuda, &io, binding)?;
+                let alone = cuda.alone_in(binding)?;
+                program::make(device, &self.made_of(session), io, here, (&alone, there), Some(constants))
             });
             made.map_err(|error: EngineError| error.to_string())
         });

@@ -15,7 +15,7 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId,
-    cuda::{Constants, CudaDevice, IO_BYTES_MAX, Program, Run, RunTimes},
+    cuda::{Alone, Constants, CudaDevice, IO_BYTES_MAX, Program, Run, RunTimes},
 };
 use faaswap_protocol::{Bytes, Shape, Signature, TensorSpec};
 use ort::session::Session;
@@ -109,6 +109,12 @@ impl Programs {
         let cuda = self.device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         Ok(Running { run: cuda.begin(&self.program)?, io: &self.io })
     }
+
+    /// Begins a run in the program's lane, which is the caller's already.
+    pub(crate) fn begin_in<'p>(&'p self, alone: Alone<'p>) -> Result<Running<'p>, DeviceError> {
+        let cuda = self.device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
+        Ok(Running { run: cuda.begin_in(alone, &self.program)?, io: &self.io })
+    }
 }
 
 /// A run of a program.
@@ -150,19 +156,24 @@ pub(crate) struct Made<'s> {
     pub(crate) groups: &'s [Group],
 }
 
+/// Makes sure that inputs and outputs have memory in a lane: before the lane is taken.
+pub(crate) fn make_room(cuda: &CudaDevice, io: &IoLayout, lane: usize) -> Result<usize, DeviceError> {
+    cuda.io_address(lane, io.end)
+}
+
 /// Makes a model's program for a lane of its session: inside of [`CudaDevice::bind`], in the lane for that, or in the lane itself
-/// with the weights there. The session's stream is that of the lane in which it is made.
+/// with the weights there. The session's stream is that of the lane in which it is made, which is the caller's. Each lane
+/// comes with where its inputs and outputs are ([`make_room`]).
 pub(crate) fn make(
     device: &Arc<dyn Device>,
     made: &Made<'_>,
     io: IoLayout,
-    (lane, binding): (usize, usize),
+    (lane, here): (usize, usize),
+    (alone, there): (&Alone<'_>, usize),
     constants: Option<Constants>,
 ) -> Result<Programs, EngineError> {
     let Made { session, signature, input_names, output_names, groups } = *made;
     let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
-    // Both before the lane is taken: it may be one and the same.
-    let (there, here) = (cuda.io_address(binding, io.end)?, cuda.io_address(lane, io.end)?);
     let bind = |base: usize| -> Result<raw::DeviceRun<'_>, EngineError> {
         let mut run = raw::DeviceRun::new(session)?;
         let tensor = |spec: &TensorSpec, slot: &Slot| {
@@ -177,7 +188,7 @@ pub(crate) fn make(
         }
         Ok(run)
     };
-    let alone = cuda.alone_in(binding)?;
+    let binding = alone.lane();
     let warm = bind(there)?;
     cuda.clear_io(binding, io.end)?;
     cuda.beside_captures(|| -> Result<(), EngineError> {

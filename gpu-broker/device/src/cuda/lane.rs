@@ -149,11 +149,12 @@ impl CudaDevice {
         Ok(self.alone_in(lane)?.run(work))
     }
 
-    /// Waits until nobody else runs anything in a lane, and keeps it so.
+    /// Waits until nobody else runs anything in a lane, and keeps it so. Not for those who keep weights where they are: whoever
+    /// has the lane may wait for memory that these weights would leave.
     pub fn alone_in(&self, lane: usize) -> Result<Alone<'_>, DeviceError> {
         let io = self.lane(lane)?.io();
         self.shared.context.enter()?;
-        Ok(Alone { lane, _io: io })
+        Ok(Alone { lane, io })
     }
 
     /// Waits for what is queued in a lane.
@@ -171,20 +172,30 @@ impl CudaDevice {
 
     /// Begins a run of a program: waits until its lane is free.
     pub fn begin<'d>(&'d self, program: &'d Program) -> Result<Run<'d>, DeviceError> {
-        let lane = self.lane(program.lane())?;
-        let io = lane.io();
-        self.shared.context.enter()?;
-        Ok(Run { device: self, program, lane, io })
+        self.begin_in(self.alone_in(program.lane())?, program)
+    }
+
+    /// Begins a run of a program in its lane, which is the caller's already.
+    pub fn begin_in<'d>(&'d self, alone: Alone<'d>, program: &'d Program) -> Result<Run<'d>, DeviceError> {
+        if alone.lane != program.lane() {
+            return Err(DeviceError::Invalid("the program is of another lane"));
+        }
+        Ok(Run { device: self, program, lane: self.lane(alone.lane)?, io: alone.io })
     }
 }
 
 /// A lane that is the caller's until this is dropped.
 pub struct Alone<'d> {
     lane: usize,
-    _io: MutexGuard<'d, Io>,
+    io: MutexGuard<'d, Io>,
 }
 
 impl Alone<'_> {
+    /// Which lane.
+    pub fn lane(&self) -> usize {
+        self.lane
+    }
+
     /// Does work whose device memory is the lane's scratch.
     pub fn run<T>(&self, work: impl FnOnce() -> T) -> T {
         with_purpose(Purpose::Scratch(self.lane), work)

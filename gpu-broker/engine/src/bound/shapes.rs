@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use faaswap_device::DeviceError;
+use faaswap_device::{DeviceError, cuda::Alone};
 use faaswap_protocol::{Bytes, DType, Shape};
 
 use super::{Bound, Input, InputData, Place, RunOutput};
@@ -165,15 +165,18 @@ impl Bound {
             &shapes(&mut sample.outputs.iter().map(|(_, shape, _)| shape.clone())),
         );
         let io = io.map_err(EngineError::Ort)?;
+        let at = program::make_room(cuda, &io, lane)?;
+        // The lane first: see there.
+        let alone = cuda.alone_in(lane)?;
         cuda.while_resident(reserved.waiter.range, || {
-            let programs = program::make(device, &self.made_of(session), io, (lane, lane), None)?;
-            self.compare(&programs, sample)?;
+            let programs = program::make(device, &self.made_of(session), io, (lane, at), (&alone, at), None)?;
+            self.compare(&programs, alone, sample)?;
             Ok(programs)
         })
     }
 
-    fn compare(&self, programs: &Programs, sample: &Sample) -> Result<(), EngineError> {
-        let mut run = programs.begin()?;
+    fn compare(&self, programs: &Programs, alone: Alone<'_>, sample: &Sample) -> Result<(), EngineError> {
+        let mut run = programs.begin_in(alone)?;
         for (index, (_, bytes)) in sample.inputs.iter().enumerate() {
             run.input(index)?.copy_from_slice(bytes);
         }
