@@ -124,8 +124,14 @@ struct Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        if let Err(error) = self.waiter.device.release(self.waiter.range) {
-            tracing::error!(%error, range = ?self.waiter.range, "a range of a model that is gone cannot be released");
+        let range = self.waiter.range;
+        match self.waiter.device.release(range) {
+            Ok(()) => {}
+            // Of a broker that ends: its models are not swapped out one by one.
+            Err(error @ (DeviceError::State { .. } | DeviceError::Lost)) => {
+                tracing::debug!(%error, ?range, "a range goes with its device");
+            }
+            Err(error) => tracing::error!(%error, ?range, "a range of a model that is gone cannot be released"),
         }
     }
 }
