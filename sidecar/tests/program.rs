@@ -238,6 +238,10 @@ async fn the_broker_hears_of_what_goes_to_the_handler_unless_told_otherwise() {
         for _ in 0..2 {
             assert_eq!(Http::new(running.service).get("/any").await.status.as_u16(), 207);
         }
+        for probe in [("user-agent", "kube-probe/1.36"), ("k-network-probe", "queue")] {
+            let reply = Http::new(running.service).call(Method::GET, "/any", &[probe], "").await;
+            assert_eq!(reply.status.as_u16(), 207, "no inference comes of {probe:?}");
+        }
         assert_eq!(expected_until_now(&broker, &running).await, hints, "{prefetch}");
     }
 }

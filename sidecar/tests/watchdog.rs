@@ -1,137 +1,17 @@
 //! The contract of of-watchdog in `http` mode: the same cases for our front and, where it is installed, for the real
-//! program. `tests/tools/fetch-go` installs it where Go and its module can be had; else those cases say that they skip.
-//!
-//! Differences that are meant, and so are not cases: the real one sends every body on as chunks, adds
-//! `Accept-Encoding`, prefixes the handler's log lines, passes WebSockets, and is ready before the handler listens;
-//! ours keeps `Content-Length`, leaves log lines alone, and is ready once model and handler are.
+//! program, where `FAASWAP_OF_WATCHDOG` names one, `make fetch-go` could install it, or `PATH` has it; else they say that
+//! they skip it. What is meant to differ is in `watchdog_differences.rs`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::Stdio,
-    time::Duration,
-};
-
 use http::Method;
 use support::{
-    broker::{FakeBroker, doubler},
     clients::{Http, Reply},
+    fronts::{Running, fronts, ours},
 };
-use tempfile::TempDir;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    process::{Child, Command},
-    time::sleep,
-};
-
-/// How long anything may take on a busy machine.
-const SOON: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(10);
-
-/// Our front, and the real one where there is one.
-fn fronts() -> Vec<PathBuf> {
-    let ours = PathBuf::from(env!("CARGO_BIN_EXE_faaswap-sidecar"));
-    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/go/bin/of-watchdog");
-    let theirs = std::env::var_os("FAASWAP_OF_WATCHDOG").map_or(installed, PathBuf::from);
-    if theirs.is_file() {
-        return vec![ours, theirs];
-    }
-    eprintln!("SKIPPED for of-watchdog: {} is not there; our front alone is tested", theirs.display());
-    vec![ours]
-}
-
-async fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
-}
-
-struct Running {
-    child: Child,
-    http: Http,
-    front: SocketAddr,
-    metrics: SocketAddr,
-    folder: TempDir,
-    _broker: FakeBroker,
-}
-
-impl Running {
-    /// A front with its handler, both serving.
-    async fn start(program: &Path, more: &[(&str, &str)]) -> Self {
-        let mut running = Self::spawn(program, more).await;
-        running.until(async |http| http.get("/up").await.status == 200).await;
-        running
-    }
-
-    async fn spawn(program: &Path, more: &[(&str, &str)]) -> Self {
-        let (front, handler, metrics) = (free_port().await, free_port().await, free_port().await);
-        let folder = tempfile::tempdir().unwrap();
-        let broker = FakeBroker::start(doubler());
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/handler.py");
-        let child = Command::new(program)
-            .env_clear()
-            .envs([("PATH", std::env::var("PATH").unwrap())])
-            .env("TMPDIR", folder.path())
-            .env("mode", "http")
-            .env("port", front.port().to_string())
-            .env("fprocess", format!("python3 {} {}", script.display(), handler.port()))
-            .env("upstream_url", format!("http://{handler}"))
-            .env("exec_timeout", "20s")
-            .env("write_timeout", "1s")
-            .env("FAASWAP_BROKER_SOCKET", broker.socket())
-            .env("FAASWAP_FUNCTION", support::NAME)
-            .env("FAASWAP_MODEL", support::digest().to_string())
-            .env("FAASWAP_LISTEN", "127.0.0.1:0")
-            .env("FAASWAP_METRICS_LISTEN", metrics.to_string())
-            .envs(more.iter().copied())
-            .kill_on_drop(true)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut running = Self { child, http: Http::new(front), front, metrics, folder, _broker: broker };
-        running.until(async |http| http.get("/_/health").await.status == 200).await;
-        running
-    }
-
-    /// Asks until it is so.
-    async fn until(&mut self, so: impl AsyncFn(&Http) -> bool) {
-        let waiting = async {
-            loop {
-                if TcpStream::connect(self.front).await.is_ok() && so(&self.http).await {
-                    return;
-                }
-                assert_eq!(self.child.try_wait().unwrap(), None, "the front ended");
-                sleep(POLL).await;
-            }
-        };
-        tokio::time::timeout(SOON, waiting).await.expect("it becomes so");
-    }
-
-    fn terminate(&self) {
-        let pid = rustix::process::Pid::from_raw(self.child.id().unwrap().try_into().unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    }
-
-    /// Makes the handler end with this code. Whether that is answered depends on who is quicker.
-    async fn end_handler(&self, code: u8) {
-        let mut stream = TcpStream::connect(self.front).await.unwrap();
-        let request = format!("GET /exit/{code} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let _answer_or_reset = stream.read_to_end(&mut Vec::new()).await;
-    }
-
-    async fn exit_code(&mut self) -> Option<i32> {
-        tokio::time::timeout(SOON, self.child.wait()).await.expect("it ends").unwrap().code()
-    }
-
-    fn lock(&self) -> PathBuf {
-        self.folder.path().join(".lock")
-    }
-}
+use tokio::process::Command;
 
 fn seen(reply: &Reply) -> (u16, String) {
     (reply.status.as_u16(), reply.header("x-openfaas-internal").to_owned())
@@ -164,7 +44,9 @@ async fn health_and_readiness_are_answered_by_the_front() {
         running.until(async |http| http.get("/_/ready").await.status == 200).await;
         let health = running.http.get("/_/health").await;
         assert_eq!((health.status.as_u16(), health.body.trim_ascii()), (200, &b"OK"[..]));
-        assert_eq!(running.http.post("/_/health", &[], "").await.status, 405);
+        for probe in ["/_/health", "/_/ready"] {
+            assert_eq!(running.http.post(probe, &[], "").await.status, 405, "{probe}");
+        }
         std::fs::remove_file(running.lock()).expect("the lock file is there");
         assert_eq!(running.http.get("/_/health").await.status, 503, "probes by file and by HTTP agree");
     }
@@ -175,6 +57,43 @@ async fn readiness_can_be_the_handlers() {
     for program in fronts() {
         let mut running = Running::start(&program, &[("ready_path", "/teapot")]).await;
         running.until(async |http| http.get("/_/ready").await.status == 418).await;
+    }
+}
+
+#[tokio::test]
+async fn a_readiness_probe_that_the_handler_answers_takes_no_place_from_requests() {
+    for program in fronts() {
+        let mut running = Running::start(&program, &[("ready_path", "/slow/0.5"), ("max_inflight", "1")]).await;
+        running.until(async |http| http.get("/_/ready").await.status == 200).await;
+        let probe = tokio::spawn({
+            let http = running.http.clone();
+            async move { http.get("/_/ready").await }
+        });
+        let handler = Http::new(running.handler);
+        while handler.get("/slow-begun").await.body != "2" {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(running.http.get("/").await.status, 200, "the one place is free");
+        assert_eq!(probe.await.unwrap().status, 200);
+    }
+}
+
+#[tokio::test]
+async fn the_long_names_of_the_handlers_variables_win() {
+    for program in fronts() {
+        let short = [("fprocess", "/not/there"), ("upstream_url", "http://127.0.0.1:1")];
+        let mut running = Running::spawn_named(&program, ["function_process", "http_upstream_url"], &short).await;
+        running.until(async |http| http.get("/up").await.status == 200).await;
+    }
+}
+
+#[tokio::test]
+async fn the_folder_of_the_lock_file_is_made_where_it_is_missing() {
+    for program in fronts() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("not/yet");
+        let _running = Running::start(&program, &[("TMPDIR", missing.to_str().unwrap())]).await;
+        assert!(missing.join(".lock").is_file());
     }
 }
 
@@ -235,10 +154,6 @@ async fn a_handler_that_crashes_takes_the_front_along_and_one_that_ends_well_doe
 
 // === What only our front does ===
 
-fn ours() -> PathBuf {
-    PathBuf::from(env!("CARGO_BIN_EXE_faaswap-sidecar"))
-}
-
 #[tokio::test]
 async fn the_protocol_is_answered_at_the_front_and_at_the_url_that_the_handler_is_given() {
     let mut running = Running::start(&ours(), &[("max_inflight", "1")]).await;
@@ -264,7 +179,8 @@ async fn the_protocol_is_answered_at_the_front_and_at_the_url_that_the_handler_i
 
 #[tokio::test]
 async fn metrics_have_of_watchdogs_names() {
-    let running = Running::start(&ours(), &[]).await;
+    let mut running = Running::spawn(&ours(), &[("ready_path", "/up")]).await;
+    running.until(async |http| http.get("/_/ready").await.status == 200).await;
     running.http.get("/teapot").await;
     let text = Http::new(running.metrics).get("/metrics").await;
     let text = String::from_utf8(text.body.to_vec()).unwrap();
@@ -272,6 +188,7 @@ async fn metrics_have_of_watchdogs_names() {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }
     assert!(text.contains("http_request_duration_seconds_count{code=\"418\",method=\"GET\"} 1"), "{text}");
+    assert!(!text.contains("http_requests_total{code=\"200\""), "probes are not counted:\n{text}");
 }
 
 #[tokio::test]

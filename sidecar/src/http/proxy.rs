@@ -30,6 +30,18 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     header::UPGRADE,
 ];
 
+/// Marks a request that only asks whether the handler is ready.
+#[derive(Clone, Copy, Debug)]
+pub struct Probe;
+
+/// Whether no inference will come of it: our own probes, the kubelet's and those of Knative's network.
+fn is_probe<B>(request: &Request<B>) -> bool {
+    let agent = request.headers().get(header::USER_AGENT).map(http::HeaderValue::as_bytes).unwrap_or_default();
+    request.extensions().get::<Probe>().is_some()
+        || agent.starts_with(b"kube-probe")
+        || request.headers().contains_key("k-network-probe")
+}
+
 /// The handler behind the sidecar.
 #[derive(Clone, Debug)]
 pub struct Upstream {
@@ -59,7 +71,7 @@ impl Upstream {
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
-        if self.prefetch {
+        if self.prefetch && !is_probe(&request) {
             // While the handler reads and prepares its input, the broker brings weights that have left.
             self.function.announce();
         }

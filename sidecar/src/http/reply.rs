@@ -55,12 +55,12 @@ struct OverTime;
 
 impl ReplyBody {
     /// This body, holding a place until it is sent, and breaking off at an instant.
-    pub fn guarded(self, place: OwnedSemaphorePermit, until: Option<tokio::time::Instant>) -> Self {
+    pub fn guarded(self, place: Option<OwnedSemaphorePermit>, until: Option<tokio::time::Instant>) -> Self {
         if self.is_end_stream() {
             return self;
         }
         let until = until.map(|until| Box::pin(tokio::time::sleep_until(until)));
-        Self::Guarded(Box::new(Guarded { body: self, place: Some(place), until }))
+        Self::Guarded(Box::new(Guarded { body: self, place, until }))
     }
 }
 

@@ -25,6 +25,7 @@ use super::{lock::Lock, settings, settings::WatchdogSettings};
 use crate::{
     http::{
         REFUSAL_HEADER,
+        proxy::Probe,
         reply::{self, Reply, ReplyBody},
     },
     infer::Function,
@@ -174,7 +175,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<B>) -> FrontFuture {
+    fn call(&mut self, request: Request<B>) -> FrontFuture {
         let gate = Arc::clone(&self.gate);
         // The service that is ready is used; its clone is what waits for the next request.
         let clone = self.inner.clone();
@@ -182,11 +183,7 @@ where
         Box::pin(async move {
             match request.uri().path() {
                 "/_/health" => return Ok(gate.health(request.method())),
-                "/_/ready" => match (gate.not_ready().await, &gate.ready_path) {
-                    (Some(why), _) => return Ok(why),
-                    (None, None) => return Ok(text(StatusCode::OK, "OK")),
-                    (None, Some(path)) => ask_for(path, &mut request),
-                },
+                "/_/ready" => return Ok(ready(&gate, inner, request).await),
                 _ => {}
             }
             let began = Instant::now();
@@ -195,7 +192,7 @@ where
             let mut reply = match gate.enter() {
                 Some(place) => {
                     let limit = gate.time_for(request.headers());
-                    within(limit, place, inner.call(request)).await
+                    within(limit, Some(place), inner.call(request)).await
                 }
                 None => gate.full(),
             };
@@ -209,18 +206,31 @@ where
     }
 }
 
-/// Turns a probe into the handler's own.
-fn ask_for<B>(path: &str, request: &mut Request<B>) {
-    // A path by the settings; if it were none, the handler would be asked for what the client asked for.
-    if let Ok(uri) = path.parse() {
-        *request.uri_mut() = uri;
+/// The readiness probe, which is the handler's where the settings have a path for it. It takes no place and is not
+/// counted: a probe must not be why a request meets the limit.
+async fn ready<S, B>(gate: &Gate, mut inner: S, mut request: Request<B>) -> Reply
+where
+    S: Service<Request<B>, Response = Reply, Error = Infallible>,
+{
+    if *request.method() != Method::GET {
+        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is allowed here");
     }
+    if let Some(why) = gate.not_ready().await {
+        return why;
+    }
+    // A path by the settings' own check.
+    let Some(Ok(uri)) = gate.ready_path.as_ref().map(|path| path.parse()) else {
+        return text(StatusCode::OK, "OK");
+    };
+    *request.uri_mut() = uri;
+    request.extensions_mut().insert(Probe);
+    within(gate.time_for(request.headers()), None, inner.call(request)).await
 }
 
 /// The reply in time; of-watchdog's words where there is none. The place is held until the whole reply is sent.
 async fn within(
     limit: Option<Duration>,
-    place: OwnedSemaphorePermit,
+    place: Option<OwnedSemaphorePermit>,
     asked: impl Future<Output = Result<Reply, Infallible>>,
 ) -> Reply {
     let until = limit.map(|limit| tokio::time::Instant::now() + limit);

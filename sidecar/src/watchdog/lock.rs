@@ -17,9 +17,10 @@ pub fn path() -> PathBuf {
 pub struct Lock(PathBuf);
 
 impl Lock {
-    /// Writes the file.
+    /// Writes the file, and makes its folder where there is none.
     pub fn take(path: PathBuf) -> Result<Self, AppError> {
-        fs::write(&path, []).map_err(|error| AppError::Lock { path: path.clone(), error })?;
+        let folder = path.parent().map_or(Ok(()), fs::create_dir_all);
+        folder.and_then(|()| fs::write(&path, [])).map_err(|error| AppError::Lock { path: path.clone(), error })?;
         Ok(Self(path))
     }
 

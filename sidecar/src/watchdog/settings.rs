@@ -16,9 +16,9 @@ const TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 pub struct WatchdogSettings {
     /// `port`: where clients come.
     pub port: u16,
-    /// `fprocess`, or what stands behind `--`: the handler's command; empty: there is none.
+    /// What stands behind `--`, or `function_process`, or `fprocess`: the handler's command; empty: there is none.
     pub command: Vec<String>,
-    /// `upstream_url`: where the handler listens.
+    /// `http_upstream_url`, or `upstream_url`: where the handler listens.
     pub upstream: Option<Authority>,
     /// `exec_timeout`: how long a request may take; `None`: as long as it likes.
     pub exec_timeout: Option<Duration>,
@@ -45,7 +45,7 @@ impl WatchdogSettings {
     pub(crate) fn read(from: &mut Reader, start: &Start) -> Option<Self> {
         let command = match start.command.as_slice() {
             [] => {
-                start.variable("fprocess").or_else(|| start.variable("function_process")).map_or_else(Vec::new, words)
+                start.variable("function_process").or_else(|| start.variable("fprocess")).map_or_else(Vec::new, words)
             }
             given => given.to_vec(),
         };
@@ -56,8 +56,8 @@ impl WatchdogSettings {
         }
         let mut variables = Variables { from, start };
         variables.refuse_other_modes();
-        let upstream = variables.parse("upstream_url", read::upstream);
-        let upstream = upstream.or_else(|| variables.parse("http_upstream_url", read::upstream));
+        let upstream = variables.parse("http_upstream_url", read::upstream);
+        let upstream = upstream.or_else(|| variables.parse("upstream_url", read::upstream));
         if !command.is_empty() && upstream.is_none() && start.variable("FAASWAP_UPSTREAM").is_none() {
             variables.from.mistake("upstream_url is not set: where does the handler listen?".to_owned());
         }

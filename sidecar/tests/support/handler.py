@@ -9,6 +9,8 @@ import time
 
 # How long it serves on after SIGTERM, as handlers behind a watchdog do.
 SERVES_ON_S = 1.5
+# What was asked to be slow, as far as it has begun.
+slow = []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -26,12 +28,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         body = self.body()
-        if self.path.startswith("/slow"):
+        if self.path.startswith("/slow/"):
+            slow.append(self.path)
             time.sleep(float(self.path.removeprefix("/slow/")))
         if self.path == "/exit/0" or self.path == "/exit/3":
             os._exit(int(self.path[-1]))
         said = f"{self.command} {self.path} {self.headers.get('X-Call-Id')} {self.headers.get('Host') is not None} {len(body)}"
         said = os.environ.get("FAASWAP_SIDECAR_URL", "") if self.path == "/url" else said
+        if self.path == "/slow-begun":
+            said = str(len(slow))
+        if self.path.startswith("/header/"):
+            said = self.headers.get(self.path.removeprefix("/header/"), "none")
         self.send_response(418 if self.path == "/teapot" else 200)
         self.send_header("X-From", "handler")
         self.send_header("Content-Length", str(len(said)))

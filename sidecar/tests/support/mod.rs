@@ -6,6 +6,7 @@
 pub mod broker;
 pub mod clients;
 pub mod files;
+pub mod fronts;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
