@@ -8,11 +8,11 @@ VENV := $(CACHE)/venv
 CARGO ?= cargo
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 DEMO_BINS := faaswap-broker faaswap-sidecar faaswap-demo
-BENCH_BINS := faaswap-broker faaswap-sidecar faaswap-bench
+BENCH_BINS := faaswap-broker faaswap-sidecar faaswap-injector faaswap-bench
 
 DENSITY_DEVICES ?= 4
 
-.PHONY: help demo density test test-rust test-python test-containers test-large lint bench bench-scheduler simulate fetch fetch-go fetch-queue-proxy build release images render clean
+.PHONY: help demo density test test-rust test-python test-containers test-large lint bench bench-watchdog bench-scheduler simulate fetch fetch-go fetch-queue-proxy build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is 
 bench: fetch ## Measures the figures of the README, each beside its reference in the same run.
 	$(CARGO) build --release --locked $(BENCH_BINS:%=--bin %)
 	@target/release/faaswap-bench
+
+bench-watchdog: fetch ## What our front adds to a request, beside of-watchdog's and queue-proxy's where they are; admission, cold pods.
+	$(CARGO) build --release --locked $(BENCH_BINS:%=--bin %)
+	@target/release/faaswap-bench fronts admission cold
 
 simulate: ## Simulates the scheduler on the paper's node and on H100s: tables and plots in target/simulation.
 	$(CARGO) build --release --locked -p faaswap-simulation --bin faaswap-simulate

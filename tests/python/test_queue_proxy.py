@@ -62,6 +62,8 @@ class Pod:
         probe = f'{{"httpGet": {{"path": "/_/ready", "port": {front}, "host": "127.0.0.1"}}, "successThreshold": 1}}'
         env = {
             "CONTAINER_CONCURRENCY": str(CONCURRENCY),
+            # As docs/knative.md tells people: without it some replies to large bodies break off.
+            "ENABLE_HTTP_FULL_DUPLEX": "true",
             "QUEUE_SERVING_PORT": str(self.port),
             "QUEUE_SERVING_TLS_PORT": str(free_port()),
             "USER_PORT": str(front),

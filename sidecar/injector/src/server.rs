@@ -157,6 +157,11 @@ pub async fn serve(listener: TcpListener, router: Router, tls: Option<TlsAccepto
         };
         match accepted {
             Ok((stream, _)) => {
+                // Or the first answer of a connection waits 40 ms for the peer's acknowledgement of the handshake.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "connection gone");
+                    continue;
+                }
                 let connection = connection(stream, router.clone(), tls.clone(), closing.clone());
                 open.spawn(async move {
                     connection.await;

@@ -35,7 +35,7 @@ const IDLE_SIDE: u64 = 64;
 const WATCH: Duration = Duration::from_secs(10);
 
 /// Resident memory of a process in KiB.
-fn rss_kib(pid: Pid) -> Result<f64> {
+pub(super) fn rss_kib(pid: Pid) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero()))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let number = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse().ok());

@@ -3,7 +3,11 @@
 //! What is compared alternates, so that what disturbs the machine disturbs both; medians are reported. It never fails
 //! for a slow figure, only for a wrong output: whether a figure is good enough is for people to judge.
 
+mod admission;
 mod batching;
+mod cold;
+pub mod echo;
+mod fronts;
 mod idle;
 mod overhead;
 mod resident;
@@ -38,13 +42,16 @@ impl Figures {
 /// Which parts to run; all where none is named.
 pub fn run(parts: &[String]) -> Result<()> {
     type Part = fn(&mut Figures) -> Result<()>;
-    const PARTS: [(&str, Part); 6] = [
+    const PARTS: [(&str, Part); 9] = [
         ("swaps", swaps::run),
         ("resident", resident::run),
         ("overhead", overhead::run),
         ("batching", batching::run),
         ("requests", idle::many_requests),
         ("idle", idle::idle_functions),
+        ("fronts", fronts::run),
+        ("admission", admission::run),
+        ("cold", cold::run),
     ];
     if let Some(unknown) = parts.iter().find(|part| PARTS.iter().all(|(name, _)| name != part)) {
         let names: Vec<_> = PARTS.iter().map(|(name, _)| *name).collect();
