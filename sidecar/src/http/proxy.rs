@@ -15,7 +15,7 @@ use super::reply::{self, BoxError, Reply, ReplyBody};
 use crate::{
     failure::Failure,
     infer::Function,
-    limits::{DIAL_WITHIN, UPSTREAM_IDLE_MAX, UPSTREAM_IDLE_WITHIN},
+    limits::{DIAL_WITHIN, HTTP1_BUFFER_MAX, UPSTREAM_IDLE_MAX, UPSTREAM_IDLE_WITHIN},
 };
 
 /// Headers that end at the next hop (RFC 9110, section 7.6.1).
@@ -61,6 +61,7 @@ impl Upstream {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(UPSTREAM_IDLE_WITHIN)
             .pool_max_idle_per_host(UPSTREAM_IDLE_MAX)
+            .http1_max_buf_size(HTTP1_BUFFER_MAX)
             .build(connector);
         Self { authority, client, function, prefetch }
     }
