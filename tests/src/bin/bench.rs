@@ -8,7 +8,7 @@ use faaswap_tests::bench;
 /// Measures the figures of the README, each beside its reference. Needs release builds: `make bench`.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Parts to run: swaps, resident, overhead, requests, idle, fronts, admission, cold. All where none is named.
+    /// Parts to run: swaps, resident, overhead, batching, requests, idle, fronts, admission, cold. All where none is named.
     parts: Vec<String>,
     /// Serves as the handler behind a front instead.
     #[arg(long, hide = true, value_name = "ADDRESS")]
