@@ -38,6 +38,9 @@ struct Run {
     rows: Vec<Row>,
 }
 
+const USAGE: &str =
+    "faaswap-simulate [FOLDER] [--seeds N] [--only SCENARIO] [--figures FIGURES.json] [--trace TRACE-OF-A-BROKER]";
+
 fn main() -> ExitCode {
     let mut run = Run {
         folder: PathBuf::from("target/simulation"),
@@ -61,6 +64,10 @@ fn main() -> ExitCode {
                 }
             },
             "--trace" => run.trace = args.next().map(PathBuf::from),
+            unknown if unknown.starts_with('-') => {
+                eprintln!("usage: {USAGE}");
+                return if unknown == "--help" { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+            }
             folder => run.folder = PathBuf::from(folder),
         }
     }
