@@ -238,8 +238,8 @@ impl Bound {
                     cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
                 })?;
                 let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
-                let here = (lane, program::make_room(cuda, &io, lane)?);
-                let there = program::make_room(cuda, &io, binding)?;
+                let here = (lane, cuda.io_address(lane, io.end)?);
+                let there = cuda.io_address(binding, io.end)?;
                 let alone = cuda.alone_in(binding)?;
                 program::make(device, &self.made_of(session), io, here, (&alone, there), Some(constants))
             });

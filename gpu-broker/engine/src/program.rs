@@ -156,14 +156,9 @@ pub(crate) struct Made<'s> {
     pub(crate) groups: &'s [Group],
 }
 
-/// Makes sure that inputs and outputs have memory in a lane: before the lane is taken.
-pub(crate) fn make_room(cuda: &CudaDevice, io: &IoLayout, lane: usize) -> Result<usize, DeviceError> {
-    cuda.io_address(lane, io.end)
-}
-
 /// Makes a model's program for a lane of its session: inside of [`CudaDevice::bind`], in the lane for that, or in the lane itself
 /// with the weights there. The session's stream is that of the lane in which it is made, which is the caller's. Each lane
-/// comes with where its inputs and outputs are ([`make_room`]).
+/// comes with where its inputs and outputs are, asked of the device before the lane is taken.
 pub(crate) fn make(
     device: &Arc<dyn Device>,
     made: &Made<'_>,

@@ -165,7 +165,7 @@ impl Bound {
             &shapes(&mut sample.outputs.iter().map(|(_, shape, _)| shape.clone())),
         );
         let io = io.map_err(EngineError::Ort)?;
-        let at = program::make_room(cuda, &io, lane)?;
+        let at = cuda.io_address(lane, io.end)?;
         // The lane first: see there.
         let alone = cuda.alone_in(lane)?;
         cuda.while_resident(reserved.waiter.range, || {
