@@ -6,6 +6,8 @@
 
 mod arena;
 mod binding;
+mod blocks;
+mod cover;
 mod detour;
 mod device;
 mod driver;
@@ -398,7 +400,17 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<J
     }
     shared.has_detours(detours.iter().map(|detour| detour.ordinal).collect());
     let (copies, order, copied) = (Queue::new(context)?, Queue::new(context)?, Event::new(context)?);
-    let link = Link { shared: Arc::clone(shared), pool, copies, detours, order, copied, ends, stale: VecDeque::new() };
+    let link = Link {
+        shared: Arc::clone(shared),
+        pool,
+        copies,
+        detours,
+        order,
+        copied,
+        ends,
+        stale: VecDeque::new(),
+        under_way: VecDeque::new(),
+    };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;
     Ok(vec![link, finish])

@@ -33,6 +33,8 @@ const PREPARING: usize = 4;
 const TOLERANCE: f64 = 1e-2;
 /// Between a swap-out and the next swap-in: the link does meanwhile what it does when it is idle.
 const BETWEEN: Duration = Duration::from_millis(10);
+/// Functions of one model over which their memory is averaged.
+const FURTHER: usize = 6;
 const SWAPS: usize = 15;
 const RUNS: usize = 40;
 
@@ -93,14 +95,12 @@ impl Measured {
 
 fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: &Prepared) -> Result<Measured> {
     let cuda = device.as_cuda().ok_or("no GPU")?;
-    // What the lanes have taken for all of their models does not count.
-    let left = || -> Result<f64> { Ok((cuda.driver_memory()?.0.get() + cuda.arenas().1.get()) as f64) };
     let first = Asked::new(runtime, prepared, device)?;
     let kept = first.bound.kept_session().map(str::to_owned);
     // The first model of a kind loads kernels, which all share; the second shows what a function costs.
-    let (before, start) = (left()?, Instant::now());
+    let start = Instant::now();
     let asked = Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs))?;
-    let (bind_ms, bind_bytes) = (start.elapsed().as_secs_f64() * 1e3, before - left()?);
+    let bind_ms = start.elapsed().as_secs_f64() * 1e3;
     drop(first);
 
     let bytes = asked.weights.size().get() as f64;
@@ -188,13 +188,26 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
     let plain_ms = median_ms(&mut plain_runs);
     let longer = bare_ms.max(resident_ms);
     let value = json!({
-        "bytes": bytes, "kept": kept, "nodes": asked.bound.program_nodes(), "copies": asked.bound.program_copies(), "bind_ms": bind_ms, "bind_bytes": bind_bytes,
+        "bytes": bytes, "kept": kept, "nodes": asked.bound.program_nodes(), "copies": asked.bound.program_copies(), "bind_ms": bind_ms,
         "bare_copy_ms": bare_ms, "swap_ms": swap_ms, "map_ms": map_ms, "bandwidth_ratio": bare_ms / swap_ms,
         "resident_ms": resident_ms, "program_ms": program_ms, "plain_ms": plain_ms, "resident_ratio": program_ms / plain_ms,
         "pipelined_ms": both_ms, "pipelined_ratio": both_ms / longer, "plain_load_ms": plain_load_ms,
         "parts_ms": parts, "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
     });
     Ok(Measured { value, resident_ms })
+}
+
+/// Device memory that one more function takes while its weights are out: the driver gives memory out in pieces of 2 MiB, so
+/// several are bound.
+fn memory_each(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) -> Result<f64> {
+    let cuda = device.as_cuda().ok_or("no GPU")?;
+    // What the lanes have taken for all of their models does not count.
+    let left = || -> Result<f64> { Ok((cuda.driver_memory()?.0.get() + cuda.arenas().1.get()) as f64) };
+    let first = Asked::new(runtime, prepared, device)?;
+    let more = || Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs));
+    let (_second, before) = (more()?, left()?);
+    let _others = (0..FURTHER).map(|_| more()).collect::<Result<Vec<_>>>()?;
+    Ok((before - left()?) / FURTHER as f64)
 }
 
 pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
@@ -226,24 +239,27 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         "model                  MB  GB/s  swap/bare  run ms  /plain /graph  both ms  ratio  bind ms  MB/fn  wrong"
     );
     for (name, path) in &all {
-        let mut best: Option<(bool, Measured)> = None;
+        let mut best: Option<(bool, Measured, &Prepared)> = None;
         for (_, last, prepared) in prepared.iter().filter(|(of, ..)| of == name) {
             let measured = match prepared {
-                Ok(prepared) => measure(&runtime, &device, &path.join("model.onnx"), prepared),
+                Ok(prepared) => {
+                    measure(&runtime, &device, &path.join("model.onnx"), prepared).map(|measured| (measured, prepared))
+                }
                 Err(error) => Err(error.to_string().into()),
             };
             match measured {
-                Ok(measured) => {
+                Ok((measured, prepared)) => {
                     let layout = if *last { "nhwc" } else { "nchw" };
                     records.push(json!({"model": name, "layout": layout, "measured": measured.value.clone()}));
-                    if best.as_ref().is_none_or(|(_, best)| measured.cost() < best.cost()) {
-                        best = Some((*last, measured));
+                    if best.as_ref().is_none_or(|(_, best, _)| measured.cost() < best.cost()) {
+                        best = Some((*last, measured, prepared));
                     }
                 }
                 Err(error) => println!("{name} {}: {error}", if *last { "nhwc" } else { "nchw" }),
             }
         }
-        let Some((last, best)) = best else { continue };
+        let Some((last, mut best, prepared)) = best else { continue };
+        best.value["bind_bytes"] = json!(memory_each(&runtime, &device, prepared)?);
         kept.add(&record::of_model(name, &best.value, &torch[name]))?;
         let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
         let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);

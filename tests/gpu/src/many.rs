@@ -9,6 +9,7 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, sync_channel},
     },
     thread,
     time::{Duration, Instant},
@@ -51,6 +52,8 @@ struct Function {
 #[derive(Default)]
 struct State {
     resident: bool,
+    /// Where its weights have left or are leaving: told when they have.
+    leaving: Option<Receiver<()>>,
 }
 
 /// What is on the GPU, by when it was last used.
@@ -178,6 +181,10 @@ fn bind_all(
 /// Brings a function that is locked by the caller, evicting others that nobody has locked, least recently used first.
 /// Whether weights had to be brought; the copies may still be under way.
 fn bring(functions: &[Function], books: &Mutex<Books>, which: usize, state: &mut State) -> Result<Option<bool>> {
+    if let Some(leaving) = state.leaving.take() {
+        // A device that is lost says so to the swap-in.
+        let _left = leaving.recv();
+    }
     let mut books = lock(books);
     books.clock += 1;
     let now = books.clock;
@@ -191,8 +198,13 @@ fn bring(functions: &[Function], books: &Mutex<Books>, which: usize, state: &mut
             }
             let Ok(mut victim) = functions[of].state.try_lock() else { continue };
             let range = functions[of].asked.bound.range().ok_or("no weights")?;
-            functions[of].asked.device.swap_out(range, Box::new(|_| {}))?;
-            victim.resident = false;
+            let (left, leaving) = sync_channel(1);
+            // Nobody listens where the run is over.
+            let tell = move |_| {
+                let _told = left.try_send(());
+            };
+            functions[of].asked.device.swap_out(range, Box::new(tell))?;
+            (victim.resident, victim.leaving) = (false, Some(leaving));
             books.resident.remove(&at);
             books.free += charge(&functions[of]);
         }

@@ -62,7 +62,7 @@ impl Device for CudaDevice {
             events: Vec::new(),
             failed: None,
             chunks: Vec::new(),
-            behind: 0,
+            behind: Vec::new(),
             stale: false,
             lent: false,
             unfinished: false,

@@ -64,9 +64,9 @@ pub(super) struct Range {
     pub(super) failed: Option<DeviceError>,
     /// The chunks that are its own now.
     pub(super) chunks: Vec<usize>,
-    /// Bytes from its start that have memory behind them. Where the range is out that memory is not its own any more: it is
-    /// taken away when the link has nothing else to do.
-    pub(super) behind: usize,
+    /// Lengths of the pieces of memory behind it, from its start. Where the range is out that memory is not its own any
+    /// more: it is taken away when the link has nothing else to do.
+    pub(super) behind: Vec<usize>,
     /// Whether the link means to take that memory away.
     pub(super) stale: bool,
     /// Whether one chunk lies behind all of it, for a model to be bound.
@@ -78,7 +78,7 @@ pub(super) struct Range {
 
 impl Drop for Range {
     fn drop(&mut self) {
-        if let Err(error) = self.addresses.unmap(0, self.behind) {
+        if let Err(error) = self.addresses.unmap(0, self.behind.iter().sum()) {
             tracing::debug!(%error, "a range that goes cannot be unmapped");
         }
     }

@@ -8,7 +8,7 @@ use faaswap_protocol::Bytes;
 use crate::Group;
 
 /// Most chunks that a stage adds: what is to be launched waits for no more than their mapping.
-const STAGE_CHUNKS_MAX: u64 = 8;
+const STAGE_CHUNKS_MAX: u64 = 16;
 
 /// A stage: groups up to one (not included), in chunks up to one (not included).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
