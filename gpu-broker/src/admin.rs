@@ -10,12 +10,22 @@ use axum::{
     routing::{get, post},
 };
 use faaswap_device::Device;
+use faaswap_scheduler::PolicyKind;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, oneshot, watch},
 };
 
-use crate::{core::Report, telemetry::Telemetry};
+use crate::{config::POLICY_SEED, core::Report, telemetry::Telemetry};
+
+/// What the loop is asked.
+#[derive(Debug)]
+pub(crate) enum Question {
+    /// What there is now.
+    Report(oneshot::Sender<Report>),
+    /// Another policy shall decide; answered once it does.
+    Choose(PolicyKind, oneshot::Sender<()>),
+}
 
 /// Most questions to the loop that wait.
 pub(crate) const QUESTIONS_MAX: usize = 16;
@@ -24,7 +34,7 @@ pub(crate) const QUESTIONS_MAX: usize = 16;
 struct Shared {
     telemetry: Arc<Telemetry>,
     ready: watch::Receiver<bool>,
-    asks: mpsc::Sender<oneshot::Sender<Report>>,
+    asks: mpsc::Sender<Question>,
     /// Devices that may be made to fail; none unless tests are configured.
     may_fail: Arc<[Arc<dyn Device>]>,
 }
@@ -34,7 +44,7 @@ pub(crate) async fn serve(
     listener: TcpListener,
     telemetry: Arc<Telemetry>,
     ready: watch::Receiver<bool>,
-    asks: mpsc::Sender<oneshot::Sender<Report>>,
+    asks: mpsc::Sender<Question>,
     may_fail: Arc<[Arc<dyn Device>]>,
 ) {
     let app = Router::new()
@@ -45,6 +55,7 @@ pub(crate) async fn serve(
         .route("/v1/models", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.models)).await))
         .route("/v1/decisions", get(async |State(shared): State<Shared>| list(shared, |r| Json(r.decisions)).await))
         .route("/v1/devices", get(devices))
+        .route("/v1/policy/{name}", post(choose))
         .route("/v1/devices/{name}/fail", post(fail))
         .with_state(Shared { telemetry, ready, asks, may_fail });
     if let Err(error) = axum::serve(listener, app).await {
@@ -86,6 +97,20 @@ async fn fail(State(shared): State<Shared>, Path(name): Path<String>) -> Respons
     }
 }
 
+async fn choose(State(shared): State<Shared>, Path(name): Path<String>) -> Response {
+    let Some(policy) = PolicyKind::of(&name, POLICY_SEED) else {
+        let known = PolicyKind::all(POLICY_SEED).map(PolicyKind::name).join(", ");
+        return (StatusCode::BAD_REQUEST, format!("there is no policy `{name}`, but {known}\n")).into_response();
+    };
+    let (answer, chosen) = oneshot::channel();
+    let asked = shared.asks.send(Question::Choose(policy, answer)).await.is_ok();
+    if asked && chosen.await.is_ok() {
+        format!("{name} decides\n").into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "ending\n").into_response()
+    }
+}
+
 async fn list<T: IntoResponse>(shared: Shared, part: impl FnOnce(Report) -> T) -> Response {
     match ask(&shared).await {
         Some(report) => part(report).into_response(),
@@ -95,6 +120,6 @@ async fn list<T: IntoResponse>(shared: Shared, part: impl FnOnce(Report) -> T) -
 
 async fn ask(shared: &Shared) -> Option<Report> {
     let (answer, asked) = oneshot::channel();
-    shared.asks.send(answer).await.ok()?;
+    shared.asks.send(Question::Report(answer)).await.ok()?;
     asked.await.ok()
 }

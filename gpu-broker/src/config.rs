@@ -26,8 +26,10 @@ const GPU_GRANULARITY: Bytes = Bytes::mib(2);
 /// How yes and no are written.
 const SWITCH: [(&str, bool); 4] = [("true", true), ("false", false), ("on", true), ("off", false)];
 
+/// What the random policy's choices follow from.
+pub(crate) const POLICY_SEED: u64 = 1;
 /// Policies of the scheduler; all but the first are there to be compared with.
-const POLICIES: [PolicyKind; 5] = PolicyKind::all(1);
+const POLICIES: [PolicyKind; 5] = PolicyKind::all(POLICY_SEED);
 
 /// All mistakes of a configuration.
 #[derive(Debug, thiserror::Error)]

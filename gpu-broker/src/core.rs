@@ -24,7 +24,8 @@ use std::{
 use faaswap_device::Device;
 use faaswap_protocol::{Bytes, FunctionId, FunctionSpec, ModelDigest, Refusal, RequestId, Span};
 use faaswap_scheduler::{
-    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig, trace::Named,
+    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
+    trace::Named,
 };
 use tokio::sync::Notify;
 
@@ -331,6 +332,12 @@ impl Core {
     /// When the timer shall ring.
     pub(crate) fn alarm_at(&self) -> Option<Instant> {
         self.wake_at.and_then(|at| self.started.checked_add(at.0))
+    }
+
+    /// Lets another policy decide.
+    pub(crate) fn choose(&mut self, policy: PolicyKind) {
+        tracing::info!(policy = policy.name(), "an operator has chosen the policy");
+        self.happen(Event::PolicyChosen { policy });
     }
 
     /// Takes nothing new from now on.

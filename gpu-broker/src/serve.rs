@@ -8,7 +8,7 @@ use std::{cell::RefCell, io, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
 use faaswap_device::{Device, DeviceError};
 use faaswap_engine::{EngineError, Runtime, RuntimeOptions, Target};
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{Semaphore, mpsc, watch},
     task::{LocalSet, spawn_local},
     time::{Instant, interval, sleep, sleep_until, timeout},
 };
@@ -232,11 +232,19 @@ async fn keep_house(core: Rc<RefCell<Core>>) {
     }
 }
 
-async fn answer_admin(core: Rc<RefCell<Core>>, mut questions: mpsc::Receiver<oneshot::Sender<crate::core::Report>>) {
-    while let Some(answer) = questions.recv().await {
+async fn answer_admin(core: Rc<RefCell<Core>>, mut questions: mpsc::Receiver<admin::Question>) {
+    // Whoever asked may be gone.
+    while let Some(question) = questions.recv().await {
         let mut core = core.borrow_mut();
-        core.gauge();
-        // Whoever asked may be gone.
-        let _ = answer.send(core.report());
+        match question {
+            admin::Question::Report(answer) => {
+                core.gauge();
+                let _ = answer.send(core.report());
+            }
+            admin::Question::Choose(policy, answer) => {
+                core.choose(policy);
+                let _ = answer.send(());
+            }
+        }
     }
 }

@@ -89,6 +89,23 @@ fn a_hint_brings_weights_before_their_request_and_the_decision_says_so() {
     assert_eq!((&decisions[1]["function"], &decisions[0]["from"]), (&"hinted".into(), &"host".into()), "{decisions}");
 }
 
+#[test]
+fn an_operator_lets_another_policy_decide_while_requests_come() {
+    let broker = Broker::start(TWO_SMALL_DEVICES);
+    let model = Linear { size: 64, seed: 5 };
+    let mut client = Client::greeted(&broker);
+    let function = client.register_file("decided", &model.write(broker.dir.path())).unwrap();
+    let input = model.input(1);
+    for policy in ["lru", "random", "faaswap"] {
+        assert_eq!(broker.post(&format!("/v1/policy/{policy}")), (200, format!("{policy} decides\n")));
+        client.ask(function, &[1, 64], &input);
+        assert_eq!(client.answer().1.unwrap().floats(), model.expected(&input));
+    }
+    let (status, said) = broker.post("/v1/policy/best");
+    assert_eq!(status, 400);
+    assert!(said.contains("`best`") && said.contains("faaswap, torpor, lru, fifo, random"), "{said}");
+}
+
 /// Swap-ins on all devices.
 fn swaps_in(broker: &Broker) -> f64 {
     ["host0", "host1"].map(|name| broker.metric(&format!("faaswap_swaps_in_total{{device=\"{name}\"}}"))).iter().sum()

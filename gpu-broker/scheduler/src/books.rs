@@ -102,6 +102,18 @@ impl Books {
         self.devices.get(device).is_some_and(|device| !device.lost && device.copies_from_host())
     }
 
+    /// Forgets how functions stand to their objectives.
+    pub(crate) fn begin_anew(&mut self) {
+        self.threshold_permille = i64::MAX;
+        let slots: Vec<_> = self.functions.iter().map(|(slot, _)| slot).collect();
+        for slot in slots {
+            if let Some(function) = self.functions.get_mut(slot) {
+                function.objective.begin_anew();
+            }
+            self.relist(slot);
+        }
+    }
+
     /// Brings a function's place in the order up to date.
     pub(crate) fn relist(&mut self, slot: Slot) {
         let threshold = self.threshold_permille;

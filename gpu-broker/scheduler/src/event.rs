@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use faaswap_protocol::{Bytes, Late, Priority, Refusal, Slo};
 
+use crate::policy::PolicyKind;
+
 /// A point in time: the span since the broker started. Made by whoever drives the scheduler, never read from a clock here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(pub Duration);
@@ -120,6 +122,12 @@ pub enum Event {
         clock_permille: u16,
         /// Memory that others took out of what was ours.
         foreign: Bytes,
+    },
+    /// An operator lets another policy decide from now on, without the debts that functions have from the time of the one
+    /// before. What waits, runs, is on its way or was learned stays. The policy that decides already begins anew.
+    PolicyChosen {
+        /// The policy.
+        policy: PolicyKind,
     },
     /// A hint: a request of this function is about to come.
     Expected {

@@ -37,7 +37,7 @@ pub(crate) struct Objective {
     /// Which part of time `parts[part % PARTS]` is.
     part: u64,
     sum: Count,
-    /// Since the function was added: what the published policy looks at.
+    /// Since the function was added or the policy chosen: what the published policy looks at.
     pub(crate) lifetime: Count,
 }
 
@@ -47,6 +47,11 @@ impl Objective {
         let percentile = i64::from(slo.percentile.clamp(1, 9_999));
         let (parts, sum) = ([Count::default(); PARTS], Count::default());
         Self { percentile, parts, part: 0, sum, lifetime: Count::default() }
+    }
+
+    /// Forgets all requests so far.
+    pub(crate) fn begin_anew(&mut self) {
+        (self.parts, self.sum, self.lifetime) = ([Count::default(); PARTS], Count::default(), Count::default());
     }
 
     /// A request ended, in time or not.

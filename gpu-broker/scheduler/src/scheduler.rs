@@ -90,6 +90,11 @@ impl Scheduler {
                 books.add_function(function, model, slo, (priority, late, batch_max));
             }
             Event::FunctionRemoved { function } => books.remove_function(function, actions),
+            Event::PolicyChosen { policy } => {
+                (self.policy, books.eviction) = Chosen::of(policy);
+                books.config.policy = policy;
+                books.begin_anew();
+            }
             Event::Expected { function } => {
                 if let Some(slot) = books.functions.find(function) {
                     self.policy.as_policy().expect(books, slot);

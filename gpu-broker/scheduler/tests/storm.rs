@@ -87,6 +87,7 @@ fn about_requests() -> impl Strategy<Value = Event> {
         1 => (model(), device()).prop_map(|(model, device)| Event::SwapOutDone { model, device }),
         5 => (request(), span()).prop_map(|(request, took)| Event::RunDone { request, took }),
         1 => function().prop_map(|function| Event::Expected { function }),
+        1 => policies().prop_map(|policy| Event::PolicyChosen { policy }),
         2 => Just(Event::Woken),
     ]
 }

@@ -33,6 +33,8 @@ fn events(a: u64, b: u32, c: u16) -> Vec<Event> {
         Event::LinkMeasured { link: Link::HostBeside { to: device, beside: other }, bytes_per_s: a },
         Event::LinkMeasured { link: Link::Peer { from: device, to: other }, bytes_per_s: a },
         Event::DeviceObserved { device, foreign_permille: c, clock_permille: c / 3, foreign: bytes },
+        Event::PolicyChosen { policy: PolicyKind::Lru },
+        Event::PolicyChosen { policy: PolicyKind::Random { seed: a } },
         Event::Expected { function },
         Event::ModelRemoved { model },
         function_added(Priority::Latency, Late::Serve),

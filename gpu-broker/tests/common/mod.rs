@@ -109,13 +109,24 @@ impl Broker {
         self.dir.path().join("broker.sock")
     }
 
-    fn try_get(&self, path: &str) -> Option<String> {
+    /// Asks the admin port; gives status and body.
+    fn tell(&self, method: &str, path: &str) -> Option<(u16, String)> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).ok()?;
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").ok()?;
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).ok()?;
         let (head, body) = answer.split_once("\r\n\r\n")?;
-        head.starts_with("HTTP/1.1 200").then(|| body.to_owned())
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    }
+
+    fn try_get(&self, path: &str) -> Option<String> {
+        self.tell("GET", path).filter(|(status, _)| *status == 200).map(|(_, body)| body)
+    }
+
+    pub fn post(&self, path: &str) -> (u16, String) {
+        self.tell("POST", path).unwrap_or_else(|| panic!("no answer for {path}"))
     }
 
     pub fn get(&self, path: &str) -> serde_json::Value {

@@ -102,6 +102,7 @@ impl Reading {
             Event::DeviceAdded { .. }
             | Event::DeviceLost { .. }
             | Event::DeviceObserved { .. }
+            | Event::PolicyChosen { .. }
             | Event::Expected { .. }
             | Event::ModelRemoved { .. }
             | Event::FunctionRemoved { .. }

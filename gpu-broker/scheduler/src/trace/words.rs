@@ -5,7 +5,10 @@ use std::{fmt, str::SplitAsciiWhitespace, time::Duration};
 use faaswap_protocol::{Bytes, Late, Priority, Slo};
 
 use super::{Line, Named};
-use crate::event::{Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Source};
+use crate::{
+    event::{Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Source},
+    policy::PolicyKind,
+};
 
 /// Said of a request that shares its run with no other.
 const ALONE: &str = "alone";
@@ -36,6 +39,7 @@ impl fmt::Display for Said<'_> {
                 let foreign = foreign.get();
                 write!(f, "device_observed {} {foreign_permille} {clock_permille} {foreign}", device.0)
             }
+            Event::PolicyChosen { policy } => write!(f, "policy_chosen {} {}", policy.name(), policy.seed()),
             Event::Expected { function } => write!(f, "expected {}", function.0),
             Event::ModelRemoved { model } => write!(f, "model_removed {}", model.0),
             Event::FunctionAdded { function, model, slo, priority, late, batch_max } => {
@@ -214,6 +218,10 @@ impl<'a> Words<'a> {
                 clock_permille: self.number()?,
                 foreign: self.bytes()?,
             },
+            "policy_chosen" => {
+                let (name, seed) = (self.word()?, self.number()?);
+                Event::PolicyChosen { policy: PolicyKind::of(name, seed)? }
+            }
             "expected" => Event::Expected { function: self.function()? },
             "model_removed" => Event::ModelRemoved { model: self.model()? },
             "function_added" => self.function_added()?,

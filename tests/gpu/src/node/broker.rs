@@ -27,6 +27,8 @@ const ENDS_WITHIN: Duration = Duration::from_secs(40);
 const PAGE_WITHIN: Duration = Duration::from_secs(20);
 /// Its socket's name.
 const SOCKET: &str = "broker.sock";
+/// Its trace's name.
+const TRACE: &str = "scheduler.trace";
 /// Weights in host memory beyond those of the functions: room for one that is being replaced.
 const HOST_SPARE: Bytes = Bytes::mib(2048);
 
@@ -36,6 +38,7 @@ pub(crate) struct Broker {
     process: Process,
     admin: SocketAddr,
     socket: PathBuf,
+    trace: PathBuf,
 }
 
 impl Broker {
@@ -54,13 +57,18 @@ impl Broker {
         let process = Process::start(&format!("broker-{policy}"), &program, &options.out, |command| {
             command.args(["broker", "serve", "--config"]).arg(&config);
         })?;
-        let mut broker = Self { process, admin, socket: folders.root().join(SOCKET) };
+        let mut broker = Self { process, admin, socket: folders.root().join(SOCKET), trace: options.out.join(TRACE) };
         let start = Instant::now();
         let is_ready =
             || Client::new(admin, PAGE_WITHIN).get("/readyz").is_ok_and(|reply| reply.status == 200).then_some(());
         broker.process.wait_for("the broker to be ready", READY_WITHIN, is_ready)?;
         println!("broker with {policy}: ready after {:.1} s", start.elapsed().as_secs_f64());
         Ok(broker)
+    }
+
+    /// Where the scheduler's events and actions are recorded.
+    pub(crate) fn trace(&self) -> PathBuf {
+        self.trace.clone()
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -81,6 +89,12 @@ impl Broker {
     pub(crate) fn fail(&self, device: &str) -> Result<()> {
         let reply = Client::new(self.admin, PAGE_WITHIN).post(&format!("/v1/devices/{device}/fail"), &[], &[])?;
         if reply.status == 200 { Ok(()) } else { Err(format!("{device} does not fail: {}", reply.text()).into()) }
+    }
+
+    /// Lets another policy decide from now on.
+    pub(crate) fn choose(&self, policy: &str) -> Result<()> {
+        let reply = Client::new(self.admin, PAGE_WITHIN).post(&format!("/v1/policy/{policy}"), &[], &[])?;
+        if reply.status == 200 { Ok(()) } else { Err(format!("no other policy: {}", reply.text()).into()) }
     }
 
     pub(crate) fn devices(&self) -> Result<Value> {
@@ -142,6 +156,7 @@ fn settings(
     set("host_memory", &format!("{}B", weights.get().saturating_add(HOST_SPARE.get())))?;
     set("onnxruntime", &library)?;
     set("policy", &policy)?;
+    set("trace", &options.out.join(TRACE).display())?;
     set("test_faults", &faults)?;
     for at in 0..options.devices.count() {
         let memory = options.memory.get();

@@ -3,6 +3,8 @@
 
 use std::{
     fs,
+    path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -53,20 +55,43 @@ struct Carried {
 pub(crate) fn run(options: Options) -> Result<()> {
     let stage = Stage::set(options)?;
     let policies = stage.options.policies.clone();
-    let mut carried = Vec::new();
+    let first = policies.first().ok_or("no policy is named")?;
+    // Registering takes longer than all else, so one broker serves all policies.
+    let mut live = stage.live(first, false)?;
+    let (mut carried, mut counted) = (Vec::new(), (0, 0));
     for (at, policy) in policies.iter().enumerate() {
         let share = stage.options.left() / u32::try_from(policies.len() - at)?;
-        carried.push(carry(&stage, policy, Instant::now() + share)?);
+        println!("policy {policy}");
+        live.choose(policy, stage.options.seed)?;
+        carried.push(carry(&stage, &mut live, (policy, at == 0), counted, Instant::now() + share)?);
+        counted = (live.checked, live.wrong);
         write(&stage, &carried)?;
     }
     carried.iter().for_each(say);
+    let trace = live.broker.trace();
+    // The trace ends with the broker.
+    drop(live);
+    replay(&trace)?;
     let (wrong, checked): (u64, u64) = (carried.iter().map(|c| c.wrong).sum(), carried.iter().map(|c| c.checked).sum());
     if wrong > 0 { Err(format!("{wrong} of {checked} outputs are wrong").into()) } else { Ok(()) }
 }
 
-fn carry(stage: &Stage, policy: &str, until: Instant) -> Result<Carried> {
-    let mut live = stage.live(policy, false)?;
-    let steps = search(stage, &mut live, until)?;
+/// Lets the scheduler decide again what it decided on this machine.
+fn replay(trace: &Path) -> Result<()> {
+    let told = Command::new(std::env::current_exe()?).args(["broker", "replay"]).arg(trace).output()?;
+    print!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
+    if told.status.success() { Ok(()) } else { Err("the recorded decisions are not those of a replay".into()) }
+}
+
+/// Outputs up to `counted` were compared for another policy.
+fn carry(
+    stage: &Stage,
+    live: &mut Live,
+    (policy, is_first): (&str, bool),
+    counted: (u64, u64),
+    until: Instant,
+) -> Result<Carried> {
+    let steps = search(stage, live, is_first, until)?;
     let good = steps.iter().filter(|(step, _)| step.compliant_share() >= COMPLIANT_SHARE);
     let best = good.max_by(|a, b| a.0.rate.total_cmp(&b.0.rate));
     let share_of_optimum = best.map(|(_, value)| {
@@ -88,8 +113,8 @@ fn carry(stage: &Stage, policy: &str, until: Instant) -> Result<Carried> {
         value,
         best: best.map(|(step, _)| (step.rate, step.per_second())),
         first: steps.first().map(|(step, _)| step.compliant_share()),
-        checked: live.checked,
-        wrong: live.wrong,
+        checked: live.checked - counted.0,
+        wrong: live.wrong - counted.1,
         unanswered: steps.iter().map(|(step, _)| step.refused + step.failed).sum(),
         share_of_optimum,
         registered_s: live.registered.took.as_secs_f64(),
@@ -98,7 +123,7 @@ fn carry(stage: &Stage, policy: &str, until: Instant) -> Result<Carried> {
 }
 
 /// Raises the rate until too many functions miss their objective, then halves the interval.
-fn search(stage: &Stage, live: &mut Live, until: Instant) -> Result<Vec<(Step, Value)>> {
+fn search(stage: &Stage, live: &mut Live, is_first: bool, until: Instant) -> Result<Vec<(Step, Value)>> {
     let options = &stage.options;
     let (mut steps, mut good, mut bad) = (Vec::new(), None::<f64>, None::<f64>);
     let mut rate = options.rate;
@@ -108,7 +133,9 @@ fn search(stage: &Stage, live: &mut Live, until: Instant) -> Result<Vec<(Step, V
             println!("  no time for another rate");
             break;
         }
-        let (step, value) = live.step(stage, (rate, options.seconds), |_, _, _| {})?;
+        let holds = is_first && steps.is_empty();
+        let seconds = if holds { options.hold.max(options.seconds) } else { options.seconds };
+        let (step, value) = live.step(stage, (rate, seconds), |_, _, _| {})?;
         match step.compliant_share() >= COMPLIANT_SHARE {
             true => good = Some(rate),
             false => bad = Some(rate),

@@ -40,6 +40,8 @@ pub(crate) struct Options {
     /// Length of one step under load.
     pub(crate) seconds: u64,
     pub(crate) seconds_are_default: bool,
+    /// Length of the first step, where that is longer.
+    pub(crate) hold: u64,
     /// When all must have ended.
     pub(crate) until: Instant,
     /// Policies of the broker, one after the other on the same requests.
@@ -93,7 +95,7 @@ impl Devices {
 struct Pairs<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Pairs<'a> {
-    const NAMES: [&'static str; 16] = [
+    const NAMES: [&'static str; 17] = [
         "host",
         "gpus",
         "link-mib",
@@ -101,6 +103,7 @@ impl<'a> Pairs<'a> {
         "functions",
         "weights-gb",
         "seconds",
+        "hold",
         "within",
         "policy",
         "seed",
@@ -170,6 +173,7 @@ impl Options {
             weights_max: pairs.number("weights-gb")?.map(|gb: u64| Bytes::new(gb.saturating_mul(1_000_000_000))),
             seconds: pairs.number("seconds")?.unwrap_or(SECONDS).max(1),
             seconds_are_default: pairs.text("seconds").is_none(),
+            hold: pairs.number("hold")?.unwrap_or(0),
             until: start + seconds("within")?.unwrap_or(WITHIN),
             policies: pairs
                 .text("policy")

@@ -162,6 +162,12 @@ pub(crate) struct Live {
 }
 
 impl Live {
+    /// Lets another policy decide from now on; all has been answered.
+    pub(crate) fn choose(&mut self, policy: &str, seed: u64) -> Result<()> {
+        self.kind = predict::policy(policy, seed)?;
+        self.broker.choose(policy)
+    }
+
     /// Runs one rate for so many seconds, and says what the simulator makes of the same requests.
     pub(crate) fn step(
         &mut self,
