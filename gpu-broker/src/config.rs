@@ -128,7 +128,7 @@ pub struct Settings {
     pub gpu_memory: Option<Bytes>,
     /// Whether to serve with the host device where no GPU can be used.
     pub gpu_fallback: bool,
-    /// Whether fp32 products on GPUs may be computed in TF32, as PyTorch's convolutions are.
+    /// Whether fp32 products on GPUs may be computed in TF32, as PyTorch's convolutions are, where a function does not say.
     pub tf32: bool,
     /// One swap-in in so many is read back from its device and compared; 0 for none.
     pub verify_every: u64,

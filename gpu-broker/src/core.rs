@@ -22,7 +22,7 @@ use std::{
 };
 
 use faaswap_device::Device;
-use faaswap_protocol::{Bytes, FunctionId, FunctionSpec, ModelDigest, Refusal, RequestId, Span};
+use faaswap_protocol::{Bytes, FunctionId, FunctionSpec, Refusal, RequestId, Span};
 use faaswap_scheduler::{
     Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
     trace::Named,
@@ -44,6 +44,7 @@ use crate::{
     store::Home,
     telemetry::{Telemetry, level},
     trace::Trace,
+    variant::Variant,
     verify::Verifier,
 };
 
@@ -97,7 +98,7 @@ struct Function {
 
 #[derive(Debug)]
 struct Model {
-    digest: ModelDigest,
+    variant: Variant,
     loaded: Loaded,
     functions: usize,
     /// Since when no function uses it.
@@ -133,9 +134,9 @@ pub(crate) struct Core {
     events: VecDeque<Event>,
     devices: Vec<DeviceEntry>,
     models: HashMap<ModelId, Model>,
-    by_digest: HashMap<ModelDigest, ModelId>,
-    loading: HashMap<ModelDigest, Loading>,
-    rejected: HashMap<ModelDigest, (Refusal, Instant)>,
+    by_variant: HashMap<Variant, ModelId>,
+    loading: HashMap<Variant, Loading>,
+    rejected: HashMap<Variant, (Refusal, Instant)>,
     functions: HashMap<FunctionKey, Function>,
     by_name: HashMap<String, Vec<FunctionKey>>,
     peers: HashMap<PeerId, PeerEntry>,
@@ -187,7 +188,7 @@ impl Core {
                 events: VecDeque::new(),
                 devices,
                 models: HashMap::new(),
-                by_digest: HashMap::new(),
+                by_variant: HashMap::new(),
                 loading: HashMap::new(),
                 rejected: HashMap::new(),
                 functions: HashMap::new(),

@@ -15,16 +15,14 @@ use faaswap_engine::{CudaTarget, Runtime, Target};
 use crate::{
     config::{DeviceKind, DeviceSettings, DevicesChoice, Settings},
     serve::ServeError,
-    store,
+    variant::Machine,
 };
 
 /// The devices, and what models are prepared for.
 #[derive(Debug)]
 pub(crate) struct Opened {
     pub(crate) devices: Vec<(DeviceSettings, Arc<dyn Device>)>,
-    pub(crate) target: Target,
-    /// Names the kind of machine that prepared models are for.
-    pub(crate) flavour: String,
+    pub(crate) machine: Machine,
 }
 
 /// Opens what is configured, or what is there.
@@ -70,7 +68,7 @@ fn wanted(settings: &Settings) -> Result<Vec<DeviceSettings>, ServeError> {
 
 fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -> Result<Opened, ServeError> {
     let mut devices = Vec::with_capacity(wanted.len());
-    let (mut target, mut flavour) = (Target::Cpu, store::flavour(None));
+    let mut machine = Machine::Host;
     let gpu = |device: &DeviceSettings| match device.kind {
         DeviceKind::Gpu { ordinal, .. } => Some(ordinal),
         DeviceKind::Host { .. } => None,
@@ -83,9 +81,9 @@ fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -
             DeviceKind::Gpu { ordinal, reserve } => {
                 let gpu = open_gpu(device, (ordinal, &peers), reserve, settings).map_err(failed)?;
                 if devices.is_empty() {
-                    target = Target::Cuda(CudaTarget { tf32: settings.tf32, ..CudaTarget::new(gpu.ordinal()) });
-                    flavour = store::flavour(Some((gpu.capability().map_err(failed)?, settings.tf32)));
-                    runtime.check(target)?;
+                    let cuda = CudaTarget { tf32: settings.tf32, ..CudaTarget::new(gpu.ordinal()) };
+                    machine = Machine::Gpu { cuda, capability: gpu.capability().map_err(failed)? };
+                    runtime.check(Target::Cuda(cuda))?;
                 }
                 gpu as Arc<dyn Device>
             }
@@ -94,7 +92,7 @@ fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -
         tracing::info!(name = device.name, %memory, lanes, "device");
         devices.push((device.clone(), opened));
     }
-    Ok(Opened { devices, target, flavour })
+    Ok(Opened { devices, machine })
 }
 
 fn open_host(device: &DeviceSettings, link_mib_per_s: Option<u64>) -> Result<Arc<dyn Device>, DeviceError> {

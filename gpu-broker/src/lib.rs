@@ -21,4 +21,5 @@ mod socket;
 pub mod store;
 pub mod telemetry;
 mod trace;
+mod variant;
 mod verify;

@@ -25,7 +25,8 @@ use tokio::{
 use crate::{
     core::{Loaded, charge, device_id},
     lane::BoundModel,
-    store::{Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files, memory_key},
+    store::{Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files},
+    variant::{Machine, Variant},
 };
 
 /// How long the next part of an upload may take to come.
@@ -56,6 +57,8 @@ impl Stage {
 #[derive(Debug)]
 pub(crate) struct Loader {
     pub(crate) store: Store,
+    /// What models are prepared for.
+    pub(crate) machine: Machine,
     pub(crate) preparer: Preparer,
     pub(crate) memory: Arc<Memory>,
     pub(crate) runtime: Runtime,
@@ -71,17 +74,22 @@ type OnDevice = (DeviceId, Arc<dyn Device>);
 
 impl Loader {
     /// Whether the model was uploaded or prepared before.
-    pub(crate) fn has(&self, model: &ModelDigest) -> bool {
-        self.store.prepared_dir(model).exists() || self.store.contents(model).is_some()
+    pub(crate) fn has(&self, model: &Variant) -> bool {
+        self.store_for(model).prepared_dir(&model.digest).exists() || self.store.contents(&model.digest).is_some()
     }
 
-    fn open(&self, model: &ModelDigest) -> Result<Loaded, Refusal> {
+    /// The store, as far as it is about what is prepared like this model.
+    fn store_for(&self, model: &Variant) -> Store {
+        self.store.clone().with_flavour(self.machine.flavour(model))
+    }
+
+    fn open(&self, model: &Variant) -> Result<Loaded, Refusal> {
         let rejected = |e: EngineError| Refusal::ModelRejected { reason: Detail::from(e.to_string()) };
-        let prepared = Prepared::open(self.store.prepared_dir(model)).map_err(rejected)?;
+        let prepared = Prepared::open(self.store_for(model).prepared_dir(&model.digest)).map_err(rejected)?;
         let manifest = Arc::clone(prepared.manifest());
         let weights = manifest.weights_bytes;
         let fitting = self.fitting(weights)?;
-        let key = memory_key(model, weights);
+        let key = model.memory_key(weights);
         let home = self.memory.home(&key, &prepared.weights_path(), weights).map_err(|error| match error {
             MemoryError::Full { needed, left } => Refusal::HostMemoryFull { needed, left },
             MemoryError::Busy | MemoryError::Map(_) => Refusal::HostMemoryFull { needed: weights, left: Bytes::ZERO },
@@ -92,7 +100,7 @@ impl Loader {
         let mut bound = Vec::new();
         for (id, device) in fitting {
             let made = Bound::new(&self.runtime, &prepared, &device).map_err(rejected)?;
-            bound.push((id, Arc::new(BoundModel::new(*model, made, device))));
+            bound.push((id, Arc::new(BoundModel::new(model.digest, made, device))));
         }
         Ok(Loaded { bound, home, signature: Arc::new(manifest.signature.clone()), weights, by_rows: manifest.by_rows })
     }
@@ -112,10 +120,11 @@ impl Loader {
 }
 
 /// Loads a model whose files are in the store.
-pub(crate) async fn load(loader: &Arc<Loader>, model: ModelDigest, stage: &Arc<Stage>) -> Result<Loaded, Refusal> {
-    if !loader.store.prepared_dir(&model).exists() {
-        let begun = Arc::clone(stage);
-        loader.preparer.prepare(&loader.store, &model, move || begun.set(1)).await?;
+pub(crate) async fn load(loader: &Arc<Loader>, model: Variant, stage: &Arc<Stage>) -> Result<Loaded, Refusal> {
+    let store = loader.store_for(&model);
+    if !store.prepared_dir(&model.digest).exists() {
+        let (begun, target) = (Arc::clone(stage), loader.machine.target(&model));
+        loader.preparer.prepare((&store, target), &model.digest, move || begun.set(1)).await?;
     }
     stage.set(2);
     let _turn = loader.loads.acquire().await.map_err(|_| Refusal::Draining)?;

@@ -6,7 +6,7 @@ mod connection;
 use std::{cell::RefCell, io, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
 
 use faaswap_device::{Device, DeviceError};
-use faaswap_engine::{EngineError, Runtime, RuntimeOptions, Target};
+use faaswap_engine::{EngineError, Runtime, RuntimeOptions};
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::{LocalSet, spawn_local},
@@ -25,6 +25,7 @@ use crate::{
     mailbox::Mailbox,
     store::{Memory, Preparer, Ready, Store},
     telemetry::Telemetry,
+    variant::Machine,
     verify::Verifier,
 };
 
@@ -144,17 +145,19 @@ fn raise_file_limit() {
 
 fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Opened) -> Result<Loader, ServeError> {
     let store = Store::open(&settings.store_dir, settings.store_max)
-        .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?
-        .with_flavour(opened.flavour.clone());
+        .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?;
     let devices: Vec<_> = opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect();
     let memory = Memory::open(&settings.memory_dir, settings.host_memory, weights_ready(&devices))
         .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
-    let (library, target) = (settings.onnxruntime.clone(), opened.target);
-    // A GPU has room for one model that is being prepared, beside those that are served.
-    let parallel = if target == Target::Cpu { settings.prepare_parallel } else { 1 };
-    let preparer = Preparer::new(program, library, target, settings.prepare_within, parallel);
+    let parallel = match opened.machine {
+        Machine::Host => settings.prepare_parallel,
+        // A GPU has room for one model that is being prepared, beside those that are served.
+        Machine::Gpu { .. } => 1,
+    };
+    let preparer = Preparer::new(program, settings.onnxruntime.clone(), settings.prepare_within, parallel);
     Ok(Loader {
         store,
+        machine: opened.machine,
         preparer,
         memory,
         runtime,

@@ -16,7 +16,7 @@ mod common;
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use common::{Broker, Client, digest, model::Linear, spec, wait_for};
-use faaswap_protocol::{FromBroker, FunctionId, Refusal, ToBroker};
+use faaswap_protocol::{FromBroker, FunctionId, FunctionSpec, Refusal, Tf32, ToBroker};
 
 const TWO_SMALL_DEVICES: &str = "[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"\nlink_mib_per_s = 200\n\
                                  [[device]]\nmemory = \"768KiB\"\nchunk = \"64KiB\"\nlanes = 2";
@@ -165,6 +165,33 @@ fn functions_with_the_same_weights_share_one_copy_in_host_memory_and_on_a_device
     assert_eq!(broker.get("/v1/devices")[0]["mapped_bytes"], 256 * 256 * 4);
     assert_eq!(broker.metric("faaswap_host_weights_bytes"), 256.0 * 256.0 * 4.0);
     assert_eq!(broker.metric("faaswap_swaps_in_total{device=\"host0\"}"), 1.0);
+}
+
+#[test]
+fn on_host_devices_functions_share_a_model_whatever_they_say_of_tf32_and_are_answered_the_same() {
+    let mut broker = Broker::start("[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"");
+    let model = Linear { size: 256, seed: 9 };
+    let file = model.write(broker.dir.path());
+    let all = [("node", Tf32::Node), ("off", Tf32::Off), ("on", Tf32::On)];
+    for restarted in [false, true] {
+        if restarted {
+            broker.kill_and_restart();
+        }
+        let mut client = Client::greeted(&broker);
+        for (salt, (name, tf32)) in all.into_iter().enumerate() {
+            let spec = FunctionSpec { tf32, ..spec(name, digest(&file)) };
+            let (function, _) = client.register(&spec, &[("model.onnx", &file)]).unwrap();
+            client.ask(function, &[1, 256], &model.input(salt));
+            assert_eq!(client.answer().1.unwrap().floats(), model.expected(&model.input(salt)), "{name}");
+        }
+        let (functions, models) = (broker.get("/v1/functions"), broker.get("/v1/models"));
+        for (index, (name, _)) in all.iter().enumerate() {
+            assert_eq!((&functions[index]["name"], &functions[index]["tf32"]), (&(*name).into(), &(*name).into()));
+        }
+        assert_eq!((models.as_array().unwrap().len(), &models[0]["functions"]), (1, &3.into()), "{models}");
+        assert!(models[0].as_object().unwrap()["tf32"].is_null(), "{models}");
+        assert_eq!(broker.metric("faaswap_host_weights_bytes"), 256.0 * 256.0 * 4.0);
+    }
 }
 
 #[test]

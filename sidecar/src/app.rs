@@ -153,6 +153,7 @@ async fn attach(function: &Function, settings: &Settings) -> Result<(), AppError
         priority: settings.priority,
         late: settings.late,
         batching: settings.batching,
+        tf32: settings.tf32,
     };
     // The list is never empty; a socket that is not there is where it would come.
     let nearest = settings.brokers.first().cloned().unwrap_or(Target::Socket(PathBuf::new()));

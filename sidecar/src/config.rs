@@ -17,7 +17,7 @@ use std::{
 };
 
 use ::config::{Config, Environment, File, FileFormat};
-use faaswap_protocol::{Batching, Bytes, FunctionName, Late, ModelDigest, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, FunctionName, Late, ModelDigest, Priority, Slo, Tf32};
 use http::uri::Authority;
 
 use self::read::Reader;
@@ -86,6 +86,8 @@ pub struct Settings {
     pub late: Late,
     /// Whether its requests may share runs.
     pub batching: Batching,
+    /// Whether GPUs may compute its fp32 products in TF32.
+    pub tf32: Tf32,
     /// Port for clients.
     pub listen: SocketAddr,
     /// Port for operators; absent: none.
@@ -163,6 +165,7 @@ impl Settings {
         let late = from.one_of("late", &[("serve", Late::Serve), ("refuse", Late::Refuse)]);
         let batching = [("off", Batching::Off), ("exact", Batching::Exact), ("on", Batching::On)];
         let batching = from.one_of("batching", &batching);
+        let tf32 = from.one_of("tf32", &[("on", Tf32::On), ("off", Tf32::Off)]);
         let everywhere = |port| SocketAddr::from(([0, 0, 0, 0], port));
         // Behind a front, the second port is for the handler alone.
         let beside = if watchdog.is_some() { SocketAddr::from(([127, 0, 0, 1], 9463)) } else { everywhere(9463) };
@@ -192,6 +195,7 @@ impl Settings {
             priority: priority.unwrap_or_default(),
             late: late.unwrap_or_default(),
             batching: batching.unwrap_or_default(),
+            tf32: tf32.unwrap_or_default(),
             listen,
             metrics_listen: metrics_listen.unwrap_or(Some(metrics_default)),
             upstream,

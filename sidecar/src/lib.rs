@@ -10,7 +10,7 @@
 //! use std::{path::PathBuf, time::Duration};
 //!
 //! use bytes::Bytes;
-//! use faaswap_protocol::{Batching, DType, FunctionSpec, Late, Priority, Slo};
+//! use faaswap_protocol::{Batching, DType, FunctionSpec, Late, Priority, Slo, Tf32};
 //! use faaswap_sidecar::{
 //!     broker::{Broker, BrokerConfig, InferRequest, Target},
 //!     model::{ModelRef, ModelSource},
@@ -26,6 +26,7 @@
 //!     priority: Priority::Latency,
 //!     late: Late::Serve,
 //!     batching: Batching::default(),
+//!     tf32: Tf32::default(),
 //! };
 //! // `Target::Address("node:9470".into())` where no Unix socket is shared: tensors then travel in the frames.
 //! let target = Target::Socket(PathBuf::from("/run/faaswap/broker.sock"));

@@ -15,19 +15,19 @@ OTHERS = {"slot", "metrics"}
 def known_annotations():
     source = (ROOT / "sidecar/injector/src/wish.rs").read_text()
     [table] = re.findall(r"const KNOWN: \[&str; \d+\] = \[(.*?)\];", source, re.S)
-    return set(re.findall(r'"([a-z-]+)"', table))
+    return set(re.findall(r'"([a-z0-9-]+)"', table))
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "faas-templates/stack.yaml"], ids=lambda path: path.name)
 def test_annotations_in_documents_exist(path):
-    used = set(re.findall(r"faaswap\.dev/([a-z-]+[a-z])", path.read_text()))
+    used = set(re.findall(r"faaswap\.dev/([a-z][a-z0-9-]*[a-z0-9])", path.read_text()))
     assert used <= known_annotations() | OTHERS, used - known_annotations() - OTHERS
 
 
 def test_every_annotation_is_explained():
     text = (ROOT / "docs/kubernetes.md").read_text()
     # `status` is ours; the sidecar's three share a line.
-    shown = set(re.findall(r"faaswap\.dev/([a-z-]+[a-z])", text)) | {"status", "sidecar-cpu", "sidecar-memory"}
+    shown = set(re.findall(r"faaswap\.dev/([a-z][a-z0-9-]*[a-z0-9])", text)) | {"status", "sidecar-cpu", "sidecar-memory"}
     assert known_annotations() <= shown, known_annotations() - shown
 
 

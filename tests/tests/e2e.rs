@@ -91,6 +91,24 @@ fn on_list(broker: &Broker, function: &str) -> Option<Value> {
 }
 
 #[test]
+fn what_a_function_says_of_tf32_reaches_the_broker() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(&["16MiB"], &[]);
+    let known = Known::new(folder.path(), "exact", &models::matmul(SIZE, 1), 1, 2);
+    let options = |function| SidecarOptions::new(function, &known.model, SLO_MS).with("FAASWAP_MODEL_NAME", "exact");
+    for (function, options, shown) in [
+        ("silent", options("silent"), "node"),
+        ("fast", options("fast").with("FAASWAP_TF32", "on"), "on"),
+        ("exact", options("exact").with("FAASWAP_TF32", "off"), "off"),
+    ] {
+        let mut sidecar = Sidecar::start(&broker, &options).unwrap();
+        sidecar.wait_ready().unwrap();
+        known.must_answer(&sidecar);
+        assert_eq!(on_list(&broker, function).unwrap()["tf32"], shown);
+    }
+}
+
+#[test]
 fn a_killed_broker_costs_no_answer_and_service_resumes_by_itself() {
     let folder = tempfile::tempdir().unwrap();
     let mut broker = broker(&["16MiB"], &[]);

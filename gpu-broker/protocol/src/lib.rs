@@ -15,7 +15,7 @@ pub mod wire;
 
 pub use ids::{CallId, FunctionId, FunctionName, ModelDigest, NameError, RequestId};
 pub use message::{
-    Batching, FromBroker, FunctionSpec, Late, ModelFile, Priority, SlabLayout, Slo, Timing, ToBroker, Transport,
+    Batching, FromBroker, FunctionSpec, Late, ModelFile, Priority, SlabLayout, Slo, Tf32, Timing, ToBroker, Transport,
 };
 pub use refusal::{Detail, Refusal};
 pub use tensor::{DType, Dim, Shape, ShapeError, Signature, Span, TensorSlice, TensorSpec};

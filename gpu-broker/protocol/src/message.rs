@@ -83,6 +83,19 @@ pub enum Batching {
     On,
 }
 
+/// Whether GPUs may compute a function's fp32 products in TF32: faster, with 10 bits of fraction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tf32 {
+    /// As the node does.
+    #[default]
+    Node,
+    /// They may.
+    On,
+    /// They compute them in fp32.
+    Off,
+}
+
 /// What a sidecar says of its function.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionSpec {
@@ -98,6 +111,8 @@ pub struct FunctionSpec {
     pub late: Late,
     /// Whether its requests may share runs.
     pub batching: Batching,
+    /// How exact its fp32 products are on GPUs.
+    pub tf32: Tf32,
 }
 
 /// One file of a model: `files[0]` is the ONNX graph, the others are its external data.

@@ -7,8 +7,8 @@ use std::{fmt::Debug, path::Path, time::Duration};
 
 use faaswap_protocol::{
     Batching, Bytes, CallId, DType, Detail, Dim, FromBroker, FunctionId, FunctionSpec, Late, ModelDigest, ModelFile,
-    Priority, Refusal, RequestId, Shape, Signature, SlabLayout, Slo, Span, TensorSlice, TensorSpec, Timing, ToBroker,
-    Transport,
+    Priority, Refusal, RequestId, Shape, Signature, SlabLayout, Slo, Span, TensorSlice, TensorSpec, Tf32, Timing,
+    ToBroker, Transport,
     limits::{MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, WIRE_VERSION},
     wire::{HEAD_LEN, Head, WireError, decode, encode},
 };
@@ -28,6 +28,7 @@ fn function() -> FunctionSpec {
         priority: Priority::Batch,
         late: Late::Refuse,
         batching: Batching::On,
+        tf32: Tf32::Off,
     }
 }
 

@@ -12,23 +12,23 @@ const PERCENTILE_MAX: u16 = 9999;
 impl Core {
     /// Registers a function, now or once its model is loaded.
     pub(super) fn register(&mut self, from: PeerId, call: CallId, spec: FunctionSpec) {
-        let digest = spec.model;
         if let Err(refusal) = self.may_register(from, &spec) {
             return self.refuse_call(from, call, refusal);
         }
-        if let Some(&model) = self.by_digest.get(&digest) {
+        let variant = self.loader.machine.variant(spec.model, spec.tf32);
+        if let Some(&model) = self.by_variant.get(&variant) {
             return self.registered(from, call, spec, model);
         }
-        if let Some(refusal) = self.rejection(&digest) {
+        if let Some(refusal) = self.rejection(&variant) {
             return self.refuse_call(from, call, refusal);
         }
-        if !self.loading.contains_key(&digest) && !self.loader.has(&digest) {
+        if !self.loading.contains_key(&variant) && !self.loader.has(&variant) {
             return self.say(from, &FromBroker::ModelNeeded { call });
         }
         if let Some(entry) = self.peers.get_mut(&from) {
             entry.calls += 1;
         }
-        self.load(digest, Waiter { from, call, spec });
+        self.load(variant, Waiter { from, call, spec });
     }
 
     pub(super) fn may_register(&self, from: PeerId, spec: &FunctionSpec) -> Result<(), Refusal> {

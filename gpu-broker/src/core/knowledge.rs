@@ -91,7 +91,7 @@ impl Core {
                 Choice::Bring | Choice::BringAhead | Choice::Refuse => 1,
             },
             function: function.map(|function| function.spec.name.to_string()),
-            model: self.models.get(&decision.model).map(|model| model.digest.to_string()),
+            model: self.models.get(&decision.model).map(|model| model.variant.digest.to_string()),
             device: decision.device.and_then(device),
             from: match decision.source {
                 None => None,

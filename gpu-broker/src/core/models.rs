@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use faaswap_protocol::{Bytes, CallId, FromBroker, FunctionSpec, ModelDigest, Refusal, Signature};
+use faaswap_protocol::{Bytes, CallId, FromBroker, FunctionSpec, Refusal, Signature};
 use faaswap_scheduler::{DeviceId, Event, ModelId, trace::Named};
 
 use super::{Core, Home, Model, PeerId, charge};
@@ -10,6 +10,7 @@ use crate::{
     lane::BoundModel,
     limits::{REJECTED_FOR, REJECTED_MAX},
     load::{self, Stage},
+    variant::Variant,
 };
 
 /// A registration that waits for its model.
@@ -46,25 +47,25 @@ pub(crate) struct Loaded {
 }
 
 impl Core {
-    pub(super) fn load(&mut self, digest: ModelDigest, waiter: Waiter) {
-        if let Some(loading) = self.loading.get_mut(&digest) {
+    pub(super) fn load(&mut self, variant: Variant, waiter: Waiter) {
+        if let Some(loading) = self.loading.get_mut(&variant) {
             loading.waiters.push(waiter);
             return;
         }
         let stage = Arc::new(Stage::default());
-        self.loading.insert(digest, Loading { stage: Arc::clone(&stage), waiters: vec![waiter] });
+        self.loading.insert(variant, Loading { stage: Arc::clone(&stage), waiters: vec![waiter] });
         let (loader, me) = (Arc::clone(&self.loader), self.me.clone());
         tokio::task::spawn_local(async move {
-            let result = load::load(&loader, digest, &stage).await;
+            let result = load::load(&loader, variant, &stage).await;
             if let Some(core) = me.upgrade() {
-                core.borrow_mut().load_ended(digest, result);
+                core.borrow_mut().load_ended(variant, result);
             }
         });
     }
 
-    fn load_ended(&mut self, digest: ModelDigest, result: Result<Loaded, Refusal>) {
+    fn load_ended(&mut self, variant: Variant, result: Result<Loaded, Refusal>) {
         self.take_ended();
-        let waiters = self.loading.remove(&digest).map(|loading| loading.waiters).unwrap_or_default();
+        let waiters = self.loading.remove(&variant).map(|loading| loading.waiters).unwrap_or_default();
         for waiter in &waiters {
             if let Some(entry) = self.peers.get_mut(&waiter.from) {
                 entry.calls -= 1;
@@ -72,7 +73,7 @@ impl Core {
         }
         match result {
             Ok(loaded) => {
-                let model = self.add_model(digest, loaded);
+                let model = self.add_model(variant, loaded);
                 for Waiter { from, call, spec } in waiters {
                     // What was true when the registration came may not be so any more.
                     match self.may_register(from, &spec) {
@@ -83,7 +84,7 @@ impl Core {
             }
             Err(refusal) => {
                 if !refusal.is_passing() {
-                    self.reject(digest, refusal.clone());
+                    self.reject(variant, refusal.clone());
                 }
                 for Waiter { from, call, .. } in waiters {
                     self.refuse_call(from, call, refusal.clone());
@@ -92,14 +93,14 @@ impl Core {
         }
     }
 
-    fn add_model(&mut self, digest: ModelDigest, loaded: Loaded) -> ModelId {
+    fn add_model(&mut self, variant: Variant, loaded: Loaded) -> ModelId {
         self.id_next += 1;
         let id = ModelId(u32::try_from(self.id_next & u64::from(u32::MAX)).unwrap_or(0));
-        self.trace.name(Named::Model, id.0, &digest.to_string());
+        self.trace.name(Named::Model, id.0, &variant.digest.to_string());
         let devices: Vec<_> = loaded.bound.iter().map(|(device, _)| *device).collect();
         let weights = loaded.weights;
         let model = Model {
-            digest,
+            variant,
             loaded,
             functions: 0,
             idle_since: Some(Instant::now()),
@@ -109,7 +110,7 @@ impl Core {
             leaving: false,
         };
         self.models.insert(id, model);
-        self.by_digest.insert(digest, id);
+        self.by_variant.insert(variant, id);
         for device in devices {
             let charge = charge(weights, self.devices[usize::from(device.0)].device.as_ref());
             self.happen(Event::ModelBound { model: id, device, charge });
@@ -119,21 +120,21 @@ impl Core {
     }
 
     /// The reason for which a model was rejected not long ago.
-    pub(super) fn rejection(&mut self, digest: &ModelDigest) -> Option<Refusal> {
-        let (refusal, since) = self.rejected.get(digest)?;
+    pub(super) fn rejection(&mut self, variant: &Variant) -> Option<Refusal> {
+        let (refusal, since) = self.rejected.get(variant)?;
         if since.elapsed() < REJECTED_FOR {
             return Some(refusal.clone());
         }
-        self.rejected.remove(digest);
+        self.rejected.remove(variant);
         None
     }
 
-    fn reject(&mut self, digest: ModelDigest, refusal: Refusal) {
+    fn reject(&mut self, variant: Variant, refusal: Refusal) {
         if self.rejected.len() >= REJECTED_MAX {
-            let oldest = self.rejected.iter().min_by_key(|(_, (_, since))| *since).map(|(digest, _)| *digest);
-            oldest.map(|digest| self.rejected.remove(&digest));
+            let oldest = self.rejected.iter().min_by_key(|(_, (_, since))| *since).map(|(variant, _)| *variant);
+            oldest.map(|variant| self.rejected.remove(&variant));
         }
-        self.rejected.insert(digest, (refusal, Instant::now()));
+        self.rejected.insert(variant, (refusal, Instant::now()));
     }
 
     pub(super) fn tell_progress(&self) {
@@ -154,8 +155,8 @@ impl Core {
         for id in gone {
             if let Some(model) = self.models.get_mut(&id) {
                 model.leaving = true;
-                tracing::info!(model = ?model.digest, "unloaded: no function uses it");
-                self.by_digest.remove(&model.digest);
+                tracing::info!(model = ?model.variant.digest, "unloaded: no function uses it");
+                self.by_variant.remove(&model.variant);
             }
             self.happen(Event::ModelRemoved { model: id });
             self.drop_model_that_left(id);

@@ -174,7 +174,7 @@ impl Core {
             (None, load::Source::Files(fds))
         };
         entry.upload = Some(UploadParts { call, parts });
-        let in_use: Vec<_> = self.models.values().map(|model| model.digest.hex()).collect();
+        let in_use: Vec<_> = self.models.values().map(|model| model.variant.digest.hex()).collect();
         let (loader, me) = (Arc::clone(&self.loader), self.me.clone());
         tokio::task::spawn_local(async move {
             let result = load::upload(&loader, model, files, source, in_use).await;

@@ -1,5 +1,6 @@
 //! What operators are shown: functions, models and devices as they are now.
 
+use faaswap_protocol::Tf32;
 use serde::Serialize;
 
 use super::{Core, DecisionReport, device_id};
@@ -9,6 +10,8 @@ use super::{Core, DecisionReport, device_id};
 pub(crate) struct FunctionReport {
     name: String,
     model: String,
+    /// What it says of TF32; `node`: what the node does.
+    tf32: Tf32,
     slo_ms: f64,
     slo_percentile: f64,
     connections: usize,
@@ -21,6 +24,8 @@ pub(crate) struct FunctionReport {
 #[derive(Debug, Serialize)]
 pub(crate) struct ModelReport {
     model: String,
+    /// Whether GPUs may compute its fp32 products in TF32; null on host devices, which have no such choice.
+    tf32: Option<bool>,
     weights_bytes: u64,
     /// Whether they are in host memory; else they are on disk, or on the way.
     in_host_memory: bool,
@@ -55,6 +60,7 @@ impl Core {
         let functions = self.functions.values().map(|function| FunctionReport {
             name: function.spec.name.to_string(),
             model: function.spec.model.to_string(),
+            tf32: function.spec.tf32,
             slo_ms: function.spec.slo.deadline.as_secs_f64() * 1e3,
             slo_percentile: f64::from(function.spec.slo.percentile) / 100.0,
             connections: function.users,
@@ -64,7 +70,8 @@ impl Core {
         });
         let name = |index: usize| self.devices[index].device.info().name.clone();
         let models = self.models.values().map(|model| ModelReport {
-            model: model.digest.to_string(),
+            model: model.variant.digest.to_string(),
+            tf32: model.variant.tf32,
             weights_bytes: model.loaded.weights.get(),
             in_host_memory: model.loaded.home.is_in_memory(),
             functions: model.functions,
@@ -80,7 +87,7 @@ impl Core {
         });
         let (mut functions, mut models): (Vec<_>, Vec<_>) = (functions.collect(), models.collect());
         functions.sort_by(|a, b| a.name.cmp(&b.name));
-        models.sort_by(|a, b| a.model.cmp(&b.model));
+        models.sort_by(|a, b| (&a.model, a.tf32).cmp(&(&b.model, b.tf32)));
         let (devices, decisions) = (devices.collect(), self.decisions());
         Report { functions, models, devices, decisions }
     }

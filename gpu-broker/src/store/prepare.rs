@@ -81,7 +81,6 @@ enum Outcome {
 pub struct Preparer {
     program: PathBuf,
     library: PathBuf,
-    target: Target,
     within: Duration,
     free: Semaphore,
     shares: Semaphore,
@@ -89,19 +88,27 @@ pub struct Preparer {
 
 impl Preparer {
     /// `program` is this broker's own.
-    pub fn new(program: PathBuf, library: PathBuf, target: Target, within: Duration, parallel: usize) -> Self {
+    pub fn new(program: PathBuf, library: PathBuf, within: Duration, parallel: usize) -> Self {
         let (free, shares) = (Semaphore::new(parallel), Semaphore::new(SHARES_MAX));
-        Self { program, library, target, within, free, shares }
+        Self { program, library, within, free, shares }
     }
 
-    /// Prepares an uploaded model, unless that was done before. `started` is called once it is this model's turn.
-    pub async fn prepare(&self, store: &Store, model: &ModelDigest, started: impl FnOnce()) -> Result<(), Refusal> {
+    /// Prepares an uploaded model for this target, whose prepared models the store is for, unless that was done before.
+    /// `started` is called once it is this model's turn.
+    pub async fn prepare(
+        &self,
+        (store, target): (&Store, Target),
+        model: &ModelDigest,
+        started: impl FnOnce(),
+    ) -> Result<(), Refusal> {
         let home = store.prepared_dir(model);
         let contents = store.contents(model).ok_or_else(|| failed("its files are gone"));
         if let Ok(contents) = &contents {
             // What is of a known kind waits for no device, and for nobody who does.
             let _share = self.shares.acquire().await.map_err(|_| Refusal::Draining)?;
-            if home.exists() || (store.has_kinds() && self.share(store, model, contents, false).await?.is_none()) {
+            if home.exists()
+                || (store.has_kinds() && self.share((store, target), model, contents, false).await?.is_none())
+            {
                 return Ok(());
             }
         }
@@ -111,9 +118,9 @@ impl Preparer {
         }
         started();
         let contents = contents?;
-        let Some(alone) = self.share(store, model, &contents, true).await? else { return Ok(()) };
+        let Some(alone) = self.share((store, target), model, &contents, true).await? else { return Ok(()) };
         let draft = store.draft().map_err(|e| failed(&e.to_string()))?;
-        let made = self.best(store.model_dir(model), &contents, &draft).await;
+        let made = self.best((store.model_dir(model), target), &contents, &draft).await;
         let kept = made.and_then(|made| fs::rename(made, &home).map_err(|e| failed(&e.to_string())));
         // What is left goes at the next start at the latest.
         let _ = fs::remove_dir_all(&draft);
@@ -131,7 +138,7 @@ impl Preparer {
     /// itself.
     async fn share(
         &self,
-        store: &Store,
+        (store, target): (&Store, Target),
         model: &ModelDigest,
         contents: &Contents,
         may_learn: bool,
@@ -146,7 +153,7 @@ impl Preparer {
             group_bytes: Bytes::new(GROUP_BYTES),
             may_learn,
         };
-        let outcome = self.run_child(&self.job(Task::Share(job), contents, self.target)).await;
+        let outcome = self.run_child(&self.job(Task::Share(job), contents, target)).await;
         let home = store.prepared_dir(model);
         let shared = match outcome {
             Ok(Outcome::Prepared) => match Prepared::open(&out_dir) {
@@ -177,9 +184,14 @@ impl Preparer {
     }
 
     /// Prepares the model, on a GPU in each layout that may be faster; returns the folder of the best.
-    async fn best(&self, model: PathBuf, contents: &Contents, draft: &Path) -> Result<PathBuf, Refusal> {
+    async fn best(
+        &self,
+        (model, target): (PathBuf, Target),
+        contents: &Contents,
+        draft: &Path,
+    ) -> Result<PathBuf, Refusal> {
         let mut best: Option<(u64, PathBuf)> = None;
-        for (number, target) in layouts(self.target).into_iter().enumerate() {
+        for (number, target) in layouts(target).into_iter().enumerate() {
             let out = draft.join(number.to_string());
             let prepared = self.prepare_for(target, model.clone(), contents, &out).await;
             let manifest = match (prepared, &best) {

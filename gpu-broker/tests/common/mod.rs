@@ -20,8 +20,8 @@ use std::{
 
 use faaswap_protocol::{
     Batching, Bytes, CallId, DType, FromBroker, FunctionId, FunctionSpec, Late, ModelDigest, ModelFile, Priority,
-    Refusal, RequestId, Shape, Signature, Slo, Span, TensorSlice, Timing, ToBroker, Transport, limits::WIRE_VERSION,
-    wire,
+    Refusal, RequestId, Shape, Signature, Slo, Span, TensorSlice, Tf32, Timing, ToBroker, Transport,
+    limits::WIRE_VERSION, wire,
 };
 use faaswap_slab::{Slab, fds};
 use sha2::{Digest, Sha256};
@@ -456,5 +456,6 @@ pub fn spec(name: &str, model: ModelDigest) -> FunctionSpec {
         priority: Priority::Latency,
         late: Late::Serve,
         batching: Batching::default(),
+        tf32: Tf32::default(),
     }
 }

@@ -10,7 +10,7 @@ pub const PREFIX: &str = "faaswap.dev/";
 pub const STATUS: &str = "faaswap.dev/status";
 
 /// All annotations that mean something.
-const KNOWN: [&str; 20] = [
+const KNOWN: [&str; 21] = [
     "batching",
     "function",
     "inject",
@@ -29,6 +29,7 @@ const KNOWN: [&str; 20] = [
     "slo-ms",
     "slo-percentile",
     "status",
+    "tf32",
     "transport",
     "upstream",
 ];
@@ -220,6 +221,7 @@ impl Reader<'_> {
         keep("FAASWAP_PRIORITY", self.checked("priority", "latency, batch", one_of(&["latency", "batch"])));
         let batching = one_of(&["off", "exact", "on"]);
         keep("FAASWAP_BATCHING", self.checked("batching", "off, exact, on", batching));
+        keep("FAASWAP_TF32", self.checked("tf32", "on, off", one_of(&["on", "off"])));
         keep("FAASWAP_LATE", self.checked("late", "serve, refuse", one_of(&["serve", "refuse"])));
         keep(
             "FAASWAP_UPSTREAM",
@@ -320,6 +322,10 @@ mod tests {
         assert_eq!(wish.variables, BTreeMap::from([("FAASWAP_MODEL", "/models/resnet/model.onnx".to_owned())]));
         let Verdict::Wish(batched) = read_all(&[("model", "m.onnx"), ("batching", "off")]) else { panic!("a wish") };
         assert_eq!(batched.variables["FAASWAP_BATCHING"], "off");
+        for value in ["on", "off"] {
+            let Verdict::Wish(told) = read_all(&[("model", "m.onnx"), ("tf32", value)]) else { panic!("a wish") };
+            assert_eq!(told.variables["FAASWAP_TF32"], value);
+        }
         assert_eq!((wish.mode, wish.transport, wish.memory.as_str()), (Mode::Side, None, "256Mi"));
     }
 
@@ -339,6 +345,7 @@ mod tests {
             ("sidecar-image", "two words"),
             ("upstream", "nowhere"),
             ("batching", "yes"),
+            ("tf32", "true"),
             ("batches", "on"),
         ]);
         for expected in [
@@ -355,11 +362,12 @@ mod tests {
             "annotation faaswap.dev/sidecar-image: 'two words'",
             "annotation faaswap.dev/upstream: 'nowhere'",
             "annotation faaswap.dev/batching: 'yes' is not allowed; allowed: off, exact, on",
+            "annotation faaswap.dev/tf32: 'true' is not allowed; allowed: on, off",
             "annotation faaswap.dev/batches: 'on' means nothing; known: batching, function, inject,",
         ] {
             assert!(all.contains(expected), "{expected} is missing in:\n{all}");
         }
-        assert_eq!(all.lines().count(), 14, "{all}");
+        assert_eq!(all.lines().count(), 15, "{all}");
         assert!(mistakes(&[("inject", "true")]).contains("faaswap.dev/model is not set"));
     }
 

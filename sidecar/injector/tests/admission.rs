@@ -136,6 +136,28 @@ fn wrong_annotations_are_refused_or_passed_over_as_the_operator_wants() {
 }
 
 #[test]
+fn what_a_pod_says_of_tf32_reaches_its_sidecar_or_is_refused_with_what_is_allowed() {
+    let mut review = review("deployment");
+    let told = |pod: &Value| {
+        let mut containers = pod["spec"]["initContainers"].as_array().unwrap().iter();
+        let sidecar = containers.find(|one| one["name"] == "faaswap-sidecar").unwrap();
+        sidecar["env"].as_array().unwrap().iter().find(|one| one["name"] == "FAASWAP_TF32").cloned()
+    };
+    let pod = patched(&review, &ask(&review, &settings(&[])));
+    assert_eq!(told(&pod), None, "the node's setting holds where nothing is said");
+    for value in ["on", "off"] {
+        review["request"]["object"]["metadata"]["annotations"]["faaswap.dev/tf32"] = value.into();
+        let pod = patched(&review, &ask(&review, &settings(&[])));
+        assert_eq!(told(&pod), Some(json!({"name": "FAASWAP_TF32", "value": value})));
+    }
+    review["request"]["object"]["metadata"]["annotations"]["faaswap.dev/tf32"] = "true".into();
+    let denied = ask(&review, &settings(&[]));
+    let status = denied.status.unwrap();
+    assert_eq!((denied.allowed, status.code, denied.patch), (false, 422, None));
+    assert!(status.message.contains("faaswap.dev/tf32: 'true' is not allowed; allowed: on, off"), "{}", status.message);
+}
+
+#[test]
 fn pods_without_slots_go_where_brokers_are_unless_they_are_everywhere() {
     let review = review("knative");
     let pod = |arguments: &[&str]| patched(&review, &ask(&review, &settings(arguments)));

@@ -28,7 +28,8 @@ fn a_function_and_a_model_are_all_that_must_be_said() {
     assert_eq!(settings.model_name, "team/f");
     assert_eq!(settings.slo, Slo { deadline: Duration::from_secs(1), percentile: 9800 });
     assert_eq!((settings.priority, settings.late), (Priority::Latency, Late::Serve));
-    assert_eq!(settings.batching, Batching::Exact);
+    assert_eq!((settings.batching, settings.tf32), (Batching::Exact, Tf32::Node));
+    assert_eq!((with("tf32 = \"on\"").tf32, with("tf32 = \"off\"").tf32), (Tf32::On, Tf32::Off));
     assert_eq!(settings.listen, "0.0.0.0:9463".parse().unwrap());
     assert_eq!(settings.metrics_listen, Some("0.0.0.0:9465".parse().unwrap()));
     assert_eq!(settings.upstream, None);
@@ -48,6 +49,7 @@ fn the_environment_wins_over_the_file_and_says_everything_that_the_file_can() {
         ("FAASWAP_PRIORITY", "batch"),
         ("FAASWAP_LATE", "refuse"),
         ("FAASWAP_BATCHING", "off"),
+        ("FAASWAP_TF32", "off"),
         ("FAASWAP_LISTEN", "127.0.0.1:0"),
         ("FAASWAP_METRICS_LISTEN", "off"),
         ("FAASWAP_UPSTREAM", "http://127.0.0.1:8082"),
@@ -62,7 +64,7 @@ fn the_environment_wins_over_the_file_and_says_everything_that_the_file_can() {
     assert_eq!(settings.model_name, "resnet");
     assert_eq!(settings.slo, Slo { deadline: Duration::from_millis(50), percentile: 9950 });
     assert_eq!((settings.priority, settings.late), (Priority::Batch, Late::Refuse));
-    assert_eq!(settings.batching, Batching::Off);
+    assert_eq!((settings.batching, settings.tf32), (Batching::Off, Tf32::Off));
     assert_eq!(settings.metrics_listen, None);
     assert_eq!(settings.upstream.unwrap(), "127.0.0.1:8082");
     assert_eq!((settings.slab.request, settings.slab.response), (Bytes::mib(8), Bytes::mib(4)));
@@ -73,7 +75,7 @@ fn the_environment_wins_over_the_file_and_says_everything_that_the_file_can() {
 #[test]
 fn all_mistakes_are_reported_at_once() {
     let text = "model = \"/nowhere/m.onnx\"\nslo_ms = 0\nslo_percentile = \"100\"\npriority = \"high\"\n\
-                late = 3\nbatching = \"yes\"\nlisten = \"9463\"\nmetrics_listen = \"x\"\nupstream = \"https://h:1\"\nbroker_addr = \"nohost\"\n\
+                late = 3\nbatching = \"yes\"\ntf32 = true\nlisten = \"9463\"\nmetrics_listen = \"x\"\nupstream = \"https://h:1\"\nbroker_addr = \"nohost\"\n\
                 slab_request_mib = 1000\nslab_response_mib = 1000\nbody_mib_max = -1\nlog = \"=x=\"\ncolour = \"red\"";
     let mistakes = load(text, &[]).unwrap_err().0;
     let all = mistakes.join("\n");
@@ -85,6 +87,7 @@ fn all_mistakes_are_reported_at_once() {
         "priority: 'high' is none of latency, batch",
         "late: '3' is none of serve, refuse",
         "batching: 'yes' is none of off, exact, on",
+        "tf32: 'true' is none of on, off",
         "listen: '9463' is no address",
         "metrics_listen: 'x' is no address",
         "upstream: 'https://h:1' is no host:port",
@@ -96,7 +99,7 @@ fn all_mistakes_are_reported_at_once() {
     ] {
         assert!(all.contains(expected), "{expected} is missing in:\n{all}");
     }
-    assert_eq!(mistakes.len(), 15, "{all}");
+    assert_eq!(mistakes.len(), 16, "{all}");
 }
 
 #[test]

@@ -10,7 +10,7 @@ pub mod fronts;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use faaswap_protocol::{Batching, Bytes, FunctionSpec, Late, ModelDigest, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, FunctionSpec, Late, ModelDigest, Priority, Slo, Tf32};
 use faaswap_sidecar::{
     broker::{Broker, BrokerConfig, SlabSizes, Target},
     infer::Function,
@@ -37,6 +37,7 @@ pub fn spec(deadline: Duration) -> FunctionSpec {
         priority: Priority::Latency,
         late: Late::Serve,
         batching: Batching::default(),
+        tf32: Tf32::default(),
     }
 }
 

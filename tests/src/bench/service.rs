@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use faaswap_protocol::{Batching, DType, FunctionSpec, Late, Priority, Slo};
+use faaswap_protocol::{Batching, DType, FunctionSpec, Late, Priority, Slo, Tf32};
 use faaswap_sidecar::{
     broker::{Broker as Client, BrokerConfig, InferAnswer, InferRequest, Known, SlabSizes, Target},
     model::{ModelRef, ModelSource},
@@ -36,6 +36,7 @@ pub(super) fn start_with(broker: &Broker, name: &str, model: &Path, batching: Ba
         priority: Priority::Latency,
         late: Late::Serve,
         batching,
+        tf32: Tf32::default(),
     };
     let mut config = BrokerConfig::new(Target::Socket(broker.socket()), function, model);
     config.slab = SlabSizes { request: faaswap_protocol::Bytes::mib(32), response: faaswap_protocol::Bytes::mib(32) };
