@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use faaswap_protocol::{Batching, Bytes, FunctionSpec, Late, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, FunctionSpec, Late, Priority, Slo, Tf32};
 use faaswap_sidecar::{
     broker::{Broker as Client, BrokerConfig, InferError, InferRequest, SlabSizes, Target},
     model::ModelSource,
@@ -279,6 +279,7 @@ fn config(socket: &Path, design: &Design) -> Result<BrokerConfig> {
         priority: Priority::Latency,
         late: Late::Serve,
         batching: Batching::default(),
+        tf32: Tf32::default(),
     };
     let model = ModelSource::known(design.digest);
     let mut config = BrokerConfig::new(Target::Socket(socket.to_owned()), function, model);
