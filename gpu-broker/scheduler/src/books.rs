@@ -102,13 +102,14 @@ impl Books {
         self.devices.get(device).is_some_and(|device| !device.lost && device.copies_from_host())
     }
 
-    /// Forgets how functions stand to their objectives.
+    /// Forgets how functions stand to their objectives, and takes back what was given up: not every policy looks there.
     pub(crate) fn begin_anew(&mut self) {
         self.threshold_permille = i64::MAX;
         let slots: Vec<_> = self.functions.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
             if let Some(function) = self.functions.get_mut(slot) {
                 function.objective.begin_anew();
+                Ready::take_back(function);
             }
             self.relist(slot);
         }

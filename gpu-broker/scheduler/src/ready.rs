@@ -157,6 +157,13 @@ impl Ready {
         }
     }
 
+    /// All that waits for a function is fresh again, for a policy that has given nothing up.
+    pub(crate) fn take_back(function: &mut Function) {
+        for waiting in std::mem::take(&mut function.stale) {
+            insert(&mut function.fresh, waiting);
+        }
+    }
+
     /// Lists a function by its heads; `fresh` is the rank of the fresh one.
     pub(crate) fn relist(&mut self, slot: Slot, function: &mut Function, fresh: Rank) {
         let late = function.stale.front().map(|head| (Tier::Late, head.arrived));

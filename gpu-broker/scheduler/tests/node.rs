@@ -302,6 +302,29 @@ fn a_removed_model_leaves_as_soon_as_nothing_runs_on_it() {
     assert_eq!(node.log.last(), Some(&swap_out(0, 0)));
 }
 
+/// Ours puts aside what cannot be in time any more; the other policies do not look there.
+#[test]
+fn what_one_policy_had_given_up_is_served_by_the_next() {
+    for policy in PolicyKind::all(3) {
+        let mut node = Node::new(&[(10, 1)], &[6, 6], Late::Serve);
+        node.ask(1, 0, 50);
+        node.finish_copy();
+        node.now = ms(100);
+        assert_eq!(node.ask(2, 1, 50), [], "{policy:?}: the lane is busy");
+        node.ask(3, 0, 0);
+        node.now = ms(200);
+        node.tell(Event::Woken);
+        node.tell(Event::PolicyChosen { policy });
+        for _ in 0..8 {
+            node.finish_run(0);
+            node.finish_copy();
+            node.now.0 += Duration::from_millis(10);
+            node.tell(Event::Woken);
+        }
+        assert_eq!(node.outcomes.len(), 3, "{policy:?}: {:?}", node.outcomes);
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Ask { function: u32, deadline_ms: u64 },
@@ -311,6 +334,7 @@ enum Step {
     Advance(u64),
     RemoveFunction(u32),
     FailCopy,
+    Choose(PolicyKind),
     Unknown(u64),
 }
 
@@ -328,6 +352,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0..30_u64).prop_map(Step::Advance),
         1 => (0..6_u32).prop_map(Step::RemoveFunction),
         1 => Just(Step::FailCopy),
+        1 => policies().prop_map(Step::Choose),
         1 => any::<u64>().prop_map(Step::Unknown),
     ];
     prop::collection::vec(step, 0..120)
@@ -347,6 +372,7 @@ fn play(policy: PolicyKind, steps: &[Step], late: Late) -> Node {
             Step::Advance(by) => node.now.0 += Duration::from_millis(by),
             Step::RemoveFunction(n) => drop(node.tell(Event::FunctionRemoved { function: FunctionKey(n) })),
             Step::FailCopy => fail_copy(&mut node),
+            Step::Choose(policy) => drop(node.tell(Event::PolicyChosen { policy })),
             Step::Unknown(n) => {
                 let (request, device, model) = (RequestKey(n | 1 << 60), DeviceId(9), ModelId(99));
                 node.tell(Event::RunDone { request, took: Duration::ZERO });

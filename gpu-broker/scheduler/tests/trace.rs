@@ -96,6 +96,12 @@ fn recorded() -> String {
         (10, done(1, 4)),
         (15, done(2, 5)),
         (20, arrived(3, 19)),
+        (21, arrived(4, 60)),
+        (22, Event::PolicyChosen { policy: PolicyKind::Random { seed: 7 } }),
+        (23, arrived(5, 80)),
+        (24, done(4, 3)),
+        (25, Event::PolicyChosen { policy: PolicyKind::Torpor }),
+        (26, done(5, 2)),
     ];
     for (at, event) in history {
         let mut actions = Vec::new();
@@ -128,7 +134,13 @@ fn a_replayed_history_gives_the_same_actions() {
         }
     }
     let all = answers.join("\n");
-    for expected in ["swap_in 0 0 host; run 1 0 0 0 coming", "run 2 0 0 0 resident", "refuse 3 deadline_passed"] {
+    let all_of = [
+        "swap_in 0 0 host; run 1 0 0 0 coming",
+        "run 2 0 0 0 resident",
+        "refuse 3 deadline_passed",
+        "run 5 0 0 0 resident",
+    ];
+    for expected in all_of {
         assert!(all.contains(expected), "{expected} in {all}");
     }
 }
