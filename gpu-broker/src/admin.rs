@@ -98,6 +98,10 @@ async fn fail(State(shared): State<Shared>, Path(name): Path<String>) -> Respons
 }
 
 async fn choose(State(shared): State<Shared>, Path(name): Path<String>) -> Response {
+    // Whoever reads metrics reaches this port, without a name: only where policies are compared may they be changed.
+    if shared.may_fail.is_empty() {
+        return (StatusCode::NOT_FOUND, "policies are changed where test_faults is on\n").into_response();
+    }
     let Some(policy) = PolicyKind::of(&name, POLICY_SEED) else {
         let known = PolicyKind::all(POLICY_SEED).map(PolicyKind::name).join(", ");
         return (StatusCode::BAD_REQUEST, format!("there is no policy `{name}`, but {known}\n")).into_response();

@@ -90,8 +90,10 @@ fn a_hint_brings_weights_before_their_request_and_the_decision_says_so() {
 }
 
 #[test]
-fn an_operator_lets_another_policy_decide_while_requests_come() {
-    let broker = Broker::start(TWO_SMALL_DEVICES);
+fn another_policy_may_be_chosen_while_requests_come_where_policies_are_compared() {
+    let plain = Broker::start(TWO_SMALL_DEVICES);
+    assert_eq!(plain.post("/v1/policy/lru").0, 404, "whoever reads metrics may not");
+    let broker = Broker::start(&format!("test_faults = true\n{TWO_SMALL_DEVICES}"));
     let model = Linear { size: 64, seed: 5 };
     let mut client = Client::greeted(&broker);
     let function = client.register_file("decided", &model.write(broker.dir.path())).unwrap();

@@ -57,7 +57,7 @@ pub(crate) fn run(options: Options) -> Result<()> {
     let policies = stage.options.policies.clone();
     let first = policies.first().ok_or("no policy is named")?;
     // Registering takes longer than all else, so one broker serves all policies.
-    let mut live = stage.live(first, false)?;
+    let mut live = stage.live(first, true)?;
     let (mut carried, mut counted) = (Vec::new(), (0, 0));
     for (at, policy) in policies.iter().enumerate() {
         let share = stage.options.left() / u32::try_from(policies.len() - at)?;
