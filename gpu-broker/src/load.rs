@@ -25,7 +25,7 @@ use tokio::{
 use crate::{
     core::{Loaded, charge, device_id},
     lane::BoundModel,
-    store::{Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files},
+    store::{Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files, memory_key},
     variant::{Machine, Variant},
 };
 
@@ -89,7 +89,7 @@ impl Loader {
         let manifest = Arc::clone(prepared.manifest());
         let weights = manifest.weights_bytes;
         let fitting = self.fitting(weights)?;
-        let key = model.memory_key(weights);
+        let key = memory_key(&model.digest, &manifest);
         let home = self.memory.home(&key, &prepared.weights_path(), weights).map_err(|error| match error {
             MemoryError::Full { needed, left } => Refusal::HostMemoryFull { needed, left },
             MemoryError::Busy | MemoryError::Map(_) => Refusal::HostMemoryFull { needed: weights, left: Bytes::ZERO },

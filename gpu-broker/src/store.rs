@@ -14,7 +14,7 @@ use std::{
     time::SystemTime,
 };
 
-use faaswap_engine::{ORT_VERSION, manifest::MANIFEST_VERSION};
+use faaswap_engine::{Manifest, ORT_VERSION, manifest::MANIFEST_VERSION};
 use faaswap_protocol::{Bytes, Detail, ModelDigest, ModelFile, Refusal, limits::MODEL_FILES_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -182,9 +182,10 @@ pub fn flavour(gpu: Option<(i32, bool)>) -> String {
     }
 }
 
-/// Name of a model's weights in host memory.
-pub fn memory_key(model: &ModelDigest, weights: Bytes) -> String {
-    format!("{}-{}", model.hex(), weights.get())
+/// Name of a prepared model's weights in host memory. What was prepared otherwise, by another ONNX Runtime or in another
+/// layout, has another name: a broker takes over what it finds in memory, which would be in the wrong order.
+pub fn memory_key(model: &ModelDigest, prepared: &Manifest) -> String {
+    format!("{}-{}", model.hex(), prepared.weights_name())
 }
 
 fn folder_size(dir: &Path) -> io::Result<Bytes> {

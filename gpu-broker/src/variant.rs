@@ -4,9 +4,9 @@
 //! `engine` finds it; host devices have none, and functions share their model whatever they say.
 
 use faaswap_engine::{CudaTarget, Target};
-use faaswap_protocol::{Bytes, ModelDigest, Tf32};
+use faaswap_protocol::{ModelDigest, Tf32};
 
-use crate::store::{flavour, memory_key};
+use crate::store::flavour;
 
 /// A model as it is prepared and bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,17 +15,6 @@ pub(crate) struct Variant {
     pub(crate) digest: ModelDigest,
     /// Whether its fp32 products may be computed in TF32; `None` on devices that have no such choice.
     pub(crate) tf32: Option<bool>,
-}
-
-impl Variant {
-    /// Name of its weights in host memory. The other variant's may lie in another order, so they are not shared.
-    pub(crate) fn memory_key(&self, weights: Bytes) -> String {
-        let key = memory_key(&self.digest, weights);
-        match self.tf32 {
-            None | Some(true) => key,
-            Some(false) => format!("{key}-fp32"),
-        }
-    }
 }
 
 /// What models are prepared for: all devices of a node are of one kind.
@@ -73,6 +62,8 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
+    use faaswap_protocol::Bytes;
+
     use super::*;
     use crate::store::Store;
 
@@ -96,13 +87,11 @@ mod tests {
     fn variants_are_prepared_differently_and_kept_apart() {
         let dir = tempfile::tempdir().expect("folder");
         let store = Store::open(dir.path(), Bytes::mib(1)).expect("store");
-        let size = Bytes::mib(4);
         let [on, off] = [Tf32::On, Tf32::Off].map(|wanted| gpu(true).variant(DIGEST, wanted));
         let stores = [on, off].map(|variant| store.clone().with_flavour(gpu(true).flavour(&variant)));
         assert_ne!(stores[0].prepared_dir(&DIGEST), stores[1].prepared_dir(&DIGEST));
         assert_ne!(stores[0].kin_dir(), stores[1].kin_dir());
         assert_eq!(stores[0].model_dir(&DIGEST), stores[1].model_dir(&DIGEST), "what was uploaded is shared");
-        assert_ne!(on.memory_key(size), off.memory_key(size));
         for (variant, tf32) in [(on, true), (off, false)] {
             assert_eq!(gpu(true).target(&variant), Target::Cuda(CudaTarget { tf32, ..CudaTarget::new(0) }));
             let others = gpu(false);
@@ -116,6 +105,5 @@ mod tests {
         assert!(variants.iter().all(|variant| *variant == variants[0]));
         assert_eq!(Machine::Host.target(&variants[2]), Target::Cpu);
         assert_eq!(Machine::Host.flavour(&variants[2]), flavour(None));
-        assert_eq!(variants[2].memory_key(Bytes::mib(4)), memory_key(&DIGEST, Bytes::mib(4)));
     }
 }

@@ -12,8 +12,9 @@ use std::{
 use faaswap_device::Group;
 use faaswap_protocol::{Bytes, DType, Signature};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::{EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
+use crate::{CudaTarget, EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
 pub const MANIFEST_VERSION: u32 = 5;
@@ -23,6 +24,9 @@ pub const MODEL_FILE: &str = "model.onnx";
 pub const WEIGHTS_FILE: &str = "weights.bin";
 /// The manifest.
 pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// Bytes of a hash that are enough for the name of weights, beside their model's digest.
+const WEIGHTS_NAME_BYTES: usize = 8;
 
 /// One initializer in the flat weights.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +102,20 @@ impl Manifest {
     pub fn cost(&self) -> u64 {
         let percent = if self.keep_session.is_some() { 100 + KEPT_SESSION_PERCENT } else { 100 };
         self.trial_run_us.map_or(u64::MAX, |us| us.saturating_mul(percent) / 100)
+    }
+
+    /// Names what lies in the weights, and in which order: two prepared models of one digest have the same name only where
+    /// their weights are the same, byte for byte. What was measured of them does not count.
+    pub fn weights_name(&self) -> String {
+        let target = match self.target {
+            Target::Cpu => Target::Cpu,
+            // Which GPU of a kind it was does not matter.
+            Target::Cuda(target) => Target::Cuda(CudaTarget { ordinal: 0, ..target }),
+        };
+        let told = (self.version, &self.ort_version, target, self.weights_bytes, &self.initializers);
+        let text = serde_json::to_vec(&told).expect("numbers and names can be written");
+        let hash = Sha256::digest(&text);
+        hash[..WEIGHTS_NAME_BYTES].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     fn check(&self) -> Result<(), String> {
@@ -195,5 +213,62 @@ impl Prepared {
     /// The groups as a device wants them.
     pub fn groups(&self) -> Arc<[Group]> {
         self.manifest.groups.iter().map(|group| Group { offset: group.offset, len: group.len }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let weight = |name: &str, offset, len: u8| Initializer {
+            name: name.to_owned(),
+            element: 1,
+            dims: vec![i64::from(len) / 4],
+            offset,
+            len: u64::from(len),
+        };
+        Manifest {
+            version: MANIFEST_VERSION,
+            ort_version: "1.2.3".to_owned(),
+            target: Target::Cuda(CudaTarget::new(0)),
+            keep_session: None,
+            has_convolutions: true,
+            signature: Signature { inputs: Vec::new(), outputs: Vec::new() },
+            weights_bytes: Bytes::new(16),
+            groups: vec![GroupSpan { offset: 0, len: 16 }],
+            initializers: vec![weight("a", 0, 8), weight("b", 8, 8)],
+            await_count: 0,
+            await_types: Vec::new(),
+            await_before_run: None,
+            by_rows: false,
+            inputs_in_place: Vec::new(),
+            outputs_in_place: Vec::new(),
+            trial_run_us: Some(10),
+            trial_max_abs_diff: None,
+        }
+    }
+
+    #[test]
+    fn weights_are_named_by_what_lies_in_them() {
+        let name = manifest().weights_name();
+        let on_another = Target::Cuda(CudaTarget::new(3));
+        let same =
+            Manifest { trial_run_us: Some(20), keep_session: Some("so".into()), target: on_another, ..manifest() };
+        assert_eq!(name, same.weights_name());
+        let mut swapped = manifest().initializers;
+        swapped.reverse();
+        let last = Target::Cuda(CudaTarget { channels_last: true, ..CudaTarget::new(0) });
+        let others = [
+            Manifest { initializers: swapped, ..manifest() },
+            Manifest { target: last, ..manifest() },
+            Manifest { target: Target::Cuda(CudaTarget { tf32: false, ..CudaTarget::new(0) }), ..manifest() },
+            Manifest { ort_version: "1.2.4".to_owned(), ..manifest() },
+            Manifest { version: MANIFEST_VERSION + 1, ..manifest() },
+        ];
+        let mut names: Vec<_> = others.iter().map(Manifest::weights_name).chain([name]).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), 6);
     }
 }

@@ -139,9 +139,9 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
     asked.swap_out()?;
     let resident_ms = median_ms(&mut resident);
     let mut both: Vec<Duration> = Vec::new();
-    // Where its time goes: until the link has begun, until copies are queued, until they are mapped, until the program is
-    // launched, from there to the end.
-    let mut parts: [Vec<Duration>; 5] = Default::default();
+    // Where its time goes: until the link has begun; from there until all is copied, meanwhile queueing and mapping; until the
+    // program is launched, from there to the end.
+    let mut parts: [Vec<Duration>; 6] = Default::default();
     for _ in 0..SWAPS {
         let start = Instant::now();
         let done = asked.begin_swap_in()?;
@@ -150,7 +150,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         check(output == expected);
         let report = done.recv()??;
         let run = asked.bound.last_run().unwrap_or_default();
-        let took = [report.waited, report.queueing, report.mapping, run.until_launch, run.after];
+        let took = [report.waited, report.took, report.queueing, report.mapping, run.until_launch, run.after];
         parts.iter_mut().zip(took).for_each(|(all, one)| all.push(one));
         asked.swap_out()?;
         thread::sleep(BETWEEN);

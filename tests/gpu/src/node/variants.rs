@@ -172,7 +172,7 @@ fn write_one(folders: &Folders, store: &Store, base: &Base, design: &Design, ori
     for name in [MODEL_FILE, MANIFEST_FILE] {
         fs::hard_link(shared.join(name), prepared.join(name))?;
     }
-    let path = folders.memory().join(faaswap_broker::store::memory_key(&design.digest, base.weights()));
+    let path = folders.memory().join(faaswap_broker::store::memory_key(&design.digest, base.prepared.manifest()));
     let mut file = fs::File::create(&path)?;
     let initializers = &base.prepared.manifest().initializers;
     let mut piece = Vec::with_capacity(PIECE.min(original.len()));
