@@ -42,6 +42,10 @@ pub(crate) struct Options {
     pub(crate) seconds_are_default: bool,
     /// Length of the first step, where that is longer.
     pub(crate) hold: u64,
+    /// Rate of the second step, where it is not told by the first.
+    pub(crate) then: Option<f64>,
+    /// Seconds at nearly the most that is carried, at last, while memory is watched.
+    pub(crate) soak: u64,
     /// When all must have ended.
     pub(crate) until: Instant,
     /// Policies of the broker, one after the other on the same requests.
@@ -95,7 +99,7 @@ impl Devices {
 struct Pairs<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Pairs<'a> {
-    const NAMES: [&'static str; 17] = [
+    const NAMES: [&'static str; 19] = [
         "host",
         "gpus",
         "link-mib",
@@ -104,6 +108,8 @@ impl<'a> Pairs<'a> {
         "weights-gb",
         "seconds",
         "hold",
+        "then",
+        "soak",
         "within",
         "policy",
         "seed",
@@ -174,6 +180,8 @@ impl Options {
             seconds: pairs.number("seconds")?.unwrap_or(SECONDS).max(1),
             seconds_are_default: pairs.text("seconds").is_none(),
             hold: pairs.number("hold")?.unwrap_or(0),
+            then: pairs.number("then")?,
+            soak: pairs.number("soak")?.unwrap_or(0),
             until: start + seconds("within")?.unwrap_or(WITHIN),
             policies: pairs
                 .text("policy")

@@ -7,7 +7,11 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{broker::Broker, options::Options, stage::Stage};
+use super::{
+    broker::Broker,
+    options::Options,
+    stage::{Live, Stage},
+};
 use crate::{
     Result,
     record::{Record, Records, Target},
@@ -20,7 +24,7 @@ const SECONDS: u64 = 180;
 /// What is left of the time for what comes after.
 const SPARE: Duration = Duration::from_secs(10);
 /// Part of the most that `density` has found to be carried.
-const FULL_LOAD: f64 = 0.9;
+pub(crate) const FULL_LOAD: f64 = 0.9;
 /// Device memory that may be more at the end: what all models share is loaded by then.
 const DEVICE_GROWTH_MB_MAX: f64 = 64.0;
 /// The broker's own memory that may be more at the end, in parts of a hundred.
@@ -70,11 +74,16 @@ pub(crate) fn run(options: Options) -> Result<()> {
     let policy = stage.options.policies.first().cloned().unwrap_or_default();
     let mut live = stage.live(&policy, false)?;
     let wanted = if stage.options.seconds_are_default { SECONDS } else { stage.options.seconds };
+    at_rate(&stage, &mut live, rate(&stage.options), wanted)?;
+    live.verdict()
+}
+
+/// Serves this rate for so many seconds, or as many as are left, and looks at memory meanwhile.
+pub(crate) fn at_rate(stage: &Stage, live: &mut Live, rate: f64, wanted: u64) -> Result<()> {
     let left = stage.options.left().saturating_sub(SPARE).as_secs();
     let seconds = wanted.min(left).max(1);
-    let rate = rate(&stage.options);
     let (mut seen, mut looked) = (Vec::new(), Instant::now());
-    let (step, value) = live.step(&stage, (rate, seconds), |broker, at, _| {
+    let (step, value) = live.step(stage, (rate, seconds), |broker, at, _| {
         if seen.is_empty() || looked.elapsed() >= LOOK_EVERY {
             looked = Instant::now();
             seen.extend(Memory::of(broker, at).ok());
@@ -101,6 +110,5 @@ pub(crate) fn run(options: Options) -> Result<()> {
             .counting(live.checked, live.wrong),
         all("soak_broker_memory_growth", (broker, "%"), Target::AtMost(BROKER_GROWTH_PERCENT_MAX)),
         all("soak_requests", (step.per_second(), "requests/s"), Target::Told),
-    ])?;
-    live.verdict()
+    ])
 }
