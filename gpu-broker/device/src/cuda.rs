@@ -4,6 +4,7 @@
 //! scratch, inputs and outputs have arenas of their own (see `arena`). Programs are CUDA graphs whose waits are for
 //! events of the link: a program may be launched as soon as all copies of its weights are *queued*.
 
+mod ahead;
 mod arena;
 mod binding;
 mod blocks;
@@ -41,6 +42,7 @@ use faaswap_protocol::Bytes;
 
 pub(crate) use self::driver::{Context, Registration};
 use self::{
+    ahead::{Ahead, Spare},
     arena::{Arena, Purpose},
     detour::Detour,
     driver::{Addresses, Physical},
@@ -76,7 +78,7 @@ const QUEUED_LOOKS_FOR: Duration = Duration::from_micros(300);
 /// How many models are bound at once where nothing else is said.
 pub const BINDING_DEFAULT: usize = 2;
 /// Bytes of weights that arrive while a thread wakes up.
-const LATE_BYTES: u64 = 8 << 20;
+const LATE_BYTES: u64 = 16 << 20;
 /// Most constants of all models.
 const CONSTANTS_MAX: usize = 64 << 30;
 
@@ -388,10 +390,11 @@ fn others(gpus: &[u32], this: i32) -> Vec<i32> {
 fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let failed = |e: std::io::Error| DeviceError::Failed { call: "starting the link's threads", reason: e.to_string() };
     let (ends, copying) = sync_channel(link::AHEAD_MAX);
-    let finishing = Arc::clone(shared);
+    let (spare, finishing) = (Spare::default(), Arc::clone(shared));
+    let given = spare.clone();
     let finish = thread::Builder::new()
         .name(format!("ends-{}", shared.info.name))
-        .spawn(move || link::finish(&finishing, &copying))
+        .spawn(move || link::finish(&finishing, &copying, &given))
         .map_err(failed)?;
     let context = &shared.context;
     let mut detours = Vec::new();
@@ -409,7 +412,8 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<J
         copied,
         ends,
         stale: VecDeque::new(),
-        under_way: VecDeque::new(),
+        ahead: Ahead::new(),
+        spare,
     };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;

@@ -23,7 +23,7 @@ use crate::{Device, DeviceError, RangeId, Stream};
 /// Most bytes of inputs and outputs of one program.
 pub const IO_BYTES_MAX: usize = 1 << 30;
 /// How long a run looks for its end once that is near.
-const TAIL_LOOKS_FOR: Duration = Duration::from_micros(300);
+const TAIL_LOOKS_FOR: Duration = Duration::from_micros(500);
 /// How much earlier than needed a sleeper is woken: what timers are late by.
 const WAKES_WITHIN: Duration = Duration::from_micros(150);
 /// What a lane's pinned memory grows by.

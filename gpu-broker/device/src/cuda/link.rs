@@ -18,6 +18,7 @@ use std::{
 use faaswap_protocol::Bytes;
 
 use super::{
+    ahead::{Ahead, Spare, Timed},
     detour::Detour,
     pool::Pool,
     queue::{Event, Queue},
@@ -33,8 +34,6 @@ pub(super) const AHEAD_MAX: usize = 4;
 /// Longest copy. To make memory accessible waits for the copy that is under way, where the driver does both with the same
 /// engine (measured on a machine with two H100: 1.04 ms beside copies of 64 MiB, on one with a single H100 no wait).
 const COPY_MAX: usize = 8 << 20;
-/// Most copies that are queued at a time. Beyond some 50 the driver keeps the caller waiting, and others who call it.
-const COPIES_QUEUED_MAX: usize = 40;
 
 /// A swap-in whose copies are all queued.
 pub(super) struct Copying {
@@ -45,12 +44,6 @@ pub(super) struct Copying {
     source: Source,
     report: SwapReport,
     done: OnDone<SwapReport>,
-}
-
-/// Where a swap-in's copies begin and end in their queue.
-struct Timed {
-    start: Event,
-    end: Event,
 }
 
 /// How much of a swap-in is queued.
@@ -77,8 +70,9 @@ pub(super) struct Link {
     pub(super) ends: SyncSender<Copying>,
     /// Ranges that are out and have still memory behind them; each once.
     pub(super) stale: VecDeque<RangeId>,
-    /// Groups that may still be under way: the events behind them, and how many copies each is.
-    pub(super) under_way: VecDeque<(Arc<Event>, usize)>,
+    /// Groups that may still be under way.
+    pub(super) ahead: Ahead<Arc<Event>>,
+    pub(super) spare: Spare,
 }
 
 /// Tells all who wait when the thread ends, even by a panic.
@@ -205,7 +199,8 @@ impl Link {
         report: &mut SwapReport,
     ) -> Result<(Timed, Option<Arc<Event>>), DeviceError> {
         let context = Arc::clone(&self.shared.context);
-        let timed = Timed { start: Event::timed(&context)?, end: Event::timed(&context)? };
+        let timed = self.spare.take(&context)?;
+        self.ahead.begin(range);
         let chunks = self.take_chunks(range, size)?;
         self.copies.record(&timed.start)?;
         // The detour may not begin before either: its time counts too, and the chunks may still be in use.
@@ -253,23 +248,18 @@ impl Link {
         };
         queued.sent[usize::from(detour.is_some())] += group.len;
         let copies = pieces(group, chunks, self.pool.chunk);
-        self.make_room(copies.len())?;
-        self.under_way.push_back((Arc::clone(&event), copies.len()));
+        while let Some(behind) = self.ahead.first_beyond(copies.len()) {
+            if !behind.look(Duration::ZERO)? {
+                behind.wait()?;
+            }
+        }
+        self.ahead.push(range, Arc::clone(&event), copies.len());
         for (from, to, len) in copies {
             self.queue_piece(source, detour, from, self.pool.address(to), len)?;
         }
         self.record(source, detour, &event)?;
         queued.groups += 1;
         queued.last = Some(event);
-        Ok(())
-    }
-
-    /// Waits until so many more copies can be queued.
-    fn make_room(&mut self, more: usize) -> Result<(), DeviceError> {
-        while self.under_way.iter().map(|(_, copies)| copies).sum::<usize>() + more > COPIES_QUEUED_MAX {
-            let Some((event, _)) = self.under_way.pop_front() else { break };
-            event.wait()?;
-        }
         Ok(())
     }
 
@@ -341,11 +331,12 @@ fn pieces(group: &Group, chunks: &[usize], size: usize) -> Vec<(usize, (usize, u
 }
 
 /// Waits for the ends of copies, in order, and reports them.
-pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>) {
+pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>, spare: &Spare) {
     for Copying { range, timed, last, source, report, done } in ends {
         let waited = last.map_or(Ok(()), |last| last.wait()).and_then(|()| timed.end.wait());
         let took = waited.and_then(|()| timed.end.since(&timed.start));
-        drop((source, timed));
+        drop(source);
+        spare.give(timed);
         let lost = |took| if shared.is_lost() { Err(DeviceError::Lost) } else { Ok(took) };
         let result = shared.noted(took).and_then(lost);
         if result.is_ok() {
