@@ -16,6 +16,7 @@ mod kernels;
 mod lane;
 mod link;
 mod measure;
+mod order;
 mod peer;
 mod pool;
 mod probe;
@@ -397,6 +398,10 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<J
         .spawn(move || link::finish(&finishing, &copying, &given))
         .map_err(failed)?;
     let context = &shared.context;
+    let maps_first = order::mapping_waits(context, &pool).unwrap_or_else(|error| {
+        tracing::warn!(%error, "whether mapping waits for copies cannot be measured");
+        false
+    });
     let mut detours = Vec::new();
     for &other in over {
         detours.extend(Detour::new(context, other)?);
@@ -414,6 +419,7 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<J
         stale: VecDeque::new(),
         ahead: Ahead::new(),
         spare,
+        maps_first,
     };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;

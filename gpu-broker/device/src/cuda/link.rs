@@ -73,6 +73,8 @@ pub(super) struct Link {
     /// Groups that may still be under way.
     pub(super) ahead: Ahead<Arc<Event>>,
     pub(super) spare: Spare,
+    /// Whether a stage is mapped before its copies are queued; see `order.rs`.
+    pub(super) maps_first: bool,
 }
 
 /// Tells all who wait when the thread ends, even by a panic.
@@ -189,8 +191,8 @@ impl Link {
         Ok(())
     }
 
-    /// Queues the copies and puts the chunks behind the range while they run, stage after stage. Returns the last copy's
-    /// event.
+    /// Queues the copies and puts the chunks behind the range while they run, or before, stage after stage. Returns the last
+    /// copy's event.
     fn fill(
         &mut self,
         range: RangeId,
@@ -210,6 +212,9 @@ impl Link {
         let mut queued = Queued::default();
         let mut mapped = 0;
         for stage in stages(groups, self.shared.info.chunk) {
+            if self.maps_first {
+                mapped = self.map_timed(range, &chunks, (mapped, stage.chunks), report)?;
+            }
             let begun = Instant::now();
             for group in &groups[queued.groups..stage.groups] {
                 self.queue_group(range, source, group, &chunks, &mut queued)?;
@@ -221,13 +226,27 @@ impl Link {
                 self.copies.record(&timed.end)?;
             }
             report.queueing += begun.elapsed();
-            let begun = Instant::now();
-            mapped = self.map(range, &chunks, mapped, stage.chunks)?;
-            report.mapping += begun.elapsed();
+            if !self.maps_first {
+                mapped = self.map_timed(range, &chunks, (mapped, stage.chunks), report)?;
+            }
             let there = u32::try_from(stage.groups).expect("there are at most GROUPS_MAX groups");
             self.shared.change(range, |range| range.recorded = there);
         }
         Ok((timed, queued.last))
+    }
+
+    /// Puts chunks behind a range; returns how many are there now.
+    fn map_timed(
+        &self,
+        range: RangeId,
+        chunks: &[usize],
+        (from, until): (usize, usize),
+        report: &mut SwapReport,
+    ) -> Result<usize, DeviceError> {
+        let begun = Instant::now();
+        let mapped = self.map(range, chunks, from, until);
+        report.mapping += begun.elapsed();
+        mapped
     }
 
     /// Queues the copy of a group with its event behind it.
