@@ -31,10 +31,6 @@ use crate::{DeviceError, Group, OnDone, RangeId, SwapReport, range::Step};
 /// Most swaps whose copies are queued at a time: enough that the bus never idles between two.
 pub(super) const AHEAD_MAX: usize = 4;
 
-/// Longest copy. To make memory accessible waits for the copy that is under way, where the driver does both with the same
-/// engine (measured on a machine with two H100: 1.04 ms beside copies of 64 MiB, on one with a single H100 no wait).
-const COPY_MAX: usize = 8 << 20;
-
 /// A swap-in whose copies are all queued.
 pub(super) struct Copying {
     range: RangeId,
@@ -327,7 +323,7 @@ impl Link {
     }
 }
 
-/// A group as copies: offset in the weights, chunk and offset in it, length. Neighbouring chunks are one copy, up to a limit.
+/// A group as copies: offset in the weights, chunk and offset in it, length. Neighbouring chunks are one copy: each costs some 3 us.
 fn pieces(group: &Group, chunks: &[usize], size: usize) -> Vec<(usize, (usize, usize), usize)> {
     let fits = |bytes: u64| usize::try_from(bytes).expect("groups lie in the weights, which are mapped");
     let (mut at, end) = (fits(group.offset), fits(group.offset + group.len));
@@ -343,10 +339,7 @@ fn pieces(group: &Group, chunks: &[usize], size: usize) -> Vec<(usize, (usize, u
         }
         at += len;
     }
-    let cut = |(at, (chunk, inside), len): (usize, (usize, usize), usize)| {
-        (0..len).step_by(COPY_MAX).map(move |from| (at + from, (chunk, inside + from), (len - from).min(COPY_MAX)))
-    };
-    pieces.into_iter().flat_map(cut).collect()
+    pieces
 }
 
 /// Waits for the ends of copies, in order, and reports them.
@@ -378,15 +371,5 @@ mod tests {
         let group = Group { offset: 6, len: 20 };
         assert_eq!(pieces(&group, &[5, 2, 3, 9], 8), [(6, (5, 6), 2), (8, (2, 0), 16), (24, (9, 0), 2)]);
         assert_eq!(pieces(&Group { offset: 8, len: 0 }, &[5, 2], 8), []);
-        let (chunk, most) = (4 * COPY_MAX, COPY_MAX as u64);
-        let long = pieces(&Group { offset: 1, len: 2 * most + 5 }, &[3], chunk);
-        assert_eq!(
-            long,
-            [
-                (1, (3, 1), COPY_MAX),
-                (COPY_MAX + 1, (3, COPY_MAX + 1), COPY_MAX),
-                (2 * COPY_MAX + 1, (3, 2 * COPY_MAX + 1), 5)
-            ]
-        );
     }
 }
