@@ -86,6 +86,7 @@ fn main() -> ExitCode {
         ["peers", models, out] => peers::run(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"]),
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),
         ["one", models, name] => fault::one(models.as_ref(), name),
+        ["beside", models, name, how] => fault::beside(models.as_ref(), name, how),
         ["links", out] => links::run(out.as_ref()),
         ["open", models, out] => open::run(models.as_ref(), out.as_ref(), "resnet50"),
         ["tiers", out] => tiers::run(out.as_ref()),

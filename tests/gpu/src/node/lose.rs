@@ -124,6 +124,7 @@ pub(crate) fn run(options: Options) -> Result<()> {
         theirs.len(),
         before.len()
     );
+    println!("  the broker said at last:\n{}", live.broker.log_tail());
     println!("  theirs: {lost_value}");
     println!("  others: {others_value}");
     let devices = live.broker.devices()?;
