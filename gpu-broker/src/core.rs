@@ -22,7 +22,7 @@ use std::{
 };
 
 use faaswap_device::Device;
-use faaswap_protocol::{Batching, Bytes, FunctionId, FunctionSpec, Refusal, RequestId, Span};
+use faaswap_protocol::{Bytes, FunctionId, FunctionSpec, Refusal, RequestId, Span};
 use faaswap_scheduler::{
     Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
     trace::Named,
@@ -273,16 +273,15 @@ impl Core {
             found.resident = bound.as_ref().is_some_and(|model| model.found_by(found.ask.arrived, resident));
             Some((Arc::clone(&found.ask), found.function))
         };
-        let first = ask_of(&request);
-        let (others, theirs): (Vec<_>, Vec<_>) = with.iter().filter_map(ask_of).unzip();
+        let (first, others) =
+            (ask_of(&request), with.iter().filter_map(|one| Some(ask_of(one)?.0)).collect::<Vec<_>>());
         let handed = match (first, bound) {
             (Some((ask, function)), Some(model)) => {
                 if !others.is_empty() {
                     self.telemetry.shared_run(others.len() + 1);
                 }
-                let say = |function| self.functions.get(function).map_or(Batching::Off, |found| found.spec.batching);
-                let batching = theirs.iter().map(say).fold(say(&function), Batching::min);
-                let run = Run { ask, with: others, batching, model, resident };
+                let batching = self.functions.get(&function).map(|function| function.spec.batching);
+                let run = Run { ask, with: others, batching: batching.unwrap_or_default(), model, resident };
                 let lanes = &self.devices[usize::from(device.0)].lanes;
                 lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run))
             }

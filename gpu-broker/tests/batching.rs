@@ -93,36 +93,6 @@ fn requests_that_share_a_run_get_their_own_outputs_in_the_slab_and_over_tcp() {
 }
 
 #[test]
-fn requests_of_several_functions_with_one_model_share_runs_and_each_gets_its_own_answer() {
-    let broker = Broker::start(ONE_LANE);
-    let model = Linear { size: 256, seed: 3 };
-    let file = model.write(broker.dir.path());
-    let mut clients: Vec<_> = (0..BURST)
-        .map(|n| {
-            let mut client = if n % 2 == 0 { Client::greeted(&broker) } else { Client::inline(&broker) };
-            let function = register(&mut client, &format!("of-{n}"), &file, Batching::Exact);
-            (client, function)
-        })
-        .collect();
-    // One request of each function at a time: who shares a run shares it with another function.
-    for round in rounds(&broker) {
-        let asked: Vec<_> = clients
-            .iter_mut()
-            .enumerate()
-            .map(|(n, (client, function))| {
-                let input = model.input(round * BURST + n);
-                (client.ask_bytes(*function, (DType::F32, &[1, 256]), &bytes(&input), 0), input)
-            })
-            .collect();
-        for ((client, _), (id, input)) in clients.iter_mut().zip(asked) {
-            let (answered, answer) = client.answer();
-            assert_eq!((answered, answer.unwrap().floats()), (id, model.expected(&input)), "round {round}");
-        }
-    }
-    assert!(shared_requests(&broker) > 0.0, "some have shared a run");
-}
-
-#[test]
 fn decisions_say_how_many_requests_a_run_answers() {
     let broker = Broker::start(ONE_LANE);
     let model = Linear { size: 128, seed: 6 };

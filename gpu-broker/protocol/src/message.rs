@@ -70,9 +70,8 @@ pub enum Late {
     Refuse,
 }
 
-/// Whether requests of a function may share a run with others for the same model, of this function or of others that say the
-/// same. From the strictest to the laxest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// Whether requests of a function may share a run with others of the same function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Batching {
     /// Each runs alone.

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The version of the format; another one is not read.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 2;
 /// How a trace begins.
 const MAGIC: &str = "faaswap-trace";
 /// Between an event and the answer to it.

@@ -1,12 +1,12 @@
-//! Requests for one model share a run where that makes none of them late, and no one else.
+//! Requests of one function share a run where that makes none of them late, and no one else.
 
 mod harness;
 
 use std::time::Duration;
 
-use faaswap_protocol::{Bytes, Late, Priority};
-use faaswap_scheduler::{Action, BATCH_MAX, DeviceId, Event, Form, FunctionKey, ModelId, RequestKey};
-use harness::{Node, SLO, ms};
+use faaswap_protocol::{Bytes, Late};
+use faaswap_scheduler::{Action, DeviceId, Event, Form, ModelId, RequestKey};
+use harness::{Node, ms};
 
 const ONE: Option<Form> = Some(Form(1));
 const RUN: Duration = Duration::from_millis(10);
@@ -58,7 +58,7 @@ fn what_has_queued_up_goes_together_in_sizes_that_were_seen_to_pay() {
 }
 
 #[test]
-fn forms_that_differ_and_models_that_differ_go_apart() {
+fn forms_that_differ_and_functions_that_differ_go_apart() {
     let mut node = busy();
     node.ask_with(1, 0, 400, ONE);
     node.ask_with(2, 0, 401, Some(Form(2)));
@@ -69,64 +69,6 @@ fn forms_that_differ_and_models_that_differ_go_apart() {
     for alone in [2, 3, 4] {
         assert_eq!(next(&mut node, 120 + 10 * alone, RUN), [alone]);
     }
-}
-
-/// One more function with model 0.
-fn share(node: &mut Node, function: u32, batch_max: u16) {
-    let (function, model) = (FunctionKey(function), ModelId(0));
-    let (slo, priority, late) = (SLO, Priority::Latency, Late::Serve);
-    node.tell(Event::FunctionAdded { function, model, slo, priority, late, batch_max });
-}
-
-#[test]
-fn functions_with_identical_weights_share_a_run_where_both_allow_it() {
-    let mut node = busy();
-    share(&mut node, 7, BATCH_MAX);
-    share(&mut node, 8, 1);
-    node.ask_with(1, 0, 400, ONE);
-    node.ask_with(2, 8, 401, ONE);
-    node.ask_with(3, 7, 402, ONE);
-    node.ask_with(4, 7, 403, Some(Form(2)));
-    assert_eq!(next(&mut node, 110, RUN), [1, 3]);
-    for alone in [2, 4] {
-        assert_eq!(next(&mut node, 120 + 10 * alone, RUN), [alone]);
-    }
-}
-
-#[test]
-fn the_most_urgent_of_all_functions_join() {
-    let mut node = busy();
-    share(&mut node, 7, BATCH_MAX);
-    for (request, function, deadline) in [(1, 0, 400), (2, 0, 900), (3, 7, 500), (4, 7, 450)] {
-        node.ask_with(request, function, deadline, ONE);
-    }
-    assert_eq!(next(&mut node, 110, RUN), [1, 4]);
-    assert_eq!(next(&mut node, 130, Duration::from_millis(12)), [3, 2]);
-}
-
-#[test]
-fn who_is_left_out_is_not_made_late_by_those_who_join() {
-    // Runs of two take 17 ms; request 3 of function 7 must start 10 ms before its deadline.
-    for (left_ms, expected) in [(22, vec![1]), (40, vec![1, 2])] {
-        let mut node = busy();
-        share(&mut node, 7, BATCH_MAX);
-        node.ask_with(1, 0, 10 + 18, ONE);
-        node.ask_with(2, 0, 10 + 19, ONE);
-        node.ask_with(3, 7, 10 + left_ms, ONE);
-        assert_eq!(next(&mut node, 110, RUN), expected, "{left_ms} ms are left to the one that is left out");
-    }
-}
-
-#[test]
-fn each_function_of_a_run_that_came_apart_leaves_it_alone() {
-    let mut node = busy();
-    share(&mut node, 7, BATCH_MAX);
-    for n in 1..=4 {
-        node.ask_with(n, if n % 2 == 0 { 7 } else { 0 }, 10_000, ONE);
-    }
-    assert_eq!(next(&mut node, 110, RUN), [1, 2]);
-    assert_eq!(next(&mut node, 140, Duration::ZERO), [3], "the executor had to run them one by one");
-    assert_eq!(next(&mut node, 150, RUN), [4]);
 }
 
 #[test]

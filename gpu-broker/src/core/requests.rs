@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes as Buffer;
 use faaswap_protocol::{
-    Batching, Bytes, Detail, FromBroker, FunctionId, Refusal, RequestId, Signature, Span, TensorSlice,
+    Bytes, Detail, FromBroker, FunctionId, Refusal, RequestId, Signature, Span, TensorSlice,
     limits::REQUESTS_IN_FLIGHT_MAX,
 };
 use faaswap_scheduler::{Event, Form, FunctionKey, Moment, RequestKey};
@@ -80,8 +80,7 @@ impl Core {
         let model = self.models.get(&known.model).ok_or(Refusal::UnknownFunction)?;
         let inputs = inputs(&entry.peer, &model.loaded.signature, infer.inputs, &infer.payload)?;
         let (deadline, model) = (infer.time_left.unwrap_or(known.spec.slo.deadline), known.model);
-        let batching = known.spec.batching;
-        let form = form(&inputs, &infer.outputs, batching);
+        let form = form(&inputs, &infer.outputs);
         let key = RequestKey(self.new_id());
         let Some(entry) = self.peers.get_mut(&from) else { return Ok(()) };
         entry.in_flight.insert(id, key);
@@ -200,12 +199,10 @@ impl Core {
     }
 }
 
-/// What a request has in common with those that it could be run with, of its function or of another one with the same model:
-/// shapes behind the first dimension, the outputs that it wants, and what its function takes for equal. `None` where it holds
-/// more than one row, or too much to be copied. Whoever runs it compares all that again.
-fn form(inputs: &[RunInput], wanted: &[u16], batching: Batching) -> Option<Form> {
+/// What a request has in common with those that it could be run with: shapes behind the first dimension, and the outputs that
+/// it wants. `None` where it holds more than one row, or too much to be copied. Whoever runs it compares the shapes again.
+fn form(inputs: &[RunInput], wanted: &[u16]) -> Option<Form> {
     let mut hash = DefaultHasher::new();
-    batching.hash(&mut hash);
     let mut bytes = 0_u64;
     for input in inputs {
         let [1, rest @ ..] = input.shape.dims() else { return None };

@@ -133,8 +133,8 @@ impl Books {
         self.relist(slot);
     }
 
-    /// Starts a run on an idle lane of a device that has the weights, or gets them. `with` are requests for the same
-    /// model, of this function or of others, that it answers too.
+    /// Starts a run on an idle lane of a device that has the weights, or gets them. `with` are requests of the same
+    /// function that it answers too.
     pub(crate) fn start(
         &mut self,
         request: RequestKey,
@@ -160,7 +160,7 @@ impl Books {
         let stage = Stage::Running { device, lane, model, stay: stay_id };
         let running = Running::new(request, with, now, ends, waiting.deadline);
         for one in running.requests() {
-            self.sent_off(one, stage);
+            self.sent_off(slot, one, stage);
         }
         if let Some(on) = self.devices.get_mut(device) {
             let with = running.with.clone();
@@ -171,11 +171,10 @@ impl Books {
     }
 
     /// A request leaves its queue for a lane.
-    fn sent_off(&mut self, request: RequestKey, stage: Stage) {
+    fn sent_off(&mut self, slot: Slot, request: RequestKey, stage: Stage) {
         let Some(found) = self.requests.get_mut(&request) else { return };
         found.stage = stage;
         let waiting = found.waiting;
-        let Some(slot) = self.functions.find(found.function) else { return };
         self.dequeue(slot, waiting);
         if let Some(function) = self.functions.get_mut(slot) {
             function.in_flight += 1;
@@ -209,30 +208,25 @@ impl Books {
         self.answered(function, &running, took.is_zero())
     }
 
-    /// The requests of a run that has ended leave, each from its own function.
+    /// The requests of a run that has ended leave.
     fn answered(&mut self, function: FunctionKey, running: &Running, says_nothing: bool) -> Option<Ended> {
         let now = self.now;
-        let came_apart = says_nothing && !running.with.is_empty();
+        let slot = self.functions.find(function);
         let mut counts = (0, 0);
-        // Mostly one; in the order of the requests.
-        let mut told: Vec<Slot> = Vec::new();
         for request in running.requests() {
             let Some(found) = self.requests.remove(&request) else { continue };
-            let Some(slot) = self.functions.find(found.function) else { continue };
-            let Some(function) = self.functions.get_mut(slot) else { continue };
+            let Some(function) = slot.and_then(|slot| self.functions.get_mut(slot)) else { continue };
             function.in_flight = function.in_flight.saturating_sub(1);
             let met = now <= found.waiting.deadline;
             function.record(now, now - found.waiting.arrived, met);
             counts = (counts.0 + 1, counts.1 + u32::from(!met));
-            if !told.contains(&slot) {
-                told.push(slot);
-                if came_apart {
-                    function.batch.came_apart(now, running.with.len() + 1);
-                }
-            }
         }
-        told.iter().for_each(|slot| self.relist(*slot));
-        Some(Ended { function: self.functions.find(function)?, answered: counts.0, missed: counts.1 })
+        let slot = slot?;
+        if let Some(function) = self.functions.get_mut(slot).filter(|_| says_nothing && !running.with.is_empty()) {
+            function.batch.came_apart(now, running.with.len() + 1);
+        }
+        self.relist(slot);
+        Some(Ended { function: slot, answered: counts.0, missed: counts.1 })
     }
 
     fn learn_run(&mut self, model: Slot, device: usize, ran: Ran) {
