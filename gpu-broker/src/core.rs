@@ -10,6 +10,7 @@ mod models;
 mod peers;
 mod report;
 mod requests;
+mod runs;
 mod swaps;
 
 use std::{
@@ -24,7 +25,7 @@ use std::{
 use faaswap_device::Device;
 use faaswap_protocol::{Bytes, FunctionId, FunctionSpec, Refusal, RequestId, Span};
 use faaswap_scheduler::{
-    Action, DeviceId, Event, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
+    Action, DeviceId, Event, FunctionKey, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
     trace::Named,
 };
 use tokio::sync::Notify;
@@ -38,7 +39,7 @@ pub(crate) use self::{
 use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
-    lane::{Ask, Lane, Peer, Run},
+    lane::{Ask, Lane, Peer},
     load::Loader,
     mailbox::{Ended, Mailbox, Outcome},
     store::Home,
@@ -259,44 +260,6 @@ impl Core {
         }
     }
 
-    fn run(
-        &mut self,
-        request: RequestKey,
-        with: &[RequestKey],
-        model: ModelId,
-        (device, lane): (DeviceId, LaneId),
-        resident: bool,
-    ) {
-        let bound = self.bound(model, device).map(|(bound, _)| bound);
-        let mut ask_of = |request: &RequestKey| {
-            let found = self.requests.get_mut(request)?;
-            found.resident = bound.as_ref().is_some_and(|model| model.found_by(found.ask.arrived, resident));
-            Some((Arc::clone(&found.ask), found.function))
-        };
-        let (first, others) =
-            (ask_of(&request), with.iter().filter_map(|one| Some(ask_of(one)?.0)).collect::<Vec<_>>());
-        let handed = match (first, bound) {
-            (Some((ask, function)), Some(model)) => {
-                if !others.is_empty() {
-                    self.telemetry.shared_run(others.len() + 1);
-                }
-                let batching = self.functions.get(&function).map(|function| function.spec.batching);
-                let run = Run { ask, with: others, batching: batching.unwrap_or_default(), model, resident };
-                let lanes = &self.devices[usize::from(device.0)].lanes;
-                lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run))
-            }
-            (None, _) | (_, None) => false,
-        };
-        if !handed {
-            // A lane that the scheduler believes to be idle takes a run; where it does not, the request must not hang.
-            tracing::error!(?request, ?device, ?lane, "a run could not be handed to its lane");
-            for one in with.iter().chain([&request]) {
-                self.refuse(*one, Refusal::HardwareFault);
-            }
-            self.events.push_back(Event::RunDone { request, took: std::time::Duration::ZERO });
-        }
-    }
-
     /// Takes in what has ended on other threads. Called before anything that a peer says is looked at.
     pub(crate) fn take_ended(&mut self) {
         while let Some(ended) = self.mailbox.take() {
@@ -307,7 +270,10 @@ impl Core {
                     self.look_for_lost_devices();
                 }
                 Ended::Answered { request, outcome } => self.run_ended(request, outcome),
-                Ended::RunOver { request, took } => {
+                Ended::RunOver { request, took, verdict } => {
+                    if let Some(verdict) = verdict {
+                        self.happen(Event::RunTried { request, verdict });
+                    }
                     if took.is_zero() {
                         self.telemetry.shared_runs_apart.inc();
                     }

@@ -171,9 +171,9 @@ impl BoundModel {
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) ask: Arc<Ask>,
-    /// Other requests of the same function that it answers.
+    /// Other requests that it answers: of its function, or of others with the same model.
     pub(crate) with: Vec<Arc<Ask>>,
-    /// On what condition it may.
+    /// On what condition it may: the strictest that its functions say.
     pub(crate) batching: Batching,
     pub(crate) model: Arc<BoundModel>,
     pub(crate) resident: bool,

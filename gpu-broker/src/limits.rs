@@ -62,6 +62,8 @@ pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 pub const QUIET_FOR: Duration = Duration::from_secs(5);
 /// Largest inputs of a request that may share a run: they are copied, with those of the others, below each other.
 pub const BATCH_INPUT_BYTES_MAX: u64 = 4 << 20;
+/// Most shapes, wanted outputs and numbers of requests whose trials are remembered of a model on a device.
+pub const TRIALS_MAX: usize = 256;
 /// Most bytes of outputs that a run of several requests may give.
 pub const BATCH_OUTPUT_BYTES_MAX: faaswap_protocol::Bytes = faaswap_protocol::Bytes::mib(64);
 /// Steps of the scheduler that wait to be written to a trace; where there are more, the trace ends.

@@ -8,7 +8,7 @@ use std::{
 
 use faaswap_device::{DeviceError, SwapReport};
 use faaswap_protocol::Span;
-use faaswap_scheduler::{DeviceId, ModelId, RequestKey};
+use faaswap_scheduler::{DeviceId, ModelId, RequestKey, Verdict};
 use tokio::sync::Notify;
 
 /// One thing that ended elsewhere.
@@ -29,6 +29,8 @@ pub(crate) enum Ended {
     RunOver {
         request: RequestKey,
         took: Duration,
+        /// What runs of so many give, where that was found out by this one.
+        verdict: Option<Verdict>,
     },
     NearlyRead {
         model: ModelId,

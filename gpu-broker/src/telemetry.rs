@@ -72,6 +72,7 @@ pub struct Telemetry {
     device_capacity: Family<ByDevice, Level>,
     shared_runs: Counter,
     shared_requests: Counter,
+    mixed_runs: Counter,
     /// Runs of several requests that had to be run one by one.
     pub(crate) shared_runs_apart: Counter,
     /// Connections.
@@ -124,6 +125,7 @@ impl Telemetry {
             device_capacity: Family::default(),
             shared_runs: Counter::default(),
             shared_requests: Counter::default(),
+            mixed_runs: Counter::default(),
             shared_runs_apart: Counter::default(),
             connections: Level::default(),
             peers_cut_off: Counter::default(),
@@ -157,8 +159,9 @@ impl Telemetry {
         r.register_with_unit("swap_in", "Time to bring a model to a device", Unit::Seconds, self.swap_in.clone());
         r.register_with_unit("device_used", "Device memory charged to models", Unit::Bytes, self.device_used.clone());
         r.register_with_unit("device_capacity", "Device memory in all", Unit::Bytes, self.device_capacity.clone());
-        r.register("shared_runs", "Runs that answered several requests of a function", self.shared_runs.clone());
+        r.register("shared_runs", "Runs that answered several requests", self.shared_runs.clone());
         r.register("shared_run_requests", "Requests that they answered", self.shared_requests.clone());
+        r.register("mixed_runs", "Runs that answered requests of several functions", self.mixed_runs.clone());
         let help = "Those whose requests had to be run one by one";
         r.register("shared_runs_apart", help, self.shared_runs_apart.clone());
         r.register("connections", "Open connections", self.connections.clone());
@@ -180,8 +183,9 @@ impl Telemetry {
         self.requests.get_or_create(&ByOutcome { function: function.to_owned(), outcome }).inc();
     }
 
-    /// A run begins that answers so many requests.
-    pub(crate) fn shared_run(&self, requests: usize) {
+    /// A run begins that answers so many requests, of one function or of several.
+    pub(crate) fn shared_run(&self, requests: usize, is_mixed: bool) {
+        self.mixed_runs.inc_by(u64::from(is_mixed));
         self.shared_runs.inc();
         self.shared_requests.inc_by(u64::try_from(requests).unwrap_or(u64::MAX));
     }

@@ -15,14 +15,10 @@ use std::collections::BTreeMap;
 
 use common::{
     Answer, Broker, Client, digest,
-    model::{Linear, value, value_of, write_graph},
+    model::{Linear, lookup, node, table, value, write_graph},
     spec,
 };
-use faaswap_engine::{
-    Target,
-    onnx::{NodeProto, TensorProto, element_of},
-    prepare::is_close,
-};
+use faaswap_engine::{Target, prepare::is_close};
 use faaswap_protocol::{Batching, DType, FunctionId, Refusal, RequestId, ToBroker};
 
 /// A slow link, so that requests queue up behind the first one, which waits for its weights.
@@ -140,35 +136,11 @@ fn shapes_that_differ_and_requests_of_several_rows_run_apart_and_are_right() {
     assert!(shared_requests(&broker) > 0.0);
 }
 
-fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
-    let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
-    NodeProto {
-        op_type: Some(op.to_owned()),
-        name: Some(output.to_owned()),
-        input: texts(inputs),
-        output: texts(&[output]),
-        ..NodeProto::default()
-    }
-}
-
-fn table(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
-    TensorProto {
-        name: Some(name.to_owned()),
-        dims: dims.to_vec(),
-        data_type: Some(element_of(DType::F32)),
-        raw_data: Some(bytes(values).into()),
-        ..TensorProto::default()
-    }
-}
-
-/// A table of 1000 values that is looked up by position: a position outside fails the run.
+/// A position outside the table fails the run.
 #[test]
 fn a_poisoned_request_fails_alone() {
     let broker = Broker::start(ONE_LANE);
-    let values: Vec<f32> = (0..1000_u16).map(|n| f32::from(n) * 3.0).collect();
-    let graph = (vec![node("Gather", &["w", "x"], "y")], vec![table("w", &[1000], &values)]);
-    let file =
-        write_graph(broker.dir.path(), "lookup", graph, (value_of(DType::I64, "x", &[-1, 4]), value("y", &[-1, 4])));
+    let (file, values) = lookup(broker.dir.path());
     let mut client = Client::inline(&broker);
     let function = register(&mut client, "lookup", &file, Batching::Exact);
     let (mut sent, mut poisoned) = (0, 0);

@@ -70,8 +70,9 @@ pub enum Late {
     Refuse,
 }
 
-/// Whether requests of a function may share a run with others of the same function.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// Whether requests of a function may share a run with others of the same model, its own or those of functions that allow
+/// it too. The stricter is the smaller; what several say is what the smallest of them says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Batching {
     /// Each runs alone.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use faaswap_protocol::{Bytes, Late, Priority, Refusal, Slo};
+use faaswap_protocol::{Batching, Bytes, Late, Priority, Refusal, Slo};
 
 use crate::policy::PolicyKind;
 
@@ -30,10 +30,32 @@ pub struct FunctionKey(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestKey(pub u64);
 
-/// What a request's inputs are like, as far as it matters for running it together with others: those of one function
-/// with equal forms may share a run.
+/// What a request's inputs are like, as far as it matters for running it together with others: those of one model with
+/// equal forms may share a run, where their functions allow that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Form(pub u32);
+
+/// How the outputs of requests that shared a run compare to those of each alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Verdict {
+    /// The same bits.
+    Same,
+    /// The same but for rounding.
+    Close,
+    /// Something else: the rows depend on each other.
+    Other,
+}
+
+impl Verdict {
+    /// Whether that is what a function takes.
+    pub const fn serves(self, batching: Batching) -> bool {
+        match batching {
+            Batching::Off => false,
+            Batching::Exact => matches!(self, Self::Same),
+            Batching::On => !matches!(self, Self::Other),
+        }
+    }
+}
 
 /// Where weights are copied from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -151,8 +173,8 @@ pub enum Event {
         priority: Priority,
         /// What to do with late requests.
         late: Late,
-        /// How many of its requests may share a run: [`BATCH_MAX`](crate::BATCH_MAX) at most; 1 for none.
-        batch_max: u16,
+        /// Whether its requests may share runs, with each other and with those of functions of the same model.
+        batching: Batching,
     },
     /// A function is gone: what waits is refused as cancelled, what runs may end.
     FunctionRemoved {
@@ -198,6 +220,14 @@ pub enum Event {
         /// Where.
         device: DeviceId,
     },
+    /// A run was the first of so many requests of its model on its device: they were run one by one as well, and compared.
+    /// Said before its end.
+    RunTried {
+        /// The request that the run was started for.
+        request: RequestKey,
+        /// What came of it; it holds for all such runs.
+        verdict: Verdict,
+    },
     /// A run ended, well or not; the executor has answered its requests.
     RunDone {
         /// The request that the run was started for.
@@ -234,7 +264,7 @@ pub enum Action {
     Run {
         /// The request. Its name stands for the run.
         request: RequestKey,
-        /// Other requests of its function that the same run answers.
+        /// Other requests that the same run answers: of its function, or of others with the same model.
         with: Vec<RequestKey>,
         /// Its model.
         model: ModelId,

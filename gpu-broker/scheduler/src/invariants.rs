@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use faaswap_protocol::Bytes;
+use faaswap_protocol::{Batching, Bytes};
 
 use crate::{
     books::{Books, Stage},
@@ -103,6 +103,23 @@ fn orders_hold_what_they_order(books: &Books) -> Result<(), String> {
     let queued: usize = books.functions.iter().map(|(_, function)| function.waiting_len()).sum();
     if waiting != queued || waiting != books.ready.by_age.len() {
         return Err(format!("BR-5: {waiting} wait, {queued} are queued"));
+    }
+    shared_runs_are_offered_to_whom_they_may(books)
+}
+
+/// BR-5 of what may share runs.
+fn shared_runs_are_offered_to_whom_they_may(books: &Books) -> Result<(), String> {
+    let mut sharing: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for (at, function) in books.functions.iter().filter(|(_, function)| function.batch.batching != Batching::Off) {
+        let waiting = function.fresh.iter().chain(&function.stale);
+        let entries = waiting.filter_map(|waits| Some((waits.form?, waits.deadline, waits.request, at)));
+        sharing.entry(function.model).or_default().extend(entries);
+    }
+    for (slot, model) in books.models.iter() {
+        let may = sharing.remove(&slot).unwrap_or_default();
+        if may != model.sharing {
+            return Err(format!("BR-5: {may:?} may share runs of {:?}, listed are {:?}", model.id, model.sharing));
+        }
     }
     Ok(())
 }

@@ -29,7 +29,8 @@ mod time;
 pub mod trace;
 
 pub use decision::{Choice, Decision, Score};
-pub use event::{Action, DeviceId, Event, Form, FunctionKey, LaneId, Link, ModelId, Moment, RequestKey, Source};
-pub use limits::BATCH_MAX;
+pub use event::{
+    Action, DeviceId, Event, Form, FunctionKey, LaneId, Link, ModelId, Moment, RequestKey, Source, Verdict,
+};
 pub use policy::PolicyKind;
 pub use scheduler::{Scheduler, SchedulerConfig};

@@ -26,9 +26,9 @@ pub(crate) const WAKE_MIN: Span = Span::micros(50);
 pub(crate) const CONTROL_EVERY: Span = Span::secs(2);
 /// Regular models that are brought ahead of their request: most copies of that kind at a time on a node.
 pub(crate) const AHEAD_MAX: u32 = 1;
-/// Most requests of a function that one run answers.
-pub const BATCH_MAX: u16 = 16;
-/// How long a function goes without runs of a size that came apart ...
+/// Most requests that one run answers.
+pub(crate) const BATCH_MAX: u16 = 16;
+/// How long a function goes without runs of a size that came apart, or without other functions where it was one with theirs ...
 pub(crate) const APART_PAUSE_MIN: Span = Span::secs(1);
 /// ... doubled each time, up to this.
 pub(crate) const APART_PAUSE_MAX: Span = Span::secs(600);

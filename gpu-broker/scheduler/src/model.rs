@@ -1,12 +1,15 @@
 //! A model: where it may run, where its weights are, what it costs, and how often it is asked for.
 
+use std::collections::BTreeSet;
+
 use faaswap_protocol::Bytes;
 
 use crate::{
     cost::Cost,
     demand::Demand,
-    event::{ModelId, Source},
+    event::{Form, ModelId, RequestKey, Source},
     eviction::Worth,
+    slots::Slot,
     time::{At, Span},
 };
 
@@ -107,6 +110,8 @@ pub(crate) struct Model {
     pub(crate) functions: u32,
     /// Requests that wait for it.
     pub(crate) waiting: u32,
+    /// Those of them that may share a run with others of their form, by deadline; and their functions.
+    pub(crate) sharing: BTreeSet<(Form, At, RequestKey, Slot)>,
     /// When its next request is foreseen, as it stands in the node's calendar.
     pub(crate) foreseen: Option<At>,
     pub(crate) removed: bool,
@@ -122,6 +127,7 @@ impl Model {
             deadline: Span::secs(3600),
             functions: 0,
             waiting: 0,
+            sharing: BTreeSet::new(),
             foreseen: None,
             removed: false,
         }

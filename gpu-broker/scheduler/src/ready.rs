@@ -5,12 +5,11 @@ use std::{
     ops::Range,
 };
 
-use faaswap_protocol::{Late, Priority, Slo};
+use faaswap_protocol::{Batching, Late, Priority, Slo};
 
 use crate::{
     batches::BatchLimit,
     event::{Form, FunctionKey, RequestKey},
-    limits::BATCH_MAX,
     objective::Objective,
     slots::Slot,
     time::{At, Span},
@@ -69,7 +68,7 @@ impl Function {
         key: FunctionKey,
         model: Slot,
         slo: Slo,
-        (priority, late, batch_max): (Priority, Late, u16),
+        (priority, late, batching): (Priority, Late, Batching),
     ) -> Self {
         Self {
             key,
@@ -80,7 +79,7 @@ impl Function {
             objective: Objective::new(slo),
             latency: Span::ZERO,
             in_flight: 0,
-            batch: BatchLimit::new(batch_max.clamp(1, BATCH_MAX)),
+            batch: BatchLimit::new(batching),
             fresh: VecDeque::new(),
             stale: VecDeque::new(),
             listed: [None; 2],

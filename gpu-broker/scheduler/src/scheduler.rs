@@ -86,8 +86,8 @@ impl Scheduler {
                 books.device_observed(device, foreign_permille, clock_permille, foreign);
             }
             Event::ModelRemoved { model } => books.remove_model(model, actions),
-            Event::FunctionAdded { function, model, slo, priority, late, batch_max } => {
-                books.add_function(function, model, slo, (priority, late, batch_max));
+            Event::FunctionAdded { function, model, slo, priority, late, batching } => {
+                books.add_function(function, model, slo, (priority, late, batching));
             }
             Event::FunctionRemoved { function } => books.remove_function(function, actions),
             Event::PolicyChosen { policy } => {
@@ -124,6 +124,10 @@ impl Scheduler {
             Event::SwapOutDone { .. } => return Trigger::Nothing,
             // The wish was granted: a further one must be said again.
             Event::Woken => self.wake_at = At::NEVER,
+            Event::RunTried { request, verdict } => {
+                books.run_tried(request, verdict);
+                return Trigger::Nothing;
+            }
             Event::RunDone { request, took } => {
                 if let Some(ended) = books.run_done(request, took, actions) {
                     self.policy.as_policy().ended(books, ended);

@@ -4,7 +4,7 @@
 //! carries a check over itself and all lines before it: a changed, missing or added line is found where it is.
 //!
 //! ```text
-//! faaswap-trace 2 policy=faaswap seed=0 function_queue_max=256 node_queue_max=16384 ahead=true #8c7b1c52
+//! faaswap-trace 3 policy=faaswap seed=0 function_queue_max=256 node_queue_max=16384 ahead=true #8c7b1c52
 //! 81250 device_added 0 1048576 1 >  #0d2a5a1e
 //! name function 4 team/ocr #5c1b9a77
 //! 93411520 arrived 7 4 123411520 alone > swap_in 3 0 host; run 7 3 0 0 coming #e0a53b90
@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The version of the format; another one is not read.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// How a trace begins.
 const MAGIC: &str = "faaswap-trace";
 /// Between an event and the answer to it.

@@ -4,8 +4,10 @@ mod harness;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use faaswap_protocol::{Bytes, Late, Refusal};
-use faaswap_scheduler::{Action, Choice, DeviceId, Event, Form, FunctionKey, ModelId, PolicyKind, RequestKey, Source};
+use faaswap_protocol::{Batching, Bytes, Late, Refusal};
+use faaswap_scheduler::{
+    Action, Choice, DeviceId, Event, Form, FunctionKey, ModelId, PolicyKind, RequestKey, Source, Verdict,
+};
 use harness::{Node, ms, run, swap_in, swap_out};
 use proptest::prelude::*;
 
@@ -329,6 +331,8 @@ fn what_one_policy_had_given_up_is_served_by_the_next() {
 enum Step {
     Ask { function: u32, deadline_ms: u64 },
     FinishRun(usize),
+    ComeApart(usize),
+    TryRun(usize, Verdict),
     FinishCopy,
     Cancel(u64),
     Advance(u64),
@@ -343,14 +347,20 @@ fn policies() -> impl Strategy<Value = PolicyKind> {
     prop::sample::select(vec![PolicyKind::Faaswap, PolicyKind::Torpor, PolicyKind::Lru, PolicyKind::Fifo, random])
 }
 
+fn verdicts() -> impl Strategy<Value = Verdict> {
+    prop::sample::select(vec![Verdict::Same, Verdict::Close, Verdict::Other])
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        6 => (0..6_u32, 0..60_u64).prop_map(|(function, deadline_ms)| Step::Ask { function, deadline_ms }),
+        6 => (0..9_u32, 0..60_u64).prop_map(|(function, deadline_ms)| Step::Ask { function, deadline_ms }),
         5 => (0..8_usize).prop_map(Step::FinishRun),
+        1 => (0..8_usize).prop_map(Step::ComeApart),
+        1 => (0..8_usize, verdicts()).prop_map(|(nth, verdict)| Step::TryRun(nth, verdict)),
         4 => Just(Step::FinishCopy),
         1 => (0..80_u64).prop_map(Step::Cancel),
         3 => (0..30_u64).prop_map(Step::Advance),
-        1 => (0..6_u32).prop_map(Step::RemoveFunction),
+        1 => (0..9_u32).prop_map(Step::RemoveFunction),
         1 => Just(Step::FailCopy),
         1 => policies().prop_map(Step::Choose),
         1 => any::<u64>().prop_map(Step::Unknown),
@@ -358,8 +368,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..120)
 }
 
+/// Functions 0 to 4 have a model each; 5 to 7 run those of others; there is no eighth.
 fn play(policy: PolicyKind, steps: &[Step], late: Late) -> Node {
     let mut node = Node::with(policy, &[(10, 2), (7, 1)], &[6, 3, 5, 7, 2], late);
+    for (function, model, batching) in [(5, 0, Batching::Exact), (6, 0, Batching::On), (7, 1, Batching::Off)] {
+        node.add((function, model), late, batching);
+    }
     for (request, step) in (0..).zip(steps) {
         match *step {
             Step::Ask { function, deadline_ms } => {
@@ -367,6 +381,8 @@ fn play(policy: PolicyKind, steps: &[Step], late: Late) -> Node {
                 node.ask_with(request, function, deadline_ms, form[usize::try_from(request).expect("small") % 4]);
             }
             Step::FinishRun(nth) => node.finish_run(nth),
+            Step::ComeApart(nth) => node.finish_run_after(nth, Duration::ZERO),
+            Step::TryRun(nth, verdict) => node.try_run(nth, verdict),
             Step::FinishCopy => node.finish_copy(),
             Step::Cancel(request) => drop(node.tell(Event::Cancelled { request: RequestKey(request) })),
             Step::Advance(by) => node.now.0 += Duration::from_millis(by),

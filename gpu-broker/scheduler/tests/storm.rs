@@ -3,10 +3,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use faaswap_protocol::{Bytes, Late, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, Late, Priority, Slo};
 use faaswap_scheduler::{
     Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, PolicyKind, RequestKey, Scheduler,
-    SchedulerConfig, invariants,
+    SchedulerConfig, Verdict, invariants,
 };
 use proptest::prelude::*;
 
@@ -43,15 +43,23 @@ fn link() -> impl Strategy<Value = Link> {
     ]
 }
 
+fn batching() -> impl Strategy<Value = Batching> {
+    prop::sample::select(vec![Batching::Off, Batching::Exact, Batching::On])
+}
+
+fn verdict() -> impl Strategy<Value = Verdict> {
+    prop::sample::select(vec![Verdict::Same, Verdict::Close, Verdict::Other])
+}
+
 fn function_added() -> impl Strategy<Value = Event> {
-    (function(), model(), span(), any::<u16>(), any::<bool>(), any::<bool>(), 0..40_u16).prop_map(
-        |(function, model, deadline, percentile, batch, refuse, batch_max)| Event::FunctionAdded {
+    (function(), model(), span(), any::<u16>(), any::<bool>(), any::<bool>(), batching()).prop_map(
+        |(function, model, deadline, percentile, batch, refuse, batching)| Event::FunctionAdded {
             function,
             model,
             slo: Slo { deadline, percentile },
             priority: if batch { Priority::Batch } else { Priority::Latency },
             late: if refuse { Late::Refuse } else { Late::Serve },
-            batch_max,
+            batching,
         },
     )
 }
@@ -85,6 +93,7 @@ fn about_requests() -> impl Strategy<Value = Event> {
         4 => (model(), device(), span()).prop_map(|(model, device, took)| Event::SwapInDone { model, device, took }),
         1 => (model(), device()).prop_map(|(model, device)| Event::SwapInFailed { model, device }),
         1 => (model(), device()).prop_map(|(model, device)| Event::SwapOutDone { model, device }),
+        2 => (request(), verdict()).prop_map(|(request, verdict)| Event::RunTried { request, verdict }),
         5 => (request(), span()).prop_map(|(request, took)| Event::RunDone { request, took }),
         1 => function().prop_map(|function| Event::Expected { function }),
         1 => policies().prop_map(|policy| Event::PolicyChosen { policy }),
@@ -102,15 +111,45 @@ fn policies() -> impl Strategy<Value = PolicyKind> {
 struct Ledger {
     /// Open requests, and whether they run.
     open: BTreeMap<RequestKey, bool>,
+    /// Their functions and forms.
+    about: BTreeMap<RequestKey, (FunctionKey, Option<Form>)>,
+    /// What functions run, and what they take.
+    functions: BTreeMap<FunctionKey, (ModelId, Batching)>,
     /// What else each run answers, by the request that it was started for.
     runs: BTreeMap<RequestKey, Vec<RequestKey>>,
 }
 
 impl Ledger {
-    fn tell(&mut self, scheduler: &mut Scheduler, now: Moment, event: Event) -> Result<(), TestCaseError> {
-        if let Event::Arrived { request, .. } = event {
-            self.open.entry(request).or_insert(false);
+    /// The first function and the first open request of a name are the ones that count.
+    fn hear(&mut self, event: Event) {
+        if let Event::FunctionAdded { function, model, batching, .. } = event {
+            self.functions.entry(function).or_insert((model, batching));
         }
+        if let Event::FunctionRemoved { function } = event {
+            self.functions.remove(&function);
+        }
+        if let Event::Arrived { request, function, form, .. } = event
+            && !self.open.contains_key(&request)
+        {
+            self.open.insert(request, false);
+            self.about.insert(request, (function, form));
+        }
+    }
+
+    /// Who shares a run allows it, runs the same model, and has the same form.
+    fn check_consent(&self, request: RequestKey, with: &[RequestKey], model: ModelId) -> Result<(), TestCaseError> {
+        let form = self.about[&request].1;
+        for one in with.iter().chain([&request]) {
+            let (function, its) = self.about[one];
+            let (of, batching) = self.functions[&function];
+            prop_assert_eq!(of, model);
+            prop_assert!(with.is_empty() || (its == form && its.is_some() && batching != Batching::Off));
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, scheduler: &mut Scheduler, now: Moment, event: Event) -> Result<(), TestCaseError> {
+        self.hear(event);
         if let Event::RunDone { request, .. } = event
             && let Some(with) = self.runs.remove(&request)
         {
@@ -123,7 +162,8 @@ impl Ledger {
         prop_assert_eq!(invariants::check(scheduler), Ok(()), "after {:?}", event);
         for action in actions {
             match action {
-                Action::Run { request, with, .. } => {
+                Action::Run { request, with, model, .. } => {
+                    self.check_consent(request, &with, model)?;
                     for one in with.iter().copied().chain([request]) {
                         prop_assert_eq!(self.open.insert(one, true), Some(false), "{:?} waits", one);
                     }

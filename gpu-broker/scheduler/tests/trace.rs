@@ -4,9 +4,10 @@ mod harness;
 
 use std::time::Duration;
 
-use faaswap_protocol::{Bytes, Late, Priority};
+use faaswap_protocol::{Batching, Bytes, Late, Priority};
 use faaswap_scheduler::{
     DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
+    Verdict,
     trace::{Ending, Line, Named, Reader, TraceError, VERSION, Writer, answer},
 };
 use harness::{SLO, ms};
@@ -16,13 +17,13 @@ use proptest::prelude::*;
 fn events(a: u64, b: u32, c: u16) -> Vec<Event> {
     let (device, model, function, request) = (DeviceId(c), ModelId(b), FunctionKey(b), RequestKey(a));
     let (span, bytes, other) = (Duration::from_nanos(a), Bytes::new(a), DeviceId(c / 2));
-    let function_added = |priority, late| Event::FunctionAdded {
+    let function_added = |priority, late, batching| Event::FunctionAdded {
         function,
         model,
         slo: faaswap_protocol::Slo { percentile: c, ..SLO },
         priority,
         late,
-        batch_max: c,
+        batching,
     };
     vec![
         Event::DeviceAdded { device, capacity: bytes, lanes: c },
@@ -37,8 +38,9 @@ fn events(a: u64, b: u32, c: u16) -> Vec<Event> {
         Event::PolicyChosen { policy: PolicyKind::Random { seed: a } },
         Event::Expected { function },
         Event::ModelRemoved { model },
-        function_added(Priority::Latency, Late::Serve),
-        function_added(Priority::Batch, Late::Refuse),
+        function_added(Priority::Latency, Late::Serve, Batching::Off),
+        function_added(Priority::Batch, Late::Refuse, Batching::Exact),
+        function_added(Priority::Batch, Late::Serve, Batching::On),
         Event::FunctionRemoved { function },
         Event::Arrived { request, function, deadline: Moment(span), form: None },
         Event::Arrived { request, function, deadline: Moment(span), form: Some(Form(b)) },
@@ -46,6 +48,9 @@ fn events(a: u64, b: u32, c: u16) -> Vec<Event> {
         Event::SwapInDone { model, device, took: span },
         Event::SwapInFailed { model, device },
         Event::SwapOutDone { model, device },
+        Event::RunTried { request, verdict: Verdict::Same },
+        Event::RunTried { request, verdict: Verdict::Close },
+        Event::RunTried { request, verdict: Verdict::Other },
         Event::RunDone { request, took: span },
         Event::DrainBegun,
         Event::Woken,
@@ -85,7 +90,7 @@ fn recorded() -> String {
     let arrived = |n, at| Event::Arrived { request: RequestKey(n), function, deadline: ms(at), form: None };
     let done = |n, took| Event::RunDone { request: RequestKey(n), took: Duration::from_millis(took) };
     let (slo, priority, late) = (SLO, Priority::Latency, Late::Refuse);
-    let added = Event::FunctionAdded { function, model, slo, priority, late, batch_max: 1 };
+    let added = Event::FunctionAdded { function, model, slo, priority, late, batching: Batching::Off };
     let history = [
         (0, Event::DeviceAdded { device, capacity: Bytes::new(4), lanes: 1 }),
         (0, Event::ModelBound { model, device, charge: Bytes::new(2) }),

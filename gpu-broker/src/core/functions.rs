@@ -1,7 +1,7 @@
 //! Functions: who may register what under which name, and when a registration is done.
 
 use faaswap_protocol::{Batching, CallId, Detail, FromBroker, FunctionId, FunctionSpec, Refusal};
-use faaswap_scheduler::{BATCH_MAX, Event, FunctionKey, ModelId, trace::Named};
+use faaswap_scheduler::{Event, FunctionKey, ModelId, trace::Named};
 
 use super::{Core, Function, Owner, PeerId, models::Waiter};
 use crate::limits::{CALLS_MAX, FUNCTIONS_PER_CONNECTION_MAX};
@@ -99,11 +99,11 @@ impl Core {
             model.idle_since = None;
         }
         let by_rows = self.models.get(&model).is_some_and(|model| model.loaded.by_rows);
-        let batch_max = if by_rows && spec.batching != Batching::Off { BATCH_MAX } else { 1 };
+        let batching = if by_rows { spec.batching } else { Batching::Off };
         let (slo, priority, late) = (spec.slo, spec.priority, spec.late);
         let refused = std::collections::HashMap::new();
         self.functions.insert(key, Function { owner, spec, model, users: 1, answered: 0, refused, slo_met: 0 });
-        self.happen(Event::FunctionAdded { function: key, model, slo, priority, late, batch_max });
+        self.happen(Event::FunctionAdded { function: key, model, slo, priority, late, batching });
         key
     }
 

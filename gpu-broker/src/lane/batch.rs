@@ -1,56 +1,50 @@
 //! Runs that answer several requests: inputs one below the other, outputs cut apart again.
 //!
 //! Only a model knows whether its rows are independent of each other, and kernels may round otherwise for more of them. So a
-//! size is tried before it is used: requests run one by one and are answered, then together, and the outputs are compared.
-//! What fails together runs one by one as well: a bad request fails alone.
+//! size is tried before it is used, with shapes and outputs as they are wanted: requests run one by one and are answered, then
+//! together, and the outputs are compared. What fails together runs one by one as well: a bad request fails alone. Requests
+//! may be those of several functions: each is answered by its own outputs, to its own peer, and no answer tells of others.
 
 use std::{
-    collections::BTreeMap,
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use faaswap_engine::{Input, InputData, Place, RunError, RunOutput, prepare::is_close};
 use faaswap_protocol::{Batching, Bytes, DType, Detail, Refusal, Shape, Timing};
+use faaswap_scheduler::Verdict;
 
 use super::{Ask, BoundModel, InputBytes, Run, answer, answer::Places, as_input};
 use crate::{
-    limits::BATCH_OUTPUT_BYTES_MAX,
+    limits::{BATCH_OUTPUT_BYTES_MAX, TRIALS_MAX},
     mailbox::{Ended, Mailbox},
 };
 
-/// What a trial has shown of one size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    /// The same bits as each alone.
-    Same,
-    /// The same but for rounding.
-    Close,
-    /// Something else: the rows depend on each other.
-    Other,
+/// What was tried: kernels are chosen by shapes, and outputs that nobody wanted were not compared.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Tried {
+    size: usize,
+    rows: Vec<Shape>,
+    wanted: Vec<u16>,
 }
 
-impl Verdict {
-    fn serves(self, batching: Batching) -> bool {
-        match batching {
-            Batching::Off => false,
-            Batching::Exact => self == Self::Same,
-            Batching::On => self != Self::Other,
-        }
-    }
-}
-
-/// What trials have shown of a model on a device, by size.
+/// What trials have shown of a model on a device, whosever requests it was tried with.
 #[derive(Debug, Default)]
-pub(super) struct Trials(Mutex<BTreeMap<usize, Verdict>>);
+pub(super) struct Trials(Mutex<HashMap<Tried, Verdict>>);
 
 impl Trials {
-    fn verdict(&self, size: usize) -> Option<Verdict> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&size).copied()
+    fn verdict(&self, tried: &Tried) -> Option<Verdict> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(tried).copied()
     }
 
-    fn note(&self, size: usize, verdict: Verdict) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(size, verdict);
+    /// Where shapes come without end, all is forgotten now and then, and found out anew.
+    fn note(&self, tried: Tried, verdict: Verdict) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= TRIALS_MAX {
+            known.clear();
+        }
+        known.insert(tried, verdict);
     }
 }
 
@@ -60,13 +54,17 @@ pub(super) fn serve(run: Run, mailbox: &Mailbox) {
     let first = ask.key;
     let asks: Vec<_> = std::iter::once(ask).chain(with).collect();
     let serving = Serving { asks: &asks, model: &model, mailbox };
-    let took = match (model.trials.verdict(asks.len()), Batch::of(&asks)) {
-        (Some(verdict), Some(batch)) if verdict.serves(batching) => serving.together(&batch),
-        (None, Some(batch)) => serving.trial(batch, batching),
-        (Some(_), _) | (None, None) => serving.one_by_one(),
+    let batch = Batch::of(&asks).filter(|_| batching != Batching::Off);
+    let known = batch.as_ref().map(|batch| model.trials.verdict(&batch.tried()));
+    let (took, verdict) = match (batch, known) {
+        (Some(batch), Some(None)) => serving.trial(batch, batching),
+        (Some(batch), Some(Some(verdict))) if verdict.serves(batching) => (serving.together(&batch), None),
+        // Said again: the scheduler knows what was tried last, not with which shapes.
+        (_, Some(Some(verdict))) => (serving.one_by_one(), Some(verdict)),
+        (None, _) | (_, None) => (serving.one_by_one(), None),
     };
     drop(model);
-    mailbox.post(Ended::RunOver { request: first, took: took.unwrap_or(Duration::ZERO) });
+    mailbox.post(Ended::RunOver { request: first, took: took.unwrap_or(Duration::ZERO), verdict });
 }
 
 struct Serving<'a> {
@@ -104,10 +102,23 @@ impl Serving<'_> {
         None
     }
 
-    /// Answers each request by a run of its own, then runs them together and compares.
+    /// Answers each request by a run of its own, then runs them together and compares; gives how long that took, where it may
+    /// be done again, and what it gave, where that could be seen.
     ///
     /// The inputs are copies by then: a peer that has its answer may write into the slab again.
-    fn trial(&self, mut batch: Batch, batching: Batching) -> Option<Duration> {
+    fn trial(&self, mut batch: Batch, batching: Batching) -> (Option<Duration>, Option<Verdict>) {
+        let alone = self.answer_each(&batch);
+        self.mailbox.ring();
+        let verdict = self.compare(&alone, &mut batch);
+        let runs_again = verdict.is_some_and(|verdict| verdict.serves(batching));
+        // The first run of a size makes room for it; how long it takes says little.
+        let started = Instant::now();
+        let took = runs_again.then(|| batch.run(self.model).ok()).flatten().map(|_| started.elapsed());
+        (took, verdict)
+    }
+
+    /// A run for each; gives the outputs of those that did not fail.
+    fn answer_each(&self, batch: &Batch) -> Vec<Vec<RunOutput>> {
         let mut alone = Vec::with_capacity(batch.size);
         for (at, ask) in self.asks.iter().enumerate() {
             let started = Instant::now();
@@ -121,7 +132,11 @@ impl Serving<'_> {
             self.answer(ask, places, answered, (started, ran));
             alone.extend(result.ok());
         }
-        self.mailbox.ring();
+        alone
+    }
+
+    /// Runs all together, and notes how that compares to each alone.
+    fn compare(&self, alone: &[Vec<RunOutput>], batch: &mut Batch) -> Option<Verdict> {
         if alone.len() < batch.size {
             return None;
         }
@@ -129,14 +144,8 @@ impl Serving<'_> {
         let outputs = batch.run(self.model).inspect_err(|why| tracing::debug!(%why, "a trial together failed")).ok()?;
         let verdict = compare(&alone[..compared], &outputs, (batch.size, self.model));
         tracing::info!(model = ?self.model.digest, size = batch.size, ?verdict, "tried whether requests can share a run");
-        self.model.trials.note(batch.size, verdict);
-        if !verdict.serves(batching) {
-            return None;
-        }
-        // The first run of a size makes room for it; how long it takes says little.
-        let started = Instant::now();
-        batch.run(self.model).ok()?;
-        Some(started.elapsed())
+        self.model.trials.note(batch.tried(), verdict);
+        Some(verdict)
     }
 
     fn answer(
@@ -178,6 +187,11 @@ impl Batch {
         }
         let inputs = (0..first.inputs.len()).map(|at| Stacked::of(asks, at)).collect::<Option<_>>()?;
         Some(Self { size, inputs, wanted: first.wanted.clone() })
+    }
+
+    fn tried(&self) -> Tried {
+        let rows = self.inputs.iter().map(|input| input.row.clone()).collect();
+        Tried { size: self.size, rows, wanted: self.wanted.clone() }
     }
 
     fn run(&self, model: &BoundModel) -> Result<Vec<RunOutput>, RunError> {

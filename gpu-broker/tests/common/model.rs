@@ -111,6 +111,37 @@ pub fn write_graph(
     path
 }
 
+/// A node with one output.
+pub fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
+    let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    NodeProto {
+        op_type: Some(op.to_owned()),
+        name: Some(output.to_owned()),
+        input: texts(inputs),
+        output: texts(&[output]),
+        ..NodeProto::default()
+    }
+}
+
+/// A weight of floats.
+pub fn table(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
+    TensorProto {
+        name: Some(name.to_owned()),
+        dims: dims.to_vec(),
+        data_type: Some(element_of(DType::F32)),
+        raw_data: Some(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into()),
+        ..TensorProto::default()
+    }
+}
+
+/// A table of 1000 values that is looked up by position, and the values.
+pub fn lookup(dir: &Path) -> (PathBuf, Vec<f32>) {
+    let values: Vec<f32> = (0..1000_u16).map(|n| f32::from(n) * 3.0).collect();
+    let graph = (vec![node("Gather", &["w", "x"], "y")], vec![table("w", &[1000], &values)]);
+    let ends = (value_of(DType::I64, "x", &[-1, 4]), value("y", &[-1, 4]));
+    (write_graph(dir, "lookup", graph, ends), values)
+}
+
 /// An attribute of a node: some whole numbers.
 pub fn integers(name: &str, values: &[i64]) -> AttributeProto {
     AttributeProto {

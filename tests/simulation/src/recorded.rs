@@ -109,6 +109,7 @@ impl Reading {
             | Event::Cancelled { .. }
             | Event::SwapInFailed { .. }
             | Event::SwapOutDone { .. }
+            | Event::RunTried { .. }
             | Event::DrainBegun
             | Event::Woken => {}
         }

@@ -12,10 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use faaswap_protocol::{Late, Priority, Slo};
+use faaswap_protocol::{Batching, Late, Priority, Slo};
 use faaswap_scheduler::{
-    Action, BATCH_MAX, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Scheduler,
-    SchedulerConfig, invariants, trace::Writer,
+    Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Scheduler, SchedulerConfig,
+    invariants, trace::Writer,
 };
 
 use self::{links::Links, runs::Runs};
@@ -166,9 +166,9 @@ impl World<'_> {
             }
             let slo = Slo { deadline: Duration::from_nanos(function.deadline), percentile: PERCENTILE };
             let (function, late) = (FunctionKey(model.0), self.setting.late);
-            let (priority, batch_max) =
-                (Priority::Latency, if self.setting.batching.is_some() { BATCH_MAX } else { 1 });
-            self.tell(Event::FunctionAdded { function, model, slo, priority, late, batch_max });
+            let batching = if self.setting.batching.is_some() { Batching::Exact } else { Batching::Off };
+            let priority = Priority::Latency;
+            self.tell(Event::FunctionAdded { function, model, slo, priority, late, batching });
         }
         for (at, (when, _)) in self.setting.faults.iter().enumerate() {
             self.enter(*when, Happening::Fault(at));

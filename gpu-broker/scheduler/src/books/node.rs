@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use faaswap_protocol::{Bytes, Late, Priority, Refusal, Slo};
+use faaswap_protocol::{Batching, Bytes, Late, Priority, Refusal, Slo};
 
 use super::Books;
 use crate::{
@@ -117,7 +117,7 @@ impl Books {
         key: FunctionKey,
         model: ModelId,
         slo: Slo,
-        (priority, late, batch_max): (Priority, Late, u16),
+        (priority, late, batching): (Priority, Late, Batching),
     ) {
         if self.functions.find(key).is_some() {
             return;
@@ -127,7 +127,7 @@ impl Books {
             known.functions += 1;
             known.deadline = known.deadline.min(slo.deadline.into());
         }
-        self.functions.find_or_insert(key, || Function::new(key, slot, slo, (priority, late, batch_max)));
+        self.functions.find_or_insert(key, || Function::new(key, slot, slo, (priority, late, batching)));
     }
 
     pub(crate) fn remove_function(&mut self, key: FunctionKey, actions: &mut Vec<Action>) {

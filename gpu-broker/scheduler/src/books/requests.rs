@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use faaswap_protocol::{Late, Refusal};
+use faaswap_protocol::{Batching, Late, Refusal};
 
 use super::{Books, Request, Stage};
 use crate::{
     cost::Ran,
     device::Running,
-    event::{Action, Form, FunctionKey, RequestKey, Source},
+    event::{Action, Form, FunctionKey, RequestKey, Source, Verdict},
     model::{Model, Weights},
     ready::{Ready, Waiting},
     slots::Slot,
@@ -18,8 +18,8 @@ use crate::{
 /// A run that has just ended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ended {
-    pub(crate) function: Slot,
-    /// Requests that it answered.
+    pub(crate) model: Slot,
+    /// Requests that it answered, of functions that are still there.
     pub(crate) answered: u32,
     /// How many of them were not answered within their deadlines.
     pub(crate) missed: u32,
@@ -69,9 +69,12 @@ impl Books {
         let waiting = Waiting { request, arrived: self.now, deadline, form };
         self.ready.push(function, waiting);
         self.requests.insert(request, Request { function: function.key, waiting, stage: Stage::Waiting });
-        let model = function.model;
+        let (model, shares) = (function.model, function.batch.batching != Batching::Off);
         if let Some(known) = self.models.get_mut(model) {
             known.waiting += 1;
+            if let Some(form) = form.filter(|_| shares) {
+                known.sharing.insert((form, deadline, request, slot));
+            }
             known.demand.asked(self.now);
             if let Some(at) = known.foreseen.take() {
                 self.calendar.remove(&(at, model));
@@ -87,6 +90,9 @@ impl Books {
         self.ready.take(function, waiting);
         if let Some(known) = self.models.get_mut(function.model) {
             known.waiting = known.waiting.saturating_sub(1);
+            if let Some(form) = waiting.form {
+                known.sharing.remove(&(form, waiting.deadline, waiting.request, slot));
+            }
         }
         self.relist(slot);
     }
@@ -134,7 +140,7 @@ impl Books {
     }
 
     /// Starts a run on an idle lane of a device that has the weights, or gets them. `with` are requests of the same
-    /// function that it answers too.
+    /// model that it answers too.
     pub(crate) fn start(
         &mut self,
         request: RequestKey,
@@ -160,7 +166,7 @@ impl Books {
         let stage = Stage::Running { device, lane, model, stay: stay_id };
         let running = Running::new(request, with, now, ends, waiting.deadline);
         for one in running.requests() {
-            self.sent_off(slot, one, stage);
+            self.sent_off(one, stage);
         }
         if let Some(on) = self.devices.get_mut(device) {
             let with = running.with.clone();
@@ -171,13 +177,26 @@ impl Books {
     }
 
     /// A request leaves its queue for a lane.
-    fn sent_off(&mut self, slot: Slot, request: RequestKey, stage: Stage) {
+    fn sent_off(&mut self, request: RequestKey, stage: Stage) {
         let Some(found) = self.requests.get_mut(&request) else { return };
         found.stage = stage;
         let waiting = found.waiting;
+        let Some(slot) = self.functions.find(found.function) else { return };
         self.dequeue(slot, waiting);
         if let Some(function) = self.functions.get_mut(slot) {
             function.in_flight += 1;
+        }
+    }
+
+    /// The executor has compared a run of several with runs of one.
+    pub(crate) fn run_tried(&mut self, request: RequestKey, verdict: Verdict) {
+        let stage = self.requests.get(&request).map(|found| found.stage);
+        let Some(Stage::Running { device, lane, model, .. }) = stage else { return };
+        let running = self.devices.get(device).and_then(|on| on.lanes.get(usize::from(lane.0))?.as_ref());
+        // A run is told by the request that it was started for.
+        let Some(size) = running.filter(|run| run.request == request).map(|run| run.requests().count()) else { return };
+        if let Some(home) = self.models.get_mut(model).and_then(|known| known.home_mut(device)) {
+            home.cost.batches.tried(size, verdict);
         }
     }
 
@@ -185,7 +204,6 @@ impl Books {
     pub(crate) fn run_done(&mut self, request: RequestKey, took: Duration, actions: &mut Vec<Action>) -> Option<Ended> {
         let found = self.requests.get(&request)?;
         let Stage::Running { device, lane, model, stay: stay_id } = found.stage else { return None };
-        let function = found.function;
         let now = self.now;
         let on = self.devices.get_mut(device)?;
         // A run is told by the request that it was started for.
@@ -205,28 +223,57 @@ impl Books {
             self.settle(model, device);
             self.let_go_if_doomed(model, device, actions);
         }
-        self.answered(function, &running, took.is_zero())
+        let whose = self.whose(&running);
+        if took.is_zero() && size > 1 {
+            self.came_apart((model, device), size, &whose);
+        }
+        self.answered(model, &running, &whose)
     }
 
-    /// The requests of a run that has ended leave.
-    fn answered(&mut self, function: FunctionKey, running: &Running, says_nothing: bool) -> Option<Ended> {
+    /// The functions of a run's requests that are still there, each once.
+    fn whose(&self, running: &Running) -> Vec<Slot> {
+        let functions = running.requests().filter_map(|request| self.requests.get(&request));
+        let mut whose: Vec<_> = functions.filter_map(|found| self.functions.find(found.function)).collect();
+        whose.sort_unstable();
+        whose.dedup();
+        whose
+    }
+
+    /// The requests of a run that has ended leave, each by the books of its own function.
+    fn answered(&mut self, model: Slot, running: &Running, whose: &[Slot]) -> Option<Ended> {
         let now = self.now;
-        let slot = self.functions.find(function);
         let mut counts = (0, 0);
         for request in running.requests() {
             let Some(found) = self.requests.remove(&request) else { continue };
+            let slot = self.functions.find(found.function);
             let Some(function) = slot.and_then(|slot| self.functions.get_mut(slot)) else { continue };
             function.in_flight = function.in_flight.saturating_sub(1);
             let met = now <= found.waiting.deadline;
             function.record(now, now - found.waiting.arrived, met);
             counts = (counts.0 + 1, counts.1 + u32::from(!met));
         }
-        let slot = slot?;
-        if let Some(function) = self.functions.get_mut(slot).filter(|_| says_nothing && !running.with.is_empty()) {
-            function.batch.came_apart(now, running.with.len() + 1);
+        whose.iter().for_each(|slot| self.relist(*slot));
+        (!whose.is_empty()).then_some(Ended { model, answered: counts.0, missed: counts.1 })
+    }
+
+    /// The requests of these functions had to be run one by one.
+    ///
+    /// Where that follows from what runs of the size are known to give by now, none such is made again: no more is to be done.
+    fn came_apart(&mut self, (model, device): (Slot, usize), size: usize, whose: &[Slot]) {
+        let now = self.now;
+        let batches = self.models.get(model).and_then(|known| known.home(device)).map(|home| home.cost.batches);
+        let functions = || whose.iter().filter_map(|slot| Some(self.functions.get(*slot)?.batch.batching));
+        let Some(strictest) = functions().min() else { return };
+        if batches.is_some_and(|batches| !batches.may_serve(size, strictest)) {
+            return;
         }
-        self.relist(slot);
-        Some(Ended { function: slot, answered: counts.0, missed: counts.1 })
+        for slot in whose {
+            match self.functions.get_mut(*slot) {
+                Some(function) if whose.len() > 1 => function.batch.came_apart_from_others(now),
+                Some(function) => function.batch.came_apart(now, size),
+                None => {}
+            }
+        }
     }
 
     fn learn_run(&mut self, model: Slot, device: usize, ran: Ran) {

@@ -206,7 +206,7 @@ impl Faaswap {
             remember(books, slot, waiting, best, compared, Choice::Bring);
         }
         if best.opening.start <= books.now {
-            let Joined { with, ends } = joined(books, slot, tier, waiting, &best);
+            let Joined { with, ends } = joined(books, (slot, tier, waiting), &best);
             let size = with.len() + 1;
             if books.start(waiting.request, with, (best.device, ends), actions) {
                 if best.source.is_none() {
@@ -377,9 +377,7 @@ impl Policy for Faaswap {
     fn ended(&mut self, books: &mut Books, ended: Ended) {
         self.ended += ended.answered;
         self.missed += ended.missed;
-        if let Some(function) = books.functions.get(ended.function) {
-            self.ahead.foresee(books, function.model);
-        }
+        self.ahead.foresee(books, ended.model);
     }
 
     fn expect(&mut self, books: &Books, function: Slot) {

@@ -2,11 +2,11 @@
 
 use std::{fmt, str::SplitAsciiWhitespace, time::Duration};
 
-use faaswap_protocol::{Bytes, Late, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, Late, Priority, Slo};
 
 use super::{Line, Named};
 use crate::{
-    event::{Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Source},
+    event::{Action, DeviceId, Event, Form, FunctionKey, Link, ModelId, Moment, RequestKey, Source, Verdict},
     policy::PolicyKind,
 };
 
@@ -42,11 +42,11 @@ impl fmt::Display for Said<'_> {
             Event::PolicyChosen { policy } => write!(f, "policy_chosen {} {}", policy.name(), policy.seed()),
             Event::Expected { function } => write!(f, "expected {}", function.0),
             Event::ModelRemoved { model } => write!(f, "model_removed {}", model.0),
-            Event::FunctionAdded { function, model, slo, priority, late, batch_max } => {
+            Event::FunctionAdded { function, model, slo, priority, late, batching } => {
                 let (deadline, percentile) = (nanos(slo.deadline), slo.percentile);
                 let (priority, late) = (priority_word(priority), late_word(late));
-                let (function, model) = (function.0, model.0);
-                write!(f, "function_added {function} {model} {deadline} {percentile} {priority} {late} {batch_max}")
+                let (function, model, batching) = (function.0, model.0, batching_word(batching));
+                write!(f, "function_added {function} {model} {deadline} {percentile} {priority} {late} {batching}")
             }
             Event::FunctionRemoved { function } => write!(f, "function_removed {}", function.0),
             Event::Arrived { request, function, deadline, form } => {
@@ -62,6 +62,7 @@ impl fmt::Display for Said<'_> {
             }
             Event::SwapInFailed { model, device } => write!(f, "swap_in_failed {} {}", model.0, device.0),
             Event::SwapOutDone { model, device } => write!(f, "swap_out_done {} {}", model.0, device.0),
+            Event::RunTried { request, verdict } => write!(f, "run_tried {} {}", request.0, verdict_word(verdict)),
             Event::RunDone { request, took } => write!(f, "run_done {} {}", request.0, nanos(took)),
             Event::DrainBegun => f.write_str("drain_begun"),
             Event::Woken => f.write_str("woken"),
@@ -109,6 +110,26 @@ const fn priority_word(priority: Priority) -> &'static str {
     match priority {
         Priority::Latency => "latency",
         Priority::Batch => "batch",
+    }
+}
+
+const BATCHING: [Batching; 3] = [Batching::Off, Batching::Exact, Batching::On];
+
+const fn batching_word(batching: Batching) -> &'static str {
+    match batching {
+        Batching::Off => "off",
+        Batching::Exact => "exact",
+        Batching::On => "on",
+    }
+}
+
+const VERDICTS: [Verdict; 3] = [Verdict::Same, Verdict::Close, Verdict::Other];
+
+const fn verdict_word(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Same => "same",
+        Verdict::Close => "close",
+        Verdict::Other => "other",
     }
 }
 
@@ -234,6 +255,11 @@ impl<'a> Words<'a> {
             "swap_in_done" => Event::SwapInDone { model: self.model()?, device: self.device()?, took: self.span()? },
             "swap_in_failed" => Event::SwapInFailed { model: self.model()?, device: self.device()? },
             "swap_out_done" => Event::SwapOutDone { model: self.model()?, device: self.device()? },
+            "run_tried" => {
+                let (request, word) = (self.request()?, self.word()?);
+                let verdict = VERDICTS.into_iter().find(|one| verdict_word(*one) == word)?;
+                Event::RunTried { request, verdict }
+            }
             "run_done" => Event::RunDone { request: self.request()?, took: self.span()? },
             "drain_begun" => Event::DrainBegun,
             "woken" => Event::Woken,
@@ -245,9 +271,10 @@ impl<'a> Words<'a> {
     fn function_added(&mut self) -> Option<Event> {
         let (function, model) = (self.function()?, self.model()?);
         let slo = Slo { deadline: self.span()?, percentile: self.number()? };
-        let (priority, late) = (self.word()?, self.word()?);
+        let (priority, late, batching) = (self.word()?, self.word()?, self.word()?);
         let priority = [Priority::Latency, Priority::Batch].into_iter().find(|one| priority_word(*one) == priority)?;
         let late = [Late::Serve, Late::Refuse].into_iter().find(|one| late_word(*one) == late)?;
-        Some(Event::FunctionAdded { function, model, slo, priority, late, batch_max: self.number()? })
+        let batching = BATCHING.into_iter().find(|one| batching_word(*one) == batching)?;
+        Some(Event::FunctionAdded { function, model, slo, priority, late, batching })
     }
 }

@@ -6,10 +6,10 @@ use std::{
     time::Duration,
 };
 
-use faaswap_protocol::{Bytes, Late, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, Late, Priority, Slo};
 use faaswap_scheduler::{
-    Action, BATCH_MAX, DeviceId, Event, Form, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler,
-    SchedulerConfig, Source, invariants,
+    Action, DeviceId, Event, Form, FunctionKey, LaneId, ModelId, Moment, PolicyKind, RequestKey, Scheduler,
+    SchedulerConfig, Source, Verdict, invariants,
 };
 
 pub const SLO: Slo = Slo { deadline: Duration::from_millis(50), percentile: 9800 };
@@ -34,6 +34,14 @@ pub struct Node {
     pub leaves_late: bool,
     pub outcomes: BTreeMap<RequestKey, &'static str>,
     pub asked: BTreeSet<RequestKey>,
+    /// What each request said of itself.
+    pub about: BTreeMap<RequestKey, (FunctionKey, Option<Form>)>,
+    /// What functions run, and what they take.
+    pub functions: BTreeMap<FunctionKey, (ModelId, Batching)>,
+    /// What runs of several were said to give.
+    pub verdicts: BTreeMap<(ModelId, DeviceId, usize), Verdict>,
+    /// Runs of requests of several functions.
+    pub mixed: usize,
     pub log: Vec<Action>,
 }
 
@@ -56,20 +64,31 @@ impl Node {
             leaves_late: false,
             outcomes: BTreeMap::new(),
             asked: BTreeSet::new(),
+            about: BTreeMap::new(),
+            functions: BTreeMap::new(),
+            verdicts: BTreeMap::new(),
+            mixed: 0,
             log: Vec::new(),
         };
         for (device, &(capacity, lanes)) in (0..).map(DeviceId).zip(devices) {
             node.tell(Event::DeviceAdded { device, capacity: Bytes::new(capacity), lanes });
         }
         for (n, &charge) in (0..).zip(models) {
-            let (model, function) = (ModelId(n), FunctionKey(n));
+            let model = ModelId(n);
             for (device, _) in (0..).map(DeviceId).zip(devices) {
                 node.tell(Event::ModelBound { model, device, charge: Bytes::new(charge) });
             }
-            let (slo, priority) = (SLO, Priority::Latency);
-            node.tell(Event::FunctionAdded { function, model, slo, priority, late, batch_max: BATCH_MAX });
+            node.add((n, n), late, Batching::Exact);
         }
         node
+    }
+
+    /// A function, by its number and that of its model.
+    pub fn add(&mut self, (function, model): (u32, u32), late: Late, batching: Batching) {
+        let (function, model) = (FunctionKey(function), ModelId(model));
+        self.functions.insert(function, (model, batching));
+        let (slo, priority) = (SLO, Priority::Latency);
+        self.tell(Event::FunctionAdded { function, model, slo, priority, late, batching });
     }
 
     pub fn tell(&mut self, event: Event) -> Vec<Action> {
@@ -116,6 +135,7 @@ impl Node {
                 assert_eq!(all.len(), with.len() + 1, "none is there twice");
                 assert!(all.is_disjoint(&self.joined.values().flatten().copied().collect()));
                 assert!(all.iter().all(|one| self.asked.contains(one) && !self.outcomes.contains_key(one)));
+                self.check_consent(&all, (model, device));
                 self.joined.insert(request, with.clone());
             }
             Action::Refuse { request, ref refusal } => {
@@ -128,6 +148,21 @@ impl Node {
         }
     }
 
+    /// Requests that share a run are of one model and one form, and their functions take what it is known to give.
+    fn check_consent(&mut self, all: &BTreeSet<RequestKey>, (model, device): (ModelId, DeviceId)) {
+        let about = || all.iter().map(|one| self.about[one]);
+        assert!(about().all(|(function, _)| self.functions[&function].0 == model));
+        if all.len() < 2 {
+            return;
+        }
+        let forms: BTreeSet<_> = about().map(|(_, form)| form.expect("it goes with others")).collect();
+        assert_eq!(forms.len(), 1);
+        let verdict = self.verdicts.get(&(model, device, all.len())).copied().unwrap_or(Verdict::Same);
+        assert!(about().all(|(function, _)| verdict.serves(self.functions[&function].1)), "{all:?} {verdict:?}");
+        let functions: BTreeSet<_> = about().map(|(function, _)| function).collect();
+        self.mixed += usize::from(functions.len() > 1);
+    }
+
     /// A request that goes alone.
     pub fn ask(&mut self, request: u64, function: u32, deadline_ms: u64) -> Vec<Action> {
         self.ask_with(request, function, deadline_ms, None)
@@ -136,7 +171,9 @@ impl Node {
     pub fn ask_with(&mut self, request: u64, function: u32, deadline_ms: u64, form: Option<Form>) -> Vec<Action> {
         self.asked.insert(RequestKey(request));
         let deadline = Moment(self.now.0 + Duration::from_millis(deadline_ms));
-        self.tell(Event::Arrived { request: RequestKey(request), function: FunctionKey(function), deadline, form })
+        let (request, function) = (RequestKey(request), FunctionKey(function));
+        self.about.insert(request, (function, form));
+        self.tell(Event::Arrived { request, function, deadline, form })
     }
 
     pub fn finish_copy(&mut self) {
@@ -147,6 +184,18 @@ impl Node {
 
     pub fn finish_run(&mut self, nth: usize) {
         self.finish_run_after(nth, Duration::from_millis(1));
+    }
+
+    /// A run was the first of its size.
+    pub fn try_run(&mut self, nth: usize, verdict: Verdict) {
+        let Some((&request, &(device, _, model))) = self.running.iter().nth(nth % self.running.len().max(1)) else {
+            return;
+        };
+        let size = self.joined[&request].len() + 1;
+        if size > 1 {
+            self.verdicts.insert((model, device, size), verdict);
+        }
+        self.tell(Event::RunTried { request, verdict });
     }
 
     pub fn finish_run_after(&mut self, nth: usize, took: Duration) {

@@ -2,7 +2,7 @@
 
 use std::{fs, process::ExitCode, time::Duration};
 
-use faaswap_protocol::{Bytes, Late, Priority, Slo};
+use faaswap_protocol::{Batching, Bytes, Late, Priority, Slo};
 use faaswap_scheduler::{
     Action, DeviceId, Event, FunctionKey, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
 };
@@ -114,7 +114,7 @@ impl Mill {
             }
             let slo = Slo { deadline: Duration::from_millis(50), percentile: 9_800 };
             let (function, priority, late) = (FunctionKey(function), Priority::Latency, Late::Serve);
-            mill.tell(Event::FunctionAdded { function, model, slo, priority, late, batch_max: 1 });
+            mill.tell(Event::FunctionAdded { function, model, slo, priority, late, batching: Batching::Off });
         }
         mill
     }
