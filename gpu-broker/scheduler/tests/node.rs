@@ -9,7 +9,7 @@ use faaswap_scheduler::{
     Action, Choice, DeviceId, Event, Form, FunctionKey, ModelId, PolicyKind, RequestKey, Source, Verdict,
 };
 use harness::{Node, ms, run, swap_in, swap_out};
-use proptest::prelude::*;
+use proptest::{prelude::*, strategy::ValueTree};
 
 #[test]
 fn the_first_request_swaps_its_model_in_and_runs_at_once() {
@@ -330,6 +330,8 @@ fn what_one_policy_had_given_up_is_served_by_the_next() {
 #[derive(Clone, Debug)]
 enum Step {
     Ask { function: u32, deadline_ms: u64 },
+    /// One request of each function that may share runs of model 0.
+    Burst { deadline_ms: u64 },
     FinishRun(usize),
     ComeApart(usize),
     TryRun(usize, Verdict),
@@ -354,6 +356,7 @@ fn verdicts() -> impl Strategy<Value = Verdict> {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => (0..9_u32, 0..60_u64).prop_map(|(function, deadline_ms)| Step::Ask { function, deadline_ms }),
+        2 => (0..200_u64).prop_map(|deadline_ms| Step::Burst { deadline_ms }),
         5 => (0..8_usize).prop_map(Step::FinishRun),
         1 => (0..8_usize).prop_map(Step::ComeApart),
         1 => (0..8_usize, verdicts()).prop_map(|(nth, verdict)| Step::TryRun(nth, verdict)),
@@ -379,6 +382,11 @@ fn play(policy: PolicyKind, steps: &[Step], late: Late) -> Node {
             Step::Ask { function, deadline_ms } => {
                 let form = [None, Some(Form(1)), Some(Form(1)), Some(Form(2))];
                 node.ask_with(request, function, deadline_ms, form[usize::try_from(request).expect("small") % 4]);
+            }
+            Step::Burst { deadline_ms } => {
+                for (nth, function) in (0..).zip([0, 5, 6]) {
+                    node.ask_with(1_000 + 3 * request + nth, function, deadline_ms, Some(Form(1)));
+                }
             }
             Step::FinishRun(nth) => node.finish_run(nth),
             Step::ComeApart(nth) => node.finish_run_after(nth, Duration::ZERO),
@@ -441,4 +449,13 @@ proptest! {
     fn equal_histories_give_equal_actions(steps in steps(), policy in policies()) {
         prop_assert_eq!(play(policy, &steps, Late::Serve).log, play(policy, &steps, Late::Serve).log);
     }
+}
+
+/// The two properties above would say little if what is drawn never made functions share a run.
+#[test]
+fn what_is_drawn_mixes_functions() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let drawn = (0..200).map(|_| steps().new_tree(&mut runner).expect("steps can be drawn").current());
+    let mixed: usize = drawn.map(|steps| play(PolicyKind::Faaswap, &steps, Late::Serve).mixed).sum();
+    assert!(mixed > 20, "{mixed} runs answered several functions");
 }

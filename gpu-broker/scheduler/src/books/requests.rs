@@ -223,11 +223,10 @@ impl Books {
             self.settle(model, device);
             self.let_go_if_doomed(model, device, actions);
         }
-        let whose = self.whose(&running);
         if took.is_zero() && size > 1 {
-            self.came_apart((model, device), size, &whose);
+            self.came_apart((model, device), &running);
         }
-        self.answered(model, &running, &whose)
+        self.answered(model, &running)
     }
 
     /// The functions of a run's requests that are still there, each once.
@@ -240,34 +239,34 @@ impl Books {
     }
 
     /// The requests of a run that has ended leave, each by the books of its own function.
-    fn answered(&mut self, model: Slot, running: &Running, whose: &[Slot]) -> Option<Ended> {
+    fn answered(&mut self, model: Slot, running: &Running) -> Option<Ended> {
         let now = self.now;
         let mut counts = (0, 0);
         for request in running.requests() {
             let Some(found) = self.requests.remove(&request) else { continue };
-            let slot = self.functions.find(found.function);
-            let Some(function) = slot.and_then(|slot| self.functions.get_mut(slot)) else { continue };
+            let Some(slot) = self.functions.find(found.function) else { continue };
+            let Some(function) = self.functions.get_mut(slot) else { continue };
             function.in_flight = function.in_flight.saturating_sub(1);
             let met = now <= found.waiting.deadline;
             function.record(now, now - found.waiting.arrived, met);
             counts = (counts.0 + 1, counts.1 + u32::from(!met));
+            self.relist(slot);
         }
-        whose.iter().for_each(|slot| self.relist(*slot));
-        (!whose.is_empty()).then_some(Ended { model, answered: counts.0, missed: counts.1 })
+        (counts.0 > 0).then_some(Ended { model, answered: counts.0, missed: counts.1 })
     }
 
-    /// The requests of these functions had to be run one by one.
+    /// A run's requests had to be run one by one.
     ///
     /// Where that follows from what runs of the size are known to give by now, none such is made again: no more is to be done.
-    fn came_apart(&mut self, (model, device): (Slot, usize), size: usize, whose: &[Slot]) {
-        let now = self.now;
+    fn came_apart(&mut self, (model, device): (Slot, usize), running: &Running) {
+        let (now, size, whose) = (self.now, running.requests().count(), self.whose(running));
         let batches = self.models.get(model).and_then(|known| known.home(device)).map(|home| home.cost.batches);
         let functions = || whose.iter().filter_map(|slot| Some(self.functions.get(*slot)?.batch.batching));
         let Some(strictest) = functions().min() else { return };
         if batches.is_some_and(|batches| !batches.may_serve(size, strictest)) {
             return;
         }
-        for slot in whose {
+        for slot in &whose {
             match self.functions.get_mut(*slot) {
                 Some(function) if whose.len() > 1 => function.batch.came_apart_from_others(now),
                 Some(function) => function.batch.came_apart(now, size),

@@ -220,3 +220,38 @@ pub fn swap_in(model: u32, device: u16) -> Action {
 pub fn swap_out(model: u32, device: u16) -> Action {
     Action::SwapOut { model: ModelId(model), device: DeviceId(device) }
 }
+
+/// A form.
+pub const ONE: Option<Form> = Some(Form(1));
+/// A run of one in [`busy`].
+pub const RUN: Duration = Duration::from_millis(10);
+
+/// Models 0 and 1 on one lane, 10 ms a run, both there; request 0 of function 0 runs.
+pub fn busy() -> Node {
+    let mut node = Node::new(&[(10, 1)], &[4, 4], Late::Serve);
+    for model in [0, 1].map(ModelId) {
+        node.tell(Event::ModelMeasured { model, device: DeviceId(0), weights: Bytes::new(4), run: RUN });
+    }
+    for function in [1, 0] {
+        node.ask(900 + u64::from(function), function, 500);
+        node.finish_copy();
+        node.now.0 += RUN;
+        node.finish_run_after(0, RUN);
+    }
+    node.now = ms(100);
+    node.ask_with(0, 0, 500, ONE);
+    assert_eq!(node.running.len(), 1);
+    node
+}
+
+/// What runs after the run that is there ends at that moment.
+pub fn next(node: &mut Node, at_ms: u64, took: Duration) -> Vec<u64> {
+    node.now = ms(at_ms);
+    node.log.clear();
+    node.finish_run_after(0, took);
+    let run = node.log.iter().find_map(|action| match action {
+        Action::Run { request, with, .. } => Some((request, with)),
+        Action::SwapIn { .. } | Action::SwapOut { .. } | Action::Refuse { .. } | Action::WakeAt(_) => None,
+    });
+    run.map(|(request, with)| std::iter::once(request).chain(with).map(|one| one.0).collect()).unwrap_or_default()
+}
