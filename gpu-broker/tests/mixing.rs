@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use common::{
     Answer, Broker, Client, digest,
-    model::{Linear, lookup},
+    model::{Linear, lookup, node, table, value, write_graph},
     spec,
 };
 use faaswap_protocol::{Batching, DType, FunctionId, Refusal, RequestId, ToBroker};
@@ -173,4 +173,36 @@ fn a_function_that_goes_in_the_middle_of_shared_runs_leaves_the_other_one_alone(
     assert!(steady.client.is_served());
     common::wait_for("all requests to leave", || broker.metric("faaswap_requests_in_flight") == 0.0);
     assert!(broker.metric(MIXED) > 0.0);
+}
+
+/// Takes the range of all rows for each: rows of one range go together to the bit, and a wide one spoils those beside it.
+/// A function could have had a size tried with rows of one range, and then seen in its answers how wide others' are.
+#[test]
+fn a_model_that_quantizes_all_rows_by_their_common_range_is_never_shared() {
+    let broker = Broker::start(ONE_LANE);
+    let mut quantize = node("DynamicQuantizeLinear", &["x"], "q");
+    quantize.output = ["q", "scale", "zero"].map(str::to_owned).to_vec();
+    let nodes = vec![quantize, node("DequantizeLinear", &["q", "scale", "zero"], "r"), node("Add", &["r", "w"], "y")];
+    let graph = (nodes, vec![table("w", &[1024], &[0.0; 1024])]);
+    let file = write_graph(broker.dir.path(), "ranges", graph, (value("x", &[-1, 1024]), value("y", &[-1, 1024])));
+    let narrow = Tenant::of(Client::inline(&broker), "narrow", &file, Batching::On);
+    let wide = Tenant::of(Client::inline(&broker), "wide", &file, Batching::On);
+    let mut both = [narrow, wide];
+    let row = |nth: usize, range: f32| -> Vec<f32> {
+        (0..1024_u16).map(|at| if at == 0 { range } else { f32::from((at + nth as u16) % 8) / 8.0 }).collect()
+    };
+    for round in 0..4 * ROUNDS {
+        let range_of = |whose| if round > ROUNDS && whose == 1 { 1000.0 } else { 1.0 };
+        for nth in 0..2 * BURST {
+            both[nth % 2].ask(nth / 2, &row(nth, range_of(nth % 2)));
+        }
+        let [narrow, wide] = both.each_mut().map(|tenant| tenant.answers(BURST));
+        for answer in narrow.into_values() {
+            let distinct: std::collections::BTreeSet<_> =
+                answer.unwrap().floats().into_iter().map(f32::to_bits).collect();
+            assert!(distinct.len() >= 8, "round {round}: {} values are left", distinct.len());
+        }
+        assert!(wide.values().all(Result::is_ok));
+    }
+    assert_eq!(broker.metric("faaswap_shared_runs_total"), 0.0);
 }

@@ -57,6 +57,18 @@ fn functions_that_want_the_same_bits_go_alone_where_runs_were_seen_to_round() {
     assert_eq!(next(&mut node, 160, RUN), [5]);
 }
 
+/// Nothing is wrong with them: the size is known not to be for the strict one now.
+#[test]
+fn a_run_that_comes_apart_for_rounding_keeps_no_function_from_those_that_take_it() {
+    let mut node = with_others([Batching::On, Batching::On]);
+    for (request, function) in [(1, 0), (2, 10), (3, 10), (4, 11)] {
+        node.ask_with(request, function, 400 + request, ONE);
+    }
+    assert_eq!(next(&mut node, 110, RUN), [1, 2], "not tried yet");
+    node.try_run(0, Verdict::Close);
+    assert_eq!(next(&mut node, 130, Duration::ZERO), [3, 4]);
+}
+
 #[test]
 fn what_is_found_out_with_one_function_s_requests_holds_for_those_of_others() {
     let mut node = with_others(EXACT);
@@ -120,14 +132,14 @@ fn a_run_that_somebody_waits_for_is_not_made_longer_for_what_nobody_waits_for() 
     assert_eq!(next(&mut node, 120, RUN), [2, 3], "but with each other");
 }
 
-/// What cannot be in time any more would be carried by what can.
 #[test]
-fn what_is_late_does_not_join_what_can_be_in_time() {
+fn what_cannot_be_in_time_any_more_goes_after_what_can_and_together() {
     let mut node = with_others(EXACT);
-    node.ask_with(1, 10, 5, ONE);
-    node.ask_with(2, 0, 400, ONE);
-    node.ask_with(3, 11, 401, ONE);
-    assert_eq!(next(&mut node, 110, RUN), [2, 3]);
+    for (request, function, deadline_ms) in [(1, 10, 5), (2, 11, 6), (3, 0, 400), (4, 11, 401)] {
+        node.ask_with(request, function, deadline_ms, ONE);
+    }
+    assert_eq!(next(&mut node, 110, RUN), [3, 4]);
+    assert_eq!(next(&mut node, 130, Duration::from_millis(12)), [1, 2]);
 }
 
 /// The published policies start nothing of a function that has something in flight: so they show whose books were kept.

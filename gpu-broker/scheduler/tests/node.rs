@@ -329,9 +329,14 @@ fn what_one_policy_had_given_up_is_served_by_the_next() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Ask { function: u32, deadline_ms: u64 },
+    Ask {
+        function: u32,
+        deadline_ms: u64,
+    },
     /// One request of each function that may share runs of model 0.
-    Burst { deadline_ms: u64 },
+    Burst {
+        deadline_ms: u64,
+    },
     FinishRun(usize),
     ComeApart(usize),
     TryRun(usize, Verdict),

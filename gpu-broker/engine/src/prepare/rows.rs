@@ -2,7 +2,8 @@
 //!
 //! All inputs and outputs must have an open first dimension. That these are the same number follows from their name, where
 //! they share one and nothing else has it; else from all sizes in the graph following from shapes, never from values: then an
-//! output cannot have as many rows as, say, objects were found. Whether one row depends on another, a graph does not say.
+//! output cannot have as many rows as, say, objects were found. Whether one row depends on another, a graph says only where an
+//! operator looks at all of them: how much that shows depends on the values, and a trial may have had others.
 
 use std::collections::{HashMap, HashSet};
 
@@ -45,6 +46,10 @@ const SIZED_BY_INPUTS: &[(&str, usize)] = &[
     ("Unsqueeze", 1),
     ("Upsample", 1),
 ];
+/// How operators begin that quantize all rows by the range of all.
+const BY_COMMON_RANGE: &str = "DynamicQuantize";
+/// How operators begin that take one value from many: from all rows, where no axes are named.
+const REDUCES: &str = "Reduce";
 /// Operators that look at the shape of their input alone.
 const SHAPES_ONLY: &[&str] = &["Shape", "Size"];
 
@@ -54,10 +59,31 @@ pub(super) fn by_rows<'a>(graph: &'a GraphProto, inputs: impl Iterator<Item = &'
     let inputs = names.iter().map(|name| graph.input.iter().find(|input| input.name() == *name));
     let Some(inputs) = inputs.collect::<Option<Vec<_>>>().filter(|inputs| !inputs.is_empty()) else { return false };
     let ends: Vec<_> = inputs.into_iter().chain(&graph.output).map(dims).collect();
-    if !ends.iter().all(|dims| matches!(dims[..], [Dim::Open(_), ..])) {
+    if !ends.iter().all(|dims| matches!(dims[..], [Dim::Open(_), ..])) || looks_at_all_rows(graph, &names) {
         return false;
     }
     share_a_name(&ends) || sizes_follow_from_shapes(graph, &names)
+}
+
+/// Whether some operator gives each row something that follows from all of them, whatever its shapes are.
+fn looks_at_all_rows(graph: &GraphProto, inputs: &[&str]) -> bool {
+    let producers = producers(graph);
+    let reduces_all = |node: &&NodeProto| {
+        let named = node.attribute.iter().any(|attribute| attribute.name() == "axes" && !attribute.ints.is_empty());
+        let given = node.input.get(1).is_some_and(|axes| !axes.is_empty());
+        node.op_type().starts_with(REDUCES) && !named && !given
+    };
+    let reduces_values = |node: &NodeProto| {
+        node.input.iter().any(|value| !follows_from_shapes(value, inputs, &producers, &mut HashSet::new()))
+    };
+    quantizes_by_common_range(graph) || graph.node.iter().filter(reduces_all).any(reduces_values)
+}
+
+fn quantizes_by_common_range(graph: &GraphProto) -> bool {
+    graph.node.iter().any(|node| {
+        let mut inner = node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs));
+        node.op_type().starts_with(BY_COMMON_RANGE) || inner.any(quantizes_by_common_range)
+    })
 }
 
 fn share_a_name(ends: &[Vec<Dim<'_>>]) -> bool {
@@ -67,8 +93,7 @@ fn share_a_name(ends: &[Vec<Dim<'_>>]) -> bool {
 }
 
 fn sizes_follow_from_shapes(graph: &GraphProto, inputs: &[&str]) -> bool {
-    let producers: HashMap<&str, &NodeProto> =
-        graph.node.iter().flat_map(|node| node.output.iter().map(move |output| (output.as_str(), node))).collect();
+    let producers = producers(graph);
     let mut seen = HashSet::new();
     graph.node.iter().all(|node| {
         let sized_by = SIZED_BY_INPUTS.iter().find(|(op, _)| *op == node.op_type());
@@ -76,6 +101,10 @@ fn sizes_follow_from_shapes(graph: &GraphProto, inputs: &[&str]) -> bool {
         !SIZED_BY_VALUES.contains(&node.op_type())
             && sizes.iter().all(|size| follows_from_shapes(size, inputs, &producers, &mut seen))
     })
+}
+
+fn producers(graph: &GraphProto) -> HashMap<&str, &NodeProto> {
+    graph.node.iter().flat_map(|node| node.output.iter().map(move |output| (output.as_str(), node))).collect()
 }
 
 /// Whether no value of an input goes into this one. What was seen before did not either, or the search had ended.
@@ -177,6 +206,17 @@ mod tests {
         let by_value: [(&str, &[&str], &str); 2] = [("Cast", &["x0"], "n"), ("Reshape", &["w", "n"], "y")];
         assert!(!ends(&by_value), "a value of the input says how many");
         assert!(!ends(&[("NonZero", &["x0"], "y")]), "as many as are not zero");
+    }
+
+    #[test]
+    fn what_takes_something_from_all_rows_at_once_has_none() {
+        let one = |op: &str, inputs: &[&str]| with_nodes(&[&["n", "3"]], &[&["n", "3"]], &[(op, inputs, "y")]);
+        assert!(!one("DynamicQuantizeLinear", &["x0"]) && !one("DynamicQuantizeMatMul", &["x0", "w"]));
+        assert!(!one("ReduceMax", &["x0"]), "over all axes");
+        assert!(one("ReduceMax", &["x0", "axes"]));
+        let of_shapes: [(&str, &[&str], &str); 3] =
+            [("Shape", &["x0"], "s"), ("ReduceProd", &["s"], "p"), ("Mul", &["x0", "p"], "y")];
+        assert!(with_nodes(&[&["n", "3"]], &[&["n", "3"]], &of_shapes), "the product of a shape's numbers");
     }
 
     #[test]
