@@ -18,8 +18,9 @@ use common::{
     model::{Linear, lookup, node, table, value, write_graph},
     spec,
 };
-use faaswap_engine::{Target, prepare::is_close};
-use faaswap_protocol::{Batching, DType, FunctionId, Refusal, RequestId, ToBroker};
+use faaswap_engine::{Target, onnx::ModelProto, prepare::is_close};
+use faaswap_protocol::{Batching, DType, FunctionId, Refusal, RequestId, Shape, Span, TensorSlice, ToBroker};
+use prost::Message;
 
 /// A slow link, so that requests queue up behind the first one, which waits for its weights.
 const ONE_LANE: &str = "[[device]]\nmemory = \"8MiB\"\nchunk = \"64KiB\"\nlink_mib_per_s = 2";
@@ -280,5 +281,41 @@ fn real_models_answer_together_what_they_answer_alone() {
             assert!(closely.iter().zip(&alone).all(close), "{name}: more than rounding");
         }
         assert!(shared_requests(&broker) > before, "{name} has shared runs");
+    }
+}
+
+/// The first output is each row itself; the second one is what it differs by from the mean of all. Whoever asks for the first one
+/// had the size tried, and it was right: then the second one was asked for, and came out of runs together.
+#[test]
+fn what_was_tried_with_some_outputs_says_nothing_of_others() {
+    let broker = Broker::start(ONE_LANE);
+    let mut mean = node("ReduceMean", &["y"], "mean");
+    mean.attribute = vec![common::model::integers("axes", &[0])];
+    let nodes = vec![node("Add", &["x", "w"], "y"), mean, node("Sub", &["y", "mean"], "z")];
+    let graph = (nodes, vec![table("w", &[64], &[1.0; 64])]);
+    let file = write_graph(broker.dir.path(), "two", graph, (value("x", &[-1, 64]), value("y", &[-1, 64])));
+    let mut proto = ModelProto::decode(std::fs::read(&file).unwrap().as_slice()).unwrap();
+    proto.graph.as_mut().unwrap().output.push(value("z", &[-1, 64]));
+    std::fs::write(&file, proto.encode_to_vec()).unwrap();
+    let mut client = Client::inline(&broker);
+    let function = register(&mut client, "two", &file, Batching::On);
+    let model = Linear { size: 64, seed: 0 };
+    for wanted in [0, 1] {
+        for round in rounds(&broker) {
+            let inputs: Vec<_> = (0..BURST).map(|n| model.input(round * BURST + n)).collect();
+            let asked = |n: usize| RequestId((1 + u64::from(wanted)) << 32 | (round * BURST + n) as u64);
+            for (n, input) in inputs.iter().enumerate() {
+                let span = Span { offset: 0, len: 256 };
+                let shape = Shape::new(&[1, 64]).unwrap();
+                let inputs = vec![TensorSlice { index: 0, dtype: DType::F32, shape, span }];
+                let (request, outputs) = (asked(n), vec![wanted]);
+                client.say(&ToBroker::Infer { request, function, inputs, outputs, time_left: None }, &bytes(input));
+            }
+            let mut answers = answers(&mut client, BURST);
+            for (n, input) in inputs.iter().enumerate() {
+                let expected: Vec<f32> = input.iter().map(|x| if wanted == 0 { x + 1.0 } else { 0.0 }).collect();
+                assert_eq!(answers.remove(&asked(n)).unwrap().unwrap().floats(), expected, "output {wanted}");
+            }
+        }
     }
 }
