@@ -2,15 +2,17 @@
 //!
 //! Sizes are powers of two, so that few are learned and each is learned soon. A size is tried once the one below it was
 //! measured; it is used where a request's share of the run is less than in any smaller one. What runs take, and whether
-//! they give what each request alone gives, is a matter of model and device, whosever requests they are; what a function
-//! takes of that, and how long it keeps to itself once something has gone wrong, is its own.
+//! they give what each request alone gives, is a matter of model and device, the latter of the requests' form too, whosever
+//! requests they are; what a function takes of that, and how long it keeps to itself once something has gone wrong, is its own.
+
+use std::collections::BTreeMap;
 
 use faaswap_protocol::Batching;
 
 use crate::{
     estimate::Estimate,
-    event::Verdict,
-    limits::{APART_PAUSE_MAX, APART_PAUSE_MIN, BATCH_MAX},
+    event::{Form, Verdict},
+    limits::{APART_PAUSE_MAX, APART_PAUSE_MIN, BATCH_MAX, VERDICTS_MAX},
     time::{At, Span},
 };
 
@@ -24,42 +26,52 @@ const SHARE_MAX_PERMILLE: u64 = 950;
 const FORGET_EVERY: u32 = 64;
 
 /// What runs of several requests of a model take on a device, nothing beside them, and what they give.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Batches {
     runs: [Estimate; SIZES.len()],
-    /// `None` where a size was not tried yet.
-    verdicts: [Option<Verdict>; SIZES.len()],
+    /// Of sizes that were tried with such a form.
+    verdicts: BTreeMap<(Form, usize), Verdict>,
     choices: u32,
+}
+
+/// What may share a run: requests of that form, for functions that take so much.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sharing {
+    pub(crate) form: Form,
+    pub(crate) batching: Batching,
 }
 
 impl Batches {
     pub(crate) const fn new() -> Self {
-        Self { runs: [Estimate::prior(0); SIZES.len()], verdicts: [None; SIZES.len()], choices: 0 }
+        Self { runs: [Estimate::prior(0); SIZES.len()], verdicts: BTreeMap::new(), choices: 0 }
     }
 
     /// A run of that size, alone, took so long.
     pub(crate) fn learn(&mut self, size: usize, took: Span) {
-        if let Some(run) = place(size).and_then(|at| self.runs.get_mut(at)) {
+        let at = SIZES.iter().position(|one| usize::from(*one) == size);
+        if let Some(run) = at.and_then(|at| self.runs.get_mut(at)) {
             run.learn(took.nanos());
         }
     }
 
-    /// The executor has seen what runs of that size give.
-    pub(crate) fn tried(&mut self, size: usize, verdict: Verdict) {
-        if let Some(known) = place(size).and_then(|at| self.verdicts.get_mut(at)) {
-            *known = Some(verdict);
+    /// The executor has seen what runs of so many requests of that form give. Where forms come without end, all is forgotten
+    /// now and then: the executor says it again.
+    pub(crate) fn tried(&mut self, form: Form, size: usize, verdict: Verdict) {
+        if self.verdicts.len() >= VERDICTS_MAX {
+            self.verdicts.clear();
         }
+        self.verdicts.insert((form, size), verdict);
     }
 
-    /// Whether a run of that size gives what such functions take, as far as is known.
-    pub(crate) fn may_serve(&self, size: usize, batching: Batching) -> bool {
-        let known = place(size).and_then(|at| self.verdicts[at]);
-        batching != Batching::Off && known.is_none_or(|verdict| verdict.serves(batching))
+    /// Whether a run of that size gives what is taken, as far as is known.
+    pub(crate) fn may_serve(&self, size: usize, sharing: Sharing) -> bool {
+        let known = self.verdicts.get(&(sharing.form, size));
+        sharing.batching != Batching::Off && known.is_none_or(|verdict| verdict.serves(sharing.batching))
     }
 
-    /// Whether runs of some size were seen to round otherwise than each request alone.
-    pub(crate) fn rounds(&self) -> bool {
-        self.verdicts.contains(&Some(Verdict::Close))
+    /// Whether runs of requests of that form were seen to round otherwise than each alone, by some size.
+    pub(crate) fn rounds(&self, form: Form) -> bool {
+        self.verdicts.range((form, 0)..=(form, usize::MAX)).any(|(_, verdict)| *verdict == Verdict::Close)
     }
 
     /// How many of at most so many requests are best run at once, and what that takes; more than `room` gives a run of that
@@ -68,7 +80,7 @@ impl Batches {
         &self,
         alone: Span,
         most: usize,
-        batching: Batching,
+        sharing: Sharing,
         room: impl Fn(usize) -> Span,
     ) -> (usize, Span) {
         let (mut best, mut smaller) = ((1, alone), alone);
@@ -80,7 +92,7 @@ impl Batches {
                 break;
             }
             let pays = (whole / size as u64) < (best.1 / best.0 as u64).permille(SHARE_MAX_PERMILLE);
-            if pays && self.may_serve(size, batching) && whole <= room(size) {
+            if pays && self.may_serve(size, sharing) && whole <= room(size) {
                 best = (size, whole);
             }
             if !is_known {
@@ -101,10 +113,6 @@ impl Batches {
             }
         }
     }
-}
-
-fn place(size: usize) -> Option<usize> {
-    SIZES.iter().position(|one| usize::from(*one) == size)
 }
 
 /// A time without something, the longer the more often it has gone wrong.
@@ -175,8 +183,12 @@ mod tests {
     const ALONE: Span = Span::millis(10);
     const LONG: Span = Span::secs(1);
 
+    fn sharing(batching: Batching) -> Sharing {
+        Sharing { form: Form(1), batching }
+    }
+
     fn best(batches: &Batches, most: usize, room: Span) -> (usize, Span) {
-        batches.best(ALONE, most, Batching::Exact, |_| room)
+        batches.best(ALONE, most, sharing(Batching::Exact), |_| room)
     }
 
     #[test]
@@ -239,16 +251,19 @@ mod tests {
         let (exact, on) = (Batching::Exact, Batching::On);
         for (size, verdict) in [(2, Verdict::Same), (4, Verdict::Close), (8, Verdict::Other)] {
             batches.learn(size, Span::millis(8 + 2 * size as u64));
-            assert!(batches.may_serve(size, exact), "not known yet");
-            batches.tried(size, verdict);
+            assert!(batches.may_serve(size, sharing(exact)), "not known yet");
+            batches.tried(Form(1), size, verdict);
         }
-        let sizes = |batching| [2, 4, 8, 16].map(|size| batches.may_serve(size, batching));
+        let sizes = |batching| [2, 4, 8, 16].map(|size| batches.may_serve(size, sharing(batching)));
         assert_eq!(sizes(exact), [true, false, false, true]);
         assert_eq!(sizes(on), [true, true, false, true]);
         assert_eq!(sizes(Batching::Off), [false; 4]);
-        let best = |batching, most| batches.best(ALONE, most, batching, |_| LONG).0;
+        let best = |batching, most| batches.best(ALONE, most, sharing(batching), |_| LONG).0;
         assert_eq!((best(exact, 8), best(on, 8)), (2, 4));
         assert_eq!((best(exact, 16), best(on, 16)), (16, 16), "which is tried behind sizes that are known");
-        assert!(batches.rounds());
+        assert!(batches.rounds(Form(1)) && !batches.rounds(Form(2)));
+        assert!(batches.may_serve(8, Sharing { form: Form(2), batching: exact }), "another form, not tried");
+        (0..10_000).for_each(|form| batches.tried(Form(form), 2, Verdict::Same));
+        assert!(batches.verdicts.len() <= VERDICTS_MAX);
     }
 }

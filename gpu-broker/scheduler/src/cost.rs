@@ -22,7 +22,7 @@ const STRAIN_MAX: u64 = 2_000;
 const TAIL_PRIOR_PERMILLE: u64 = 60;
 
 /// What a model costs on one device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Cost {
     /// What a swap-in copies.
     pub(crate) weights: Bytes,

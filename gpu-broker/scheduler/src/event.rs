@@ -220,8 +220,8 @@ pub enum Event {
         /// Where.
         device: DeviceId,
     },
-    /// A run was the first of so many requests of its model on its device: they were run one by one as well, and compared.
-    /// Said before its end.
+    /// A run was the first of so many requests of its form and model on its device: they were run one by one as well, and
+    /// compared. Said before its end.
     RunTried {
         /// The request that the run was started for.
         request: RequestKey,

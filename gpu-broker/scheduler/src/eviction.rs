@@ -110,7 +110,7 @@ mod tests {
         let mut model = Model { deadline: Span::millis(deadline_ms), ..Model::new(ModelId(0)) };
         asked.iter().for_each(|ms| model.demand.asked(at(*ms)));
         for device in 0..copies {
-            model.homes.push(Home { device, charge, cost, failures: 0, retry_at, leaving: false });
+            model.homes.push(Home { device, charge, cost: cost.clone(), failures: 0, retry_at, leaving: false });
             model.stays.push(Stay {
                 id: StayId(0),
                 device,

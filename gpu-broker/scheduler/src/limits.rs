@@ -28,6 +28,8 @@ pub(crate) const CONTROL_EVERY: Span = Span::secs(2);
 pub(crate) const AHEAD_MAX: u32 = 1;
 /// Most requests that one run answers.
 pub(crate) const BATCH_MAX: u16 = 16;
+/// Most forms and sizes of which is known what runs of a model on a device give.
+pub(crate) const VERDICTS_MAX: usize = 256;
 /// How long a function goes without runs of a size that came apart, or without other functions where it was one with theirs ...
 pub(crate) const APART_PAUSE_MIN: Span = Span::secs(1);
 /// ... doubled each time, up to this.

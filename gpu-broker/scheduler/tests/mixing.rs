@@ -84,6 +84,10 @@ fn what_is_found_out_with_one_function_s_requests_holds_for_those_of_others() {
         let took = if alone == 3 { Duration::ZERO } else { RUN };
         assert_eq!(next(&mut node, at, took), [alone]);
     }
+    for (request, function) in [(6, 10), (7, 11)] {
+        node.ask_with(request, function, 400 + request, Some(Form(2)));
+    }
+    assert_eq!(next(&mut node, 160, RUN), [6, 7], "of another form");
 }
 
 /// Whose request it was is not known: nobody loses more than the company.

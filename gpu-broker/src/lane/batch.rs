@@ -59,7 +59,7 @@ pub(super) fn serve(run: Run, mailbox: &Mailbox) {
     let (took, verdict) = match (batch, known) {
         (Some(batch), Some(None)) => serving.trial(batch, batching),
         (Some(batch), Some(Some(verdict))) if verdict.serves(batching) => (serving.together(&batch), None),
-        // Said again: the scheduler knows what was tried last, not with which shapes.
+        // Said again: the scheduler has forgotten it, or not heard of it yet.
         (_, Some(Some(verdict))) => (serving.one_by_one(), Some(verdict)),
         (None, _) | (_, None) => (serving.one_by_one(), None),
     };

@@ -6,6 +6,7 @@ use faaswap_protocol::{Batching, Late, Refusal};
 
 use super::{Books, Request, Stage};
 use crate::{
+    batches::Sharing,
     cost::Ran,
     device::Running,
     event::{Action, Form, FunctionKey, RequestKey, Source, Verdict},
@@ -190,13 +191,15 @@ impl Books {
 
     /// The executor has compared a run of several with runs of one.
     pub(crate) fn run_tried(&mut self, request: RequestKey, verdict: Verdict) {
-        let stage = self.requests.get(&request).map(|found| found.stage);
-        let Some(Stage::Running { device, lane, model, .. }) = stage else { return };
+        let Some(found) = self.requests.get(&request) else { return };
+        let (Stage::Running { device, lane, model, .. }, Some(form)) = (found.stage, found.waiting.form) else {
+            return;
+        };
         let running = self.devices.get(device).and_then(|on| on.lanes.get(usize::from(lane.0))?.as_ref());
         // A run is told by the request that it was started for.
         let Some(size) = running.filter(|run| run.request == request).map(|run| run.requests().count()) else { return };
         if let Some(home) = self.models.get_mut(model).and_then(|known| known.home_mut(device)) {
-            home.cost.batches.tried(size, verdict);
+            home.cost.batches.tried(form, size, verdict);
         }
     }
 
@@ -260,10 +263,11 @@ impl Books {
     /// Where that follows from what runs of the size are known to give by now, none such is made again: no more is to be done.
     fn came_apart(&mut self, (model, device): (Slot, usize), running: &Running) {
         let (now, size, whose) = (self.now, running.requests().count(), self.whose(running));
-        let batches = self.models.get(model).and_then(|known| known.home(device)).map(|home| home.cost.batches);
-        let functions = || whose.iter().filter_map(|slot| Some(self.functions.get(*slot)?.batch.batching));
-        let Some(strictest) = functions().min() else { return };
-        if batches.is_some_and(|batches| !batches.may_serve(size, strictest)) {
+        let form = self.requests.get(&running.request).and_then(|found| found.waiting.form);
+        let strictest = whose.iter().filter_map(|slot| Some(self.functions.get(*slot)?.batch.batching)).min();
+        let (Some(form), Some(batching)) = (form, strictest) else { return };
+        let home = self.models.get(model).and_then(|known| known.home(device));
+        if home.is_some_and(|home| !home.cost.batches.may_serve(size, Sharing { form, batching })) {
             return;
         }
         for slot in &whose {

@@ -8,6 +8,7 @@ use faaswap_protocol::{Batching, Priority};
 
 use super::predict::Prediction;
 use crate::{
+    batches::Sharing,
     books::Books,
     device::Device,
     event::RequestKey,
@@ -28,9 +29,8 @@ pub(crate) fn joined(books: &mut Books, first: (Slot, Tier, Waiting), best: &Pre
     let alone = Joined { with: Vec::new(), ends: best.ends };
     let Some(mut company) = company(books, first, best).filter(|company| !company.is_empty()) else { return alone };
     let (slot, tier, waiting) = first;
-    let Some((model, batching)) = books.functions.get(slot).map(|one| (one.model, one.batch.batching)) else {
-        return alone;
-    };
+    let (Some(function), Some(form)) = (books.functions.get(slot), waiting.form) else { return alone };
+    let (model, sharing) = (function.model, Sharing { form, batching: function.batch.batching });
     // What is late already is not made later by going together.
     let in_time = |deadline: &At| Class::of(tier) == Class::Fresh && best.ends <= *deadline;
     let rivals = rivals(books, slot, best);
@@ -42,7 +42,7 @@ pub(crate) fn joined(books: &mut Books, first: (Slot, Tier, Waiting), best: &Pre
         best.unslowed(own.min(latest_end(&rivals, with)) - now)
     };
     let Some(home) = books.models.get_mut(model).and_then(|known| known.home_mut(best.device)) else { return alone };
-    let (size, whole) = home.cost.batches.best(home.cost.run(), company.len() + 1, batching, room);
+    let (size, whole) = home.cost.batches.best(home.cost.run(), company.len() + 1, sharing, room);
     home.cost.batches.chosen(size);
     company.truncate(size - 1);
     if company.is_empty() {
@@ -68,7 +68,7 @@ fn company(books: &Books, (slot, tier, waiting): (Slot, Tier, Waiting), best: &P
     }
     let model = books.models.get(first.model)?;
     // Requests of functions that want the same bits would keep the others from sizes that round.
-    let rounds = first.batch.batching == Batching::On && model.home(best.device)?.cost.batches.rounds();
+    let rounds = first.batch.batching == Batching::On && model.home(best.device)?.cost.batches.rounds(form);
     let mixes = |other: &Function| other.batch.mixes(books.now) && !(rounds && other.batch.batching == Batching::Exact);
     let first_mixes = first.batch.mixes(books.now);
     let may_join = |of: Slot, deadline: At, request: RequestKey| {

@@ -39,7 +39,7 @@ pub struct Node {
     /// What functions run, and what they take.
     pub functions: BTreeMap<FunctionKey, (ModelId, Batching)>,
     /// What runs of several were said to give.
-    pub verdicts: BTreeMap<(ModelId, DeviceId, usize), Verdict>,
+    pub verdicts: BTreeMap<(ModelId, DeviceId, Option<Form>, usize), Verdict>,
     /// Runs of requests of several functions.
     pub mixed: usize,
     pub log: Vec<Action>,
@@ -157,7 +157,8 @@ impl Node {
         }
         let forms: BTreeSet<_> = about().map(|(_, form)| form.expect("it goes with others")).collect();
         assert_eq!(forms.len(), 1);
-        let verdict = self.verdicts.get(&(model, device, all.len())).copied().unwrap_or(Verdict::Same);
+        let verdict =
+            self.verdicts.get(&(model, device, forms.first().copied(), all.len())).copied().unwrap_or(Verdict::Same);
         assert!(about().all(|(function, _)| verdict.serves(self.functions[&function].1)), "{all:?} {verdict:?}");
         let functions: BTreeSet<_> = about().map(|(function, _)| function).collect();
         self.mixed += usize::from(functions.len() > 1);
@@ -193,7 +194,7 @@ impl Node {
         };
         let size = self.joined[&request].len() + 1;
         if size > 1 {
-            self.verdicts.insert((model, device, size), verdict);
+            self.verdicts.insert((model, device, self.about[&request].1, size), verdict);
         }
         self.tell(Event::RunTried { request, verdict });
     }
