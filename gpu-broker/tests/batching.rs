@@ -306,7 +306,7 @@ fn what_was_tried_with_some_outputs_says_nothing_of_others() {
             let asked = |n: usize| RequestId((1 + u64::from(wanted)) << 32 | (round * BURST + n) as u64);
             for (n, input) in inputs.iter().enumerate() {
                 let span = Span { offset: 0, len: 256 };
-                let shape = Shape::new(&[1, 64]).unwrap();
+                let shape = Shape::new([1, 64]).unwrap();
                 let inputs = vec![TensorSlice { index: 0, dtype: DType::F32, shape, span }];
                 let (request, outputs) = (asked(n), vec![wanted]);
                 client.say(&ToBroker::Infer { request, function, inputs, outputs, time_left: None }, &bytes(input));

@@ -189,7 +189,7 @@ fn a_model_that_quantizes_all_rows_by_their_common_range_is_never_shared() {
     let wide = Tenant::of(Client::inline(&broker), "wide", &file, Batching::On);
     let mut both = [narrow, wide];
     let row = |nth: usize, range: f32| -> Vec<f32> {
-        (0..1024_u16).map(|at| if at == 0 { range } else { f32::from((at + nth as u16) % 8) / 8.0 }).collect()
+        (nth..nth + 1024).map(|at| if at == nth { range } else { (at % 8) as f32 / 8.0 }).collect()
     };
     for round in 0..4 * ROUNDS {
         let range_of = |whose| if round > ROUNDS && whose == 1 { 1000.0 } else { 1.0 };
