@@ -40,6 +40,12 @@ def deployment(name, annotations, replicas=1):
     }
 
 
+def with_volume(function, name, volume):
+    """The Deployment with a volume of its own."""
+    function["spec"]["template"]["spec"].setdefault("volumes", []).append({"name": name, **volume})
+    return function
+
+
 def service(name):
     return {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},

@@ -1,15 +1,19 @@
 """Functions on a real node: the scheduler places them by slots, the kubelet hands them the broker, and they infer."""
 
+import base64
+import hashlib
+import http.server
 import json
+import threading
 import urllib.request
 
 import numpy as np
 import pytest
 
 import models
-from cluster import until
-from conftest import SLOT, SYSTEM, slots
-from pods import annotated, deployment, pod, service
+from cluster import ADDRESS, until
+from conftest import MODELS, SLOT, SYSTEM, slots
+from pods import annotated, deployment, pod, service, with_volume
 
 
 def pods_of(cluster, namespace, name):
@@ -59,6 +63,54 @@ def test_a_function_where_pod_security_is_restricted_infers(installed, namespace
     assert "FAASWAP_SIDECAR_URL=http://127.0.0.1:9463" in shown.splitlines()
     # Tensors went through memory that both containers see, not through the socket.
     assert '"slab":true' in installed.kubectl("logs", "-n", namespace, name, "-c", "faaswap-sidecar").stdout
+
+
+@pytest.mark.pod_security("restricted")
+def test_a_function_without_a_slot_infers_by_the_brokers_service(installed, namespace):
+    """Over TCP, with the model on a volume of its own. There is no DNS here: the pod is told the Service's address."""
+    content = base64.b64encode((MODELS / "linear.onnx").read_bytes()).decode()
+    model = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "model"}, "binaryData": {"mine.onnx": content}}
+    annotations = annotated(model="mine.onnx", model_volume="mine", transport="tcp", model_name="linear", slo_ms="20000")
+    ocr = with_volume(deployment("ocr", annotations), "mine", {"configMap": {"name": "model"}})
+    address = installed.get("service", "gpu-broker", "-n", SYSTEM)["spec"]["clusterIP"]
+    ocr["spec"]["template"]["spec"]["hostAliases"] = [{"ip": address, "hostnames": [f"gpu-broker.{SYSTEM}.svc"]}]
+    installed.kubectl("apply", "-n", namespace, "-f", "-", given=[model, ocr, service("ocr")])
+    installed.kubectl("rollout", "status", "-n", namespace, "deployment/ocr", "--timeout=150s")
+    until("the Service leads to it", lambda: infer(installed.get("service", "ocr", "-n", namespace)["spec"]["clusterIP"]))
+    [one] = pods_of(installed, namespace, "ocr")
+    logs = installed.kubectl("logs", "-n", namespace, one["metadata"]["name"], "-c", "faaswap-sidecar").stdout
+    assert f'"target":"gpu-broker.{SYSTEM}.svc:9470","slab":false' in logs, logs
+
+
+@pytest.fixture()
+def model_server():
+    """Gives the node's model to who knows the word."""
+    content = (MODELS / "linear.onnx").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.headers.get("Authorization") == "Bearer a-word"
+            self.send_response(200 if known else 403)
+            self.send_header("Content-Length", str(len(content) if known else 0))
+            self.end_headers()
+            self.wfile.write(content if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer((ADDRESS, 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://{ADDRESS}:{server.server_port}/m.onnx#sha256={hashlib.sha256(content).hexdigest()}"
+    server.shutdown()
+
+
+@pytest.mark.pod_security("restricted")
+def test_a_model_is_fetched_with_a_secret_of_the_namespace(installed, namespace, model_server):
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}, "stringData": {"authorization": "Bearer a-word"}}
+    annotations = annotated(model=model_server, model_secret="store", model_name="linear", slo_ms="20000")
+    installed.kubectl("apply", "-n", namespace, "-f", "-", given=[secret, deployment("ocr", annotations), service("ocr")])
+    installed.kubectl("rollout", "status", "-n", namespace, "deployment/ocr", "--timeout=150s")
+    until("the Service leads to it", lambda: infer(installed.get("service", "ocr", "-n", namespace)["spec"]["clusterIP"]))
 
 
 def test_a_pod_with_a_slot_finds_the_broker_and_models(installed, namespace):
