@@ -18,6 +18,7 @@ BIN = pathlib.Path(os.environ.get("FAASWAP_CLUSTER_BIN", ""))
 NODE, ADDRESS = "node1", "10.11.0.1"
 API = f"https://{ADDRESS}:6443"
 SERVICES, PODS = "10.96.0.0/16", "10.88.0.0/16"
+DOMAIN = "cluster.local"
 CONTAINERD = "/run/containerd/containerd.sock"
 PAUSE = "faaswap.test/pause:1"
 # Who holds which token, and in which groups.
@@ -26,6 +27,7 @@ USERS = {
     "controller-manager": ("system:kube-controller-manager", ""),
     "scheduler": ("system:kube-scheduler", ""),
     "proxy": ("system:kube-proxy", ""),
+    "dns": ("system:kube-dns", ""),
     "kubelet": (f"system:node:{NODE}", "system:nodes"),
 }
 # Nothing here is about time: this is when to give up.
@@ -130,8 +132,31 @@ class Cluster:
             "conntrack": {"maxPerCore": 0, "min": 0},
         }))
         self.run("proxy", BIN / "kube-proxy", f"--config={proxy}")
+        self._start_dns()
         until("the node is ready", self.node_is_ready)
         say("the node is ready")
+
+    def _start_dns(self):
+        rules = [{"apiGroups": [group], "resources": what, "verbs": ["list", "watch"]} for group, what in (
+            ("", ["services", "namespaces", "pods"]), ("discovery.k8s.io", ["endpointslices"]),
+        )]
+        subject = {"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": USERS["dns"][0]}
+        kind = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": "dns"}}
+        role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "dns"}
+        self.kubectl("apply", "-f", "-", given=[
+            {**kind, "kind": "ClusterRole", "rules": rules}, {**kind, "kind": "ClusterRoleBinding", "roleRef": role, "subjects": [subject]},
+        ])
+        corefile = self.folder / "Corefile"
+        corefile.write_text(f""".:53 {{
+    bind {ADDRESS}
+    errors
+    kubernetes {DOMAIN} {{
+        kubeconfig {self.configs["dns"]}
+        ttl 1
+    }}
+}}
+""")
+        self.run("dns", BIN / "coredns", "-conf", corefile)
 
     def node_is_ready(self):
         conditions = self.get("node", NODE)["status"]["conditions"]
@@ -181,7 +206,8 @@ conf_dir = "{networks}"
             "authorization": {"mode": "AlwaysAllow"},
             # How full the machine's disk is, is not the tests' to judge.
             "evictionHard": {f"{what}.available": "0%" for what in ("memory", "nodefs", "imagefs")}, "imageGCHighThresholdPercent": 100,
-            "resolvConf": "", "volumePluginDir": f"{self.folder}/volume-plugins", "nodeStatusUpdateFrequency": "2s",
+            "resolvConf": "", "clusterDNS": [ADDRESS], "clusterDomain": DOMAIN,
+            "volumePluginDir": f"{self.folder}/volume-plugins", "nodeStatusUpdateFrequency": "2s",
         }))
 
     def start_kubelet(self):

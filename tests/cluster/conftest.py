@@ -45,7 +45,7 @@ def make_images(folder):
         ours("sidecar", "faaswap/sidecar:0.1.0", "/faaswap-sidecar", {"/faaswap-sidecar": program("faaswap-sidecar")}, user="65532:65532"),
         ours("injector", "faaswap/injector:0.1.0", "/faaswap-injector", {"/faaswap-injector": program("faaswap-injector")}, user="65532:65532"),
         ours(
-            "broker", "faaswap/broker:0.1.0", "/usr/bin/faaswap-broker", command=["serve"],
+            "broker", "faaswap/broker:0.1.0", "/usr/bin/faaswap-broker", command=["serve"], env=["ORT_DISABLE_TELEMETRY=1"],
             files={"/usr/bin/faaswap-broker": program("faaswap-broker"), "/usr/lib/libonnxruntime.so": library},
         ),
     ]

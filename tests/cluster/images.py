@@ -27,7 +27,7 @@ def add_file(layer, inside, path):
         layer.addfile(entry, content)
 
 
-def image(archive, name, entrypoint, files, command=(), user="0"):
+def image(archive, name, entrypoint, files, command=(), user="0", env=()):
     """An archive of an image, as `docker save` writes it: `files` are {where in the image: which file}."""
     files = dict(files)
     for path in list(files.values()):
@@ -40,7 +40,7 @@ def image(archive, name, entrypoint, files, command=(), user="0"):
     config = {
         "architecture": ARCHITECTURE[platform.machine()],
         "os": "linux",
-        "config": {"Entrypoint": list(entrypoint), "Cmd": list(command), "User": user},
+        "config": {"Entrypoint": list(entrypoint), "Cmd": list(command), "User": user, "Env": list(env)},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]

@@ -29,7 +29,9 @@ func main() {
 		<-ended
 		os.Exit(0)
 	}()
-	log.Fatal(http.ListenAndServe(":8080", httputil.NewSingleHostReverseProxy(sidecar)))
+	http.HandleFunc("/ready", func(http.ResponseWriter, *http.Request) {})
+	http.Handle("/", httputil.NewSingleHostReverseProxy(sidecar))
+	log.Fatal(http.ListenAndServe(":8080", nil))
 }
 
 func show(what []string) {
