@@ -8,15 +8,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests/python"), str(ROOT / "tests/cluster")]
+import models  # noqa: E402
+from cluster import BIN, PAUSE, Cluster, say, until  # noqa: E402
+from images import image  # noqa: E402
+from node import onnxruntime, program  # noqa: E402
+from pods import FUNCTION_IMAGE  # noqa: E402
+
 INSIDE = "FAASWAP_CLUSTER_INSIDE" in os.environ
-if INSIDE:
-    import models
-    from cluster import BIN, PAUSE, Cluster, say, until
-    from images import image
-    from node import onnxruntime, program
-
-from pods import FUNCTION_IMAGE
-
 SLOT = "faaswap.dev/slot"
 SYSTEM = "faaswap-system"
 # Below this, models lie on the node.

@@ -7,8 +7,10 @@ import re
 import pytest
 import yaml
 
-from cluster import until
-from conftest import BIN, FUNCTION_IMAGE, ROOT, SYSTEM, image
+from cluster import BIN, until
+from conftest import ROOT, SYSTEM
+from images import image
+from pods import FUNCTION_IMAGE
 from test_node import infer
 
 KNATIVE = BIN.parent / "knative"
