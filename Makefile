@@ -12,7 +12,7 @@ BENCH_BINS := faaswap-broker faaswap-sidecar faaswap-injector faaswap-bench
 
 DENSITY_DEVICES ?= 4
 
-.PHONY: help demo density test test-rust test-python test-containers test-cluster test-large lint bench bench-watchdog bench-scheduler simulate fetch fetch-go fetch-queue-proxy fetch-knative build release images render clean
+.PHONY: help demo density test test-rust test-python test-containers test-cluster test-large lint bench bench-watchdog bench-scheduler simulate fetch fetch-go fetch-queue-proxy fetch-platforms build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,8 +85,8 @@ fetch-go: ## Installs of-watchdog, faas-cli and kustomize where Go is; tests tha
 fetch-queue-proxy: ## Installs Knative's queue-proxy where Go is (minutes): the Python tests then run a front behind it.
 	GOBIN=$(CACHE)/go/bin go install -p 2 knative.dev/serving/cmd/queue@v0.47.0
 
-fetch-knative: ## Builds Knative Serving where Go is (minutes): `make test-cluster` then makes a Service by its controllers.
-	tests/cluster/tools/build-knative
+fetch-platforms: ## Builds the controllers of Knative and KServe where Go is (10 minutes): `make test-cluster` then has functions made by them.
+	tests/cluster/tools/build-platforms
 
 build:
 	$(CARGO) build --workspace --bins --locked

@@ -1,4 +1,4 @@
-"""A Service of Knative, as docs/knative.md has it, made by Knative's own controllers. `make fetch-knative` builds them.
+"""A Service of Knative, as docs/knative.md has it, made by Knative's own controllers. `make fetch-platforms` builds them.
 
 Its gateway alone is not here: as it would, these tests name the revision in headers."""
 
@@ -38,7 +38,7 @@ def manifests():
 @pytest.fixture(scope="module")
 def knative(installed):
     if not (KNATIVE / ".version").is_file():
-        pytest.skip("SKIPPED: Knative's programs are not here; `make fetch-knative` builds them")
+        pytest.skip("SKIPPED: Knative's programs are not here; `make fetch-platforms` builds them")
     for name in PROGRAMS:
         archive = image(installed.folder / f"{name}.tar", f"docker.io/knative/{name}:test", ["/it"], {"/it": KNATIVE / "bin" / name}, user="65532:65532")
         installed.ctr("images", "import", archive)

@@ -1,20 +1,28 @@
 // Command function is what users write: it takes requests from the cluster and asks the sidecar in its pod.
 //
-// `function FILE...` shows files and `function env` variables: its image has no shell to do so.
+// Its image has no shell, so it shows files (`function FILE...`) and variables (`function env`) itself. As KServe's storage
+// initializer (`function http://... FOLDER`) it fetches a model.
 package main
 
 import (
 	"fmt"
+	"io"
 	"log"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"os/signal"
+	"path"
+	"strings"
 	"syscall"
 )
 
 func main() {
+	if len(os.Args) == 3 && strings.HasPrefix(os.Args[1], "http://") {
+		fetch(os.Args[1], os.Args[2])
+		return
+	}
 	if len(os.Args) > 1 {
 		show(os.Args[1:])
 		return
@@ -47,5 +55,19 @@ func show(what []string) {
 			log.Fatal(err)
 		}
 		os.Stdout.Write(text)
+	}
+}
+
+func fetch(from, folder string) {
+	reply, err := http.Get(from)
+	if err != nil || reply.StatusCode != http.StatusOK {
+		log.Fatalf("%s: %v %v", from, reply, err)
+	}
+	model, err := io.ReadAll(reply.Body)
+	if err == nil {
+		err = os.WriteFile(path.Join(folder, path.Base(from)), model, 0o644)
+	}
+	if err != nil {
+		log.Fatal(err)
 	}
 }
