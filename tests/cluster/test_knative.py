@@ -2,6 +2,7 @@
 
 Its gateway alone is not here: as it would, these tests name the revision in headers."""
 
+import json
 import re
 
 import pytest
@@ -111,5 +112,5 @@ def test_mistakes_of_a_service_are_told_by_its_revision(knative, namespace):
     told = "annotation faaswap.dev/priority: 'high' is not allowed; allowed: latency, batch"
 
     def said():
-        return told in str(knative.get("revision", "resize-00001", "-n", namespace)["status"])
+        return told in json.dumps(knative.get("revision", "resize-00001", "-n", namespace)["status"])
     until("the revision says it", said)
