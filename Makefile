@@ -12,7 +12,7 @@ BENCH_BINS := faaswap-broker faaswap-sidecar faaswap-injector faaswap-bench
 
 DENSITY_DEVICES ?= 4
 
-.PHONY: help demo density test test-rust test-python test-containers test-large lint bench bench-watchdog bench-scheduler simulate fetch fetch-go fetch-queue-proxy build release images render clean
+.PHONY: help demo density test test-rust test-python test-containers test-cluster test-large lint bench bench-watchdog bench-scheduler simulate fetch fetch-go fetch-queue-proxy fetch-platforms build release images render clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-containers: fetch build $(VENV)/.ready ## Runs broker and function in conta
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --locked -p faaswap-sidecar --target $(STATIC_TARGET)
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_STATIC_DIR=$(CURDIR)/target/$(STATIC_TARGET)/release \
 	  $(VENV)/bin/python -m pytest -q -rs tests/containers
+
+test-cluster: fetch build $(VENV)/.ready ## Runs FaaSwap in a real Kubernetes of one node: needs root, Go and containerd; 8 minutes the first time, then 4.
+	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_PYTHON=$(VENV)/bin/python tests/cluster/run
 
 lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is installed.
 	$(CARGO) fmt --all --check
@@ -81,6 +84,9 @@ fetch-go: ## Installs of-watchdog, faas-cli and kustomize where Go is; tests tha
 
 fetch-queue-proxy: ## Installs Knative's queue-proxy where Go is (minutes): the Python tests then run a front behind it.
 	GOBIN=$(CACHE)/go/bin go install -p 2 knative.dev/serving/cmd/queue@v0.47.0
+
+fetch-platforms: ## Builds the controllers of Knative and KServe where Go is (10 minutes): `make test-cluster` then has functions made by them.
+	tests/cluster/tools/build-platforms
 
 build:
 	$(CARGO) build --workspace --bins --locked

@@ -18,6 +18,9 @@ RUN pip download --no-cache-dir --no-deps "${ORT}==${ORT_VERSION}" \
 FROM ${BASE}
 COPY --from=onnxruntime /ort/lib/ /usr/lib/
 COPY --from=build /src/target/release/faaswap-broker /usr/bin/faaswap-broker
+# Else it keeps a number for this machine and a database of events, to be sent to its makers; asked for at its start, so too
+# early for what a program can tell it.
+ENV ORT_DISABLE_TELEMETRY=1
 # Root, without any capability: the folders of the node that it writes are root's.
 # hadolint ignore=DL3002
 USER root

@@ -115,6 +115,9 @@ def test_the_broker_takes_its_configuration(path, tmp_path):
     check = subprocess.run([program("faaswap-broker"), "serve", "--check", "--config", file], env=env, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
     assert settings["socket"] == "/run/faaswap/broker.sock" and settings["socket_mode"] == "0666"
+    # A device that is listed is all that there is: GPUs that the pod is given would not be used.
+    assert "device" not in settings and settings["devices"] == "gpu"
+    assert env.get("FAASWAP_DEVICES") == ("host" if path.stem == "cpu-only" else None)
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: str(path.relative_to(ROOT)))
