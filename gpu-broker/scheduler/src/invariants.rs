@@ -104,11 +104,11 @@ fn orders_hold_what_they_order(books: &Books) -> Result<(), String> {
     if waiting != queued || waiting != books.ready.by_age.len() {
         return Err(format!("BR-5: {waiting} wait, {queued} are queued"));
     }
-    shared_runs_are_offered_to_whom_they_may(books)
+    lists_hold_what_may_share_runs(books)
 }
 
-/// BR-5 of what may share runs.
-fn shared_runs_are_offered_to_whom_they_may(books: &Books) -> Result<(), String> {
+/// What waits and may share a run is in its model's list, and nothing else is.
+fn lists_hold_what_may_share_runs(books: &Books) -> Result<(), String> {
     let mut sharing: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     for (at, function) in books.functions.iter().filter(|(_, function)| function.batch.batching != Batching::Off) {
         let waiting = function.fresh.iter().chain(&function.stale);
