@@ -44,7 +44,7 @@ test-containers: fetch build $(VENV)/.ready ## Runs broker and function in conta
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_STATIC_DIR=$(CURDIR)/target/$(STATIC_TARGET)/release \
 	  $(VENV)/bin/python -m pytest -q -rs tests/containers
 
-test-cluster: fetch build $(VENV)/.ready ## Runs FaaSwap in a real Kubernetes of one node: needs root, Go and containerd; 8 minutes the first time, then 4.
+test-cluster: fetch build $(VENV)/.ready ## Runs FaaSwap in a real Kubernetes of one node: needs root, Go and containerd; 10 minutes the first time, then 2.
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_PYTHON=$(VENV)/bin/python tests/cluster/run
 
 lint: ## Formatting, clippy with warnings as errors; cargo-deny too where it is installed.

@@ -1,5 +1,6 @@
 """One cluster for the whole session, with FaaSwap in it as docs/kubernetes.md has it. `make test-cluster`; elsewhere these tests skip."""
 
+import itertools
 import os
 import pathlib
 import sys
@@ -15,6 +16,7 @@ from node import onnxruntime, program  # noqa: E402
 from pods import FUNCTION_IMAGE  # noqa: E402
 
 INSIDE = "FAASWAP_CLUSTER_INSIDE" in os.environ
+NUMBERS = itertools.count(1)
 SLOT = "faaswap.dev/slot"
 SYSTEM = "faaswap-system"
 # Below this, models lie on the node.
@@ -92,7 +94,9 @@ def webhook(cluster):
 def namespace(request, cluster):
     """A namespace of the test's own, with the Pod Security level that it is marked with."""
     marker = request.node.get_closest_marker("pod_security")
-    name = "t-" + "".join(c if c.isalnum() else "-" for c in request.node.name).lower()[:50].strip("-")
+    # Short, since platforms make names of hosts with it.
+    words = "".join(c if c.isalnum() else "-" for c in request.node.name.removeprefix("test_")).lower()
+    name = f"t{next(NUMBERS)}-{words[:24].strip('-')}"
     labels = {"pod-security.kubernetes.io/enforce": marker.args[0]} if marker else {}
     cluster.kubectl("apply", "-f", "-", given={"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
     until("its service account is there", lambda: cluster.get("serviceaccount", "default", "-n", name))
