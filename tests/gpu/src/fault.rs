@@ -57,7 +57,9 @@ pub(crate) fn run(models: &Path, name: &str) -> Result<()> {
         return Ok(());
     }
     for how in BESIDE {
-        again("beside", &[how])?;
+        if !again("beside", &[how])?.success() {
+            return Err(format!("a fault beside another GPU, {how}: it could not be tried").into());
+        }
     }
     Ok(())
 }

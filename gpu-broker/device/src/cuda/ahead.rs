@@ -10,7 +10,7 @@ use super::{driver::Context, queue::Event};
 use crate::{DeviceError, RangeId};
 
 /// Most copies that are queued at a time. Beyond some 50 the driver keeps the caller waiting, and others who call it.
-pub(super) const COPIES_QUEUED_MAX: usize = 40;
+const COPIES_QUEUED_MAX: usize = 40;
 
 /// Groups that may still be on their way, in order. `E` is what comes behind a group's copies: an event that the next
 /// swap-in of the same range records anew.

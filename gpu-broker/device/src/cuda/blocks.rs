@@ -1,7 +1,7 @@
 //! Which chunks of the pool are free, and how they are made of physical memory: four in a row as one piece, a block, or each
 //! one as a piece of its own.
 //!
-//! To put memory behind addresses costs 30 to 50 us a piece on an H100, of 16 MiB and of 64 MiB alike (measured; a part of a
+//! To put memory behind addresses costs 30 to 50 us a piece on an H100 that is alone, of 16 MiB and of 64 MiB alike (measured; a part of a
 //! piece cannot be mapped, the driver says `NOT_SUPPORTED`). So weights get blocks as far as they fill them, and single
 //! chunks for the rest. A free block can be split when there are too few single chunks, and a split block whose chunks
 //! are all free can be merged; both are done when the link is idle, as far as that can be foreseen.
