@@ -71,7 +71,8 @@ class Cluster:
 
     def run(self, name, *command):
         log = len(list(self.folder.glob(f"{name}*.log")))
-        process = Process(name if not log else f"{name}-{log}", [*map(str, command)], self.folder, {"PATH": f"{BIN}:{os.environ['PATH']}"})
+        path = f"{BIN}:{os.environ['PATH']}"
+        process = Process(name if not log else f"{name}-{log}", [*map(str, command)], self.folder, {"PATH": path})
         self.processes[name] = process
         return process
 
@@ -103,7 +104,8 @@ class Cluster:
             f"--advertise-address={ADDRESS}", "--bind-address=0.0.0.0", "--secure-port=6443",
             f"--service-cluster-ip-range={SERVICES}", "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
             f"--token-auth-file={token_file}", "--allow-privileged=true", f"--service-account-key-file={key}",
-            f"--service-account-signing-key-file={key}", "--kubelet-preferred-address-types=InternalIP", "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
+            f"--service-account-signing-key-file={key}", "--kubelet-preferred-address-types=InternalIP",
+            f"--service-account-issuer=https://kubernetes.default.svc.{DOMAIN}",
         )
         until("the API server is ready", lambda: self.kubectl("get", "--raw", "/readyz").stdout == "ok")
         say(f"the API server is ready: {self.version()}")
@@ -144,7 +146,8 @@ class Cluster:
         kind = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": "dns"}}
         role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "dns"}
         self.kubectl("apply", "-f", "-", given=[
-            {**kind, "kind": "ClusterRole", "rules": rules}, {**kind, "kind": "ClusterRoleBinding", "roleRef": role, "subjects": [subject]},
+            {**kind, "kind": "ClusterRole", "rules": rules},
+            {**kind, "kind": "ClusterRoleBinding", "roleRef": role, "subjects": [subject]},
         ])
         corefile = self.folder / "Corefile"
         corefile.write_text(f""".:53 {{
@@ -163,7 +166,8 @@ class Cluster:
         return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
     def ctr(self, *arguments):
-        done = subprocess.run(["ctr", f"--address={CONTAINERD}", "--namespace=k8s.io", *map(str, arguments)], capture_output=True, text=True)
+        command = ["ctr", f"--address={CONTAINERD}", "--namespace=k8s.io", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -173,7 +177,10 @@ class Cluster:
         (networks / "10-pods.conflist").write_text(json.dumps({
             "cniVersion": "1.0.0", "name": "pods", "plugins": [{
                 "type": "ptp", "ipMasq": False,
-                "ipam": {"type": "host-local", "dataDir": f"{self.folder}/addresses", "ranges": [[{"subnet": PODS}]], "routes": [{"dst": "0.0.0.0/0"}]},
+                "ipam": {
+                    "type": "host-local", "dataDir": f"{self.folder}/addresses", "ranges": [[{"subnet": PODS}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                },
             }],
         }))
         config = self.folder / "containerd.toml"
@@ -225,8 +232,8 @@ conf_dir = "{networks}"
             shutil.copy(log, folder)
         if pathlib.Path("/var/log/pods").is_dir():
             shutil.copytree("/var/log/pods", folder / "pods", symlinks=True)
-        for name, what in {"events": ("get", "events", "-A", "-o", "wide"), "pods": ("describe", "pods", "-A"), "nodes": ("describe", "nodes")}.items():
-            (folder / f"{name}.txt").write_text(self.kubectl(*what, check=False).stdout)
+        for name, what in (("events", "get events -A -o wide"), ("pods", "describe pods -A"), ("nodes", "describe nodes")):
+            (folder / f"{name}.txt").write_text(self.kubectl(*what.split(), check=False).stdout)
 
     def end(self):
         for name in list(self.processes):

@@ -1,4 +1,4 @@
-"""One cluster for the whole session, with FaaSwap in it as docs/kubernetes.md has it. `make test-cluster`; elsewhere these tests skip."""
+"""One cluster for the whole session, with FaaSwap in it as docs/kubernetes.md has it. Outside of `make test-cluster` all skip."""
 
 import itertools
 import os
@@ -42,8 +42,10 @@ def make_images(folder):
     return [
         image(folder / "pause.tar", PAUSE, ["/pause"], {"/pause": BIN / "pause"}),
         ours("function", FUNCTION_IMAGE, "/function", {"/function": BIN / "function"}, user="65532:65532"),
-        ours("sidecar", "faaswap/sidecar:0.1.0", "/faaswap-sidecar", {"/faaswap-sidecar": program("faaswap-sidecar")}, user="65532:65532"),
-        ours("injector", "faaswap/injector:0.1.0", "/faaswap-injector", {"/faaswap-injector": program("faaswap-injector")}, user="65532:65532"),
+        *(
+            ours(name, f"faaswap/{name}:0.1.0", f"/faaswap-{name}", {f"/faaswap-{name}": program(f"faaswap-{name}")}, user="65532:65532")
+            for name in ("sidecar", "injector")
+        ),
         ours(
             "broker", "faaswap/broker:0.1.0", "/usr/bin/faaswap-broker", command=["serve"], env=["ORT_DISABLE_TELEMETRY=1"],
             files={"/usr/bin/faaswap-broker": program("faaswap-broker"), "/usr/lib/libonnxruntime.so": library},

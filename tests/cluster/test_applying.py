@@ -58,7 +58,8 @@ ACCEPTS = {"restricted": ("slot", "tcp", "auto"), "baseline": ("slot", "tcp", "a
 def test_pod_security_accepts_what_the_docs_say(installed, namespace, level):
     for transport in ("slot", "tcp", "auto", "uds"):
         function = pod(transport, annotated(model="linear.onnx", transport=transport))
-        done = installed.kubectl("apply", "-n", namespace, "--dry-run=server", "--warnings-as-errors", "-o", "json", "-f", "-", given=function, check=False)
+        how = ("--dry-run=server", "--warnings-as-errors", "-o", "json")
+        done = installed.kubectl("apply", "-n", namespace, *how, "-f", "-", given=function, check=False)
         if transport in ACCEPTS[level]:
             assert done.returncode == 0, done.stderr
             assert '"faaswap-sidecar"' in done.stdout

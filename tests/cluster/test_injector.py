@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cluster import until
-from conftest import SYSTEM, webhook
+from conftest import ROOT, SYSTEM, webhook
 from pods import annotated, deployment, pod
 
 AUTHORITY = "faaswap-injector-authority"
@@ -116,7 +116,6 @@ def test_a_bundle_that_is_lost_is_written_again(installed, namespace):
 
 
 def test_applying_the_manifests_again_leaves_the_bundle(installed):
-    from conftest import ROOT
     before = authorities(installed)
     for how in ("--server-side=false", "--server-side"):
         more = ["--force-conflicts"] if how == "--server-side" else []

@@ -28,7 +28,8 @@ SETTINGS = {
 
 def manifests():
     files = [path for path in sorted(KNATIVE.glob("config/**/*.yaml")) if path.name not in LEFT_OUT]
-    documents = [one for path in files for one in yaml.safe_load_all(re.sub(r"ko://knative.dev/serving/cmd/(\w+)", r"knative/\1:test", path.read_text())) if one]
+    texts = [re.sub(r"ko://knative.dev/serving/cmd/(\w+)", r"knative/\1:test", path.read_text()) for path in files]
+    documents = [one for text in texts for one in yaml.safe_load_all(text) if one]
     for document in documents:
         settings = SETTINGS.get(document["metadata"]["name"], {}) if document["kind"] == "ConfigMap" else {}
         if settings:
@@ -41,8 +42,8 @@ def knative(installed):
     if not (KNATIVE / ".version").is_file():
         pytest.skip("SKIPPED: Knative's programs are not here; `make fetch-platforms` builds them")
     for name in PROGRAMS:
-        archive = image(installed.folder / f"{name}.tar", f"docker.io/knative/{name}:test", ["/it"], {"/it": KNATIVE / "bin" / name}, user="65532:65532")
-        installed.ctr("images", "import", archive)
+        archive, files = installed.folder / f"{name}.tar", {"/it": KNATIVE / "bin" / name}
+        installed.ctr("images", "import", image(archive, f"docker.io/knative/{name}:test", ["/it"], files, user="65532:65532"))
     documents = manifests()
     first = [one for one in documents if one["kind"] in ("Namespace", "CustomResourceDefinition")]
     installed.kubectl("apply", "--server-side", "-f", "-", given=first)

@@ -15,22 +15,21 @@ import yaml
 from cluster import ADDRESS, BIN, until
 from conftest import MODELS, ROOT
 from images import image
-from pods import FUNCTION_IMAGE, annotated
+from pods import FUNCTION_IMAGE, annotated, pod
 from test_node import infer
 
 KSERVE = BIN.parent / "kserve"
 HOST = "kserve-webhook-server-service.kserve.svc"
-# What watches models on nodes, and what asks for other operators.
-LEFT_OUT = ("cert-manager.io/v1",)
+# What asks for another operator, and what watches models on nodes.
+LEFT_OUT = ("cert-manager.io", "kserve-localmodel")
 
 
 def certificate(folder):
     """What cert-manager would make."""
     key, crt = folder / "kserve.key", folder / "kserve.crt"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={HOST}", "-addext", f"subjectAltName=DNS:{HOST}",
-         "-keyout", key, "-out", crt], check=True, capture_output=True,
-    )
+    names = ["-subj", f"/CN={HOST}", "-addext", f"subjectAltName=DNS:{HOST}"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, "-keyout", key, "-out", crt]
+    subprocess.run(command, check=True, capture_output=True)
     return [base64.b64encode(path.read_bytes()).decode() for path in (crt, key)]
 
 
@@ -39,16 +38,16 @@ def manifests(folder):
     secret = {"metadata": {"name": "kserve-webhook-server-cert", "namespace": "kserve"}, "data": {"tls.crt": crt, "tls.key": key}}
     documents = [{"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls", **secret}]
     for document in yaml.safe_load_all((KSERVE / "config/kserve.yaml").read_text()):
-        if not document or document["apiVersion"] in LEFT_OUT or "localmodel" in document["metadata"]["name"] and document["kind"] in ("Deployment", "DaemonSet"):
+        if not document or any(word in document["apiVersion"] + document["metadata"]["name"] for word in LEFT_OUT):
             continue
         for hook in document.get("webhooks", []):
             hook["clientConfig"]["caBundle"] = crt
         if document["kind"] == "Deployment":
-            pod = document["spec"]["template"]["spec"]
-            [manager] = [one for one in pod["containers"] if one["name"] == "manager"]
+            spec = document["spec"]["template"]["spec"]
+            [manager] = [one for one in spec["containers"] if one["name"] == "manager"]
             manager |= {"image": "kserve/manager:test", "imagePullPolicy": "IfNotPresent"}
             manager["resources"]["limits"] = {"memory": "300Mi"}
-            pod["containers"] = [manager]
+            spec["containers"] = [manager]
         if document["metadata"]["name"] == "inferenceservice-config":
             initializer = json.loads(document["data"]["storageInitializer"])
             document["data"]["storageInitializer"] = json.dumps(initializer | {"image": FUNCTION_IMAGE, "cpuRequest": "10m"})
@@ -60,8 +59,8 @@ def manifests(folder):
 def kserve(installed):
     if not (KSERVE / ".version").is_file():
         pytest.skip("SKIPPED: KServe's program is not here; `make fetch-platforms` builds it")
-    archive = image(installed.folder / "manager.tar", "docker.io/kserve/manager:test", ["/manager"], {"/manager": KSERVE / "bin/manager"}, user="65532:65532")
-    installed.ctr("images", "import", archive)
+    archive, files = installed.folder / "manager.tar", {"/manager": KSERVE / "bin/manager"}
+    installed.ctr("images", "import", image(archive, "docker.io/kserve/manager:test", ["/manager"], files, user="65532:65532"))
     documents = manifests(installed.folder)
     first = [one for one in documents if one["kind"] in ("Namespace", "CustomResourceDefinition")]
     # Hooks that nobody answers yet would be in the way.
@@ -72,8 +71,9 @@ def kserve(installed):
     installed.kubectl("wait", "-n", "kserve", "--for=condition=Available", "deployment", "--all", "--timeout=170s")
     installed.kubectl("apply", "--server-side", "-f", "-", given=last)
     # What the overlay kserve differs in.
-    hooks = [one for one in yaml.safe_load_all((ROOT / "manifests/rendered/kserve.yaml").read_text()) if one["kind"] == "MutatingWebhookConfiguration"]
-    selector = hooks[0]["webhooks"][0]["objectSelector"]
+    rendered = yaml.safe_load_all((ROOT / "manifests/rendered/kserve.yaml").read_text())
+    [hooks] = [one for one in rendered if one["kind"] == "MutatingWebhookConfiguration"]
+    selector = hooks["webhooks"][0]["objectSelector"]
     patch = [{"op": "add", "path": "/webhooks/0/objectSelector", "value": selector}]
     installed.kubectl("patch", "mutatingwebhookconfiguration", "faaswap-sidecar-injector", "--type=json", "-p", json.dumps(patch))
     yield installed
@@ -109,14 +109,14 @@ def test_a_predictor_infers_with_the_model_that_kserve_fetches(kserve, namespace
     kserve.kubectl("apply", "-n", namespace, "--validate=strict", "-f", "-", given=inference_service(annotations, model_url))
     until("there is a Deployment", lambda: kserve.get("deployment", "ocr-predictor", "-n", namespace))
     kserve.kubectl("rollout", "status", "-n", namespace, "deployment/ocr-predictor", "--timeout=170s")
-    [pod] = kserve.get("pods", "-n", namespace)["items"]
+    [predictor] = kserve.get("pods", "-n", namespace)["items"]
     # The sidecar starts when the model is there, though our webhook is asked before KServe's.
-    assert [one["name"] for one in pod["spec"]["initContainers"]] == ["storage-initializer", "faaswap-sidecar"]
-    address = pod["status"]["podIP"] + ":8080"
+    assert [one["name"] for one in predictor["spec"]["initContainers"]] == ["storage-initializer", "faaswap-sidecar"]
+    address = predictor["status"]["podIP"] + ":8080"
     until("it infers", lambda: infer(address))
 
 
 def test_pods_of_others_are_not_asked_about(kserve, namespace):
-    from pods import pod
-    done = kserve.kubectl("create", "-n", namespace, "--dry-run=server", "-o", "json", "-f", "-", given=pod("not-kserves", annotated(model="linear.onnx")))
+    other = pod("not-kserves", annotated(model="linear.onnx"))
+    done = kserve.kubectl("create", "-n", namespace, "--dry-run=server", "-o", "json", "-f", "-", given=other)
     assert "initContainers" not in json.loads(done.stdout)["spec"]

@@ -137,13 +137,15 @@ def test_a_pod_without_a_free_slot_waits(installed, namespace):
 def test_a_kubelet_that_restarts_finds_the_slots_again(installed, namespace, function):
     until("the Service leads to it", lambda: infer(function))
     [before], count = pods_of(installed, namespace, "ocr"), slots(installed)
-    registered = installed.kubectl("logs", "-n", SYSTEM, "daemonset/gpu-broker", "-c", "device-plugin").stdout.count("registered with the kubelet")
+
+    def registrations():
+        logs = installed.kubectl("logs", "-n", SYSTEM, "daemonset/gpu-broker", "-c", "device-plugin").stdout
+        return logs.count("registered with the kubelet")
+    registered = registrations()
     installed.stop("kubelet")
     infer(function, rows=5)
     installed.start_kubelet()
-    def again():
-        return installed.kubectl("logs", "-n", SYSTEM, "daemonset/gpu-broker", "-c", "device-plugin").stdout.count("registered with the kubelet") > registered
-    until("the device plugin registers again", again)
+    until("the device plugin registers again", lambda: registrations() > registered)
     until("the node has its slots", lambda: slots(installed) == count)
     installed.kubectl("scale", "-n", namespace, "deployment/ocr", "--replicas=2")
     installed.kubectl("rollout", "status", "-n", namespace, "deployment/ocr", "--timeout=150s")
