@@ -4,6 +4,7 @@
 //! it, nor how fast.
 
 mod filling;
+mod registered;
 
 use std::{
     collections::BTreeSet,
@@ -58,6 +59,9 @@ pub const CASES: &[Case] = &[
     ("weights_that_are_still_being_filled_come_group_by_group", filling::groups_come_as_they_are_filled),
     ("weights_whose_filling_fails_leave_the_range_out", filling::failed_filling),
     ("a_swap_out_may_wait_behind_weights_that_are_being_filled", filling::out_behind_filling),
+    ("inputs_in_registered_memory_are_read_there", registered::read_in_place),
+    ("inputs_that_cannot_be_read_in_place_are_said_to_be_so", registered::not_in_place),
+    ("registered_memory_is_given_back_before_its_owner_goes", registered::given_back),
 ];
 
 /// Runs all cases, naming each before it runs.

@@ -22,6 +22,7 @@ mod pool;
 mod probe;
 mod program;
 mod queue;
+mod registered;
 mod rewrite;
 mod shared;
 mod source;
@@ -56,9 +57,10 @@ use self::{
     source::Source,
 };
 pub use self::{
-    lane::{Alone, Constants, IO_BYTES_MAX, Run},
+    lane::{Alone, Constants, IO_ALIGN, IO_BYTES_MAX, Run},
     probe::{PROBE_WITHIN, measure_links},
     program::{Program, RunTimes},
+    registered::Registered,
     shared::SWAPS_QUEUED_MAX,
 };
 use crate::{
@@ -144,6 +146,8 @@ pub(crate) struct Memory {
     kernels: Kernels,
     constants: Mutex<(Arena, HashMap<u64, Vec<u64>>)>,
     owners: AtomicU64,
+    /// Whether this GPU reads registered memory at the host's addresses.
+    reads_registered: bool,
 }
 
 impl Memory {
@@ -202,8 +206,14 @@ impl CudaDevice {
             .collect::<Result<_, _>>()?;
         let constants = Mutex::new((Arena::new(&context, CONSTANTS_MAX)?, HashMap::new()));
         let kernels = Kernels::load(&context)?;
-        let memory =
-            Arc::new(Memory { lanes, kernels, binding: config.binding.max(1), constants, owners: AtomicU64::new(0) });
+        let memory = Arc::new(Memory {
+            lanes,
+            kernels,
+            binding: config.binding.max(1),
+            constants,
+            owners: AtomicU64::new(0),
+            reads_registered: context.reads_registered()?,
+        });
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
         let shared = Arc::new(Shared::new(info, context, &pool));

@@ -174,17 +174,24 @@ impl Context {
         }
     }
 
+    fn attribute(&self, attribute: cu::CUdevice_attribute) -> Result<i32, DeviceError> {
+        let mut value = 0;
+        // SAFETY: the driver writes an int; the device is one of its own.
+        let result = unsafe { cu::cuDeviceGetAttribute(&raw mut value, attribute, self.device) };
+        check("cuDeviceGetAttribute", result).map(|()| value)
+    }
+
     /// The compute capability: 90 for 9.0.
     pub(super) fn capability(&self) -> Result<i32, DeviceError> {
         use cu::CUdevice_attribute as A;
-        let ask = |attribute| {
-            let mut value = 0;
-            // SAFETY: the driver writes an int; the device is one of its own.
-            let result = unsafe { cu::cuDeviceGetAttribute(&raw mut value, attribute, self.device) };
-            check("cuDeviceGetAttribute", result).map(|()| value)
-        };
-        let major = ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        Ok(major * 10 + ask(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
+        let major = self.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        Ok(major * 10 + self.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
+    }
+
+    /// Whether the GPU reads registered memory at the addresses that it has on the host.
+    pub(super) fn reads_registered(&self) -> Result<bool, DeviceError> {
+        use cu::CUdevice_attribute as A;
+        Ok(self.attribute(A::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? != 0)
     }
 
     /// What physical memory comes in multiples of.
@@ -395,8 +402,29 @@ impl Registration {
     /// # Safety
     /// `len` bytes from `address` must stay mapped until this is dropped.
     pub(crate) unsafe fn new(context: &Arc<Context>, address: *const u8, len: usize) -> Result<Self, DeviceError> {
-        context.enter()?;
         let flags = cu::CU_MEMHOSTREGISTER_PORTABLE | cu::CU_MEMHOSTREGISTER_READ_ONLY;
+        // SAFETY: the caller's promise.
+        unsafe { Self::with(context, address, len, flags) }
+    }
+
+    /// Registers memory for kernels of all devices.
+    ///
+    /// # Safety
+    /// `len` bytes from `address` must stay mapped, for reading and writing, until this is dropped.
+    pub(super) unsafe fn for_kernels(
+        context: &Arc<Context>,
+        address: *const u8,
+        len: usize,
+    ) -> Result<Self, DeviceError> {
+        let flags = cu::CU_MEMHOSTREGISTER_PORTABLE | cu::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: the caller's promise.
+        unsafe { Self::with(context, address, len, flags) }
+    }
+
+    /// # Safety
+    /// As [`Registration::new`] or, where it is not read only, [`Registration::for_kernels`].
+    unsafe fn with(context: &Arc<Context>, address: *const u8, len: usize, flags: u32) -> Result<Self, DeviceError> {
+        context.enter()?;
         // SAFETY: the caller's promise.
         let result = unsafe { cu::cuMemHostRegister_v2(address.cast_mut().cast(), len, flags) };
         check("cuMemHostRegister", result)?;

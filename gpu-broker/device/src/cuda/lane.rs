@@ -5,6 +5,7 @@
 
 use std::{
     fmt,
+    marker::PhantomData,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -17,11 +18,14 @@ use super::{
     kernels::Work,
     program::{Program, RunTimes},
     queue::{Event, Queue},
+    registered::{Piece, Registered, UNIT, pieces},
 };
 use crate::{Device, DeviceError, RangeId, Stream};
 
 /// Most bytes of inputs and outputs of one program.
 pub const IO_BYTES_MAX: usize = 1 << 30;
+/// Each input and output begins at a multiple of this in its lane's memory, which is theirs up to the next one.
+pub const IO_ALIGN: usize = 256;
 /// How long a run looks for its end once that is near.
 const TAIL_LOOKS_FOR: Duration = Duration::from_micros(500);
 /// How much earlier than needed a sleeper is woken: what timers are late by.
@@ -180,7 +184,14 @@ impl CudaDevice {
         if alone.lane != program.lane() {
             return Err(DeviceError::Invalid("the program is of another lane"));
         }
-        Ok(Run { device: self, program, lane: self.lane(alone.lane)?, io: alone.io })
+        Ok(Run {
+            device: self,
+            program,
+            lane: self.lane(alone.lane)?,
+            io: alone.io,
+            in_place: Vec::new(),
+            registered: PhantomData,
+        })
     }
 }
 
@@ -214,6 +225,10 @@ pub struct Run<'d> {
     program: &'d Program,
     lane: &'d Lane,
     io: MutexGuard<'d, Io>,
+    /// Inputs that are not in the lane's pinned memory, in order.
+    in_place: Vec<Piece>,
+    /// Where these are stays registered for as long.
+    registered: PhantomData<&'d Registered>,
 }
 
 impl fmt::Debug for Run<'_> {
@@ -222,7 +237,28 @@ impl fmt::Debug for Run<'_> {
     }
 }
 
-impl Run<'_> {
+impl<'d> Run<'d> {
+    /// Has an input, `len` bytes at `offset` of the lane's, read from an address of the host's in registered memory, without a
+    /// copy to the lane's. False where it cannot be: then it must be written to [`Run::bytes`]. Inputs are told in order.
+    ///
+    /// Whoever else writes that memory may do so while it is read: see [`Registered`].
+    pub fn read_in_place(
+        &mut self,
+        (offset, len): (usize, usize),
+        memory: &'d Registered,
+        address: usize,
+    ) -> Result<bool, DeviceError> {
+        self.stretch(offset, len.next_multiple_of(UNIT))?;
+        let behind = self.in_place.last().is_none_or(|last| last.offset + last.len <= offset);
+        if !offset.is_multiple_of(IO_ALIGN) || !behind {
+            return Err(DeviceError::Invalid("an input that is not aligned, or comes out of order"));
+        }
+        let found = memory.find(address, len).filter(|_| len > 0 && self.device.memory.reads_registered);
+        let Some(from) = found else { return Ok(false) };
+        self.in_place.push(Piece { offset, len: len.next_multiple_of(UNIT), from: Some(from) });
+        Ok(true)
+    }
+
     fn stretch(&self, offset: usize, len: usize) -> Result<*mut u8, DeviceError> {
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.io.host.len());
         if !inside {
@@ -239,7 +275,7 @@ impl Run<'_> {
         Ok(unsafe { std::slice::from_raw_parts_mut(at, len) })
     }
 
-    /// Copies inputs to the device, launches the program's parts as soon as their weights' copies are queued, copies
+    /// Copies inputs to the device, from the lane's pinned memory or from where they are in place, launches the program's parts as soon as their weights' copies are queued, copies
     /// outputs back, and sleeps until they are there. `weights` names the range that they are in, and a group that must be there before
     /// the program begins, if there is one. Inputs and outputs are stretches: offset and length.
     pub fn go(
@@ -292,13 +328,15 @@ impl Run<'_> {
         inputs: (usize, usize),
         outputs: (usize, usize),
     ) -> Result<(), DeviceError> {
-        if inputs.1 > 0 {
-            let from = self.stretch(inputs.0, inputs.1)?;
-            let to = self.lane.io_base + inputs.0 as u64;
-            let (from, len) = (from.expose_provenance() as u64, inputs.1.next_multiple_of(16));
-            // SAFETY: pinned memory of the lane, which nobody touches until `go` ends; it waits for the copy. Both
-            // stretches are padded to 256 bytes.
-            unsafe { self.device.memory.kernels.queue(Work::Copy { to, from, len }, &self.lane.queue) }?;
+        for Piece { offset, len, from } in pieces(inputs, &self.in_place, IO_ALIGN) {
+            let own = self.stretch(offset, len)?.expose_provenance() as u64;
+            let (to, len) = (self.lane.io_base + offset as u64, len.next_multiple_of(UNIT));
+            let work = Work::Copy { to, from: from.unwrap_or(own), len };
+            // SAFETY: pinned memory of the lane, which nobody touches until `go` ends; it waits for the copy. Or memory that
+            // stays registered until this run is dropped, and in which all of the padded stretch lies: others may write
+            // there meanwhile, which makes other numbers of the input and nothing else. Both stretches of the lane are
+            // padded to `IO_ALIGN`.
+            unsafe { self.device.memory.kernels.queue(work, &self.lane.queue) }?;
         }
         if let Some((range, Some(first))) = weights {
             self.device.await_group(range, first, Stream(self.lane.queue.handle()))?;
@@ -313,7 +351,7 @@ impl Run<'_> {
         match outputs.1 {
             0 => Ok(()),
             1..=OUTPUTS_BY_KERNEL => {
-                let (to, len) = (to.expose_provenance() as u64, outputs.1.next_multiple_of(16));
+                let (to, len) = (to.expose_provenance() as u64, outputs.1.next_multiple_of(UNIT));
                 // SAFETY: as above.
                 unsafe { self.device.memory.kernels.queue(Work::Copy { to, from, len }, &self.lane.queue) }
             }
