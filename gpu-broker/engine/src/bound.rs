@@ -3,6 +3,7 @@
 //! Whether the weights are there is the device's and the scheduler's business: Await nodes wait for them, and a run
 //! whose swap-in failed fails. Sizes and places of tensors are checked here, before ONNX Runtime sees them.
 
+mod programmed;
 mod session;
 mod shapes;
 
@@ -14,7 +15,7 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId, Stream,
-    cuda::{Constants, RunTimes},
+    cuda::{Constants, Registered, RunTimes},
 };
 use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape};
 use faaswap_slab::Region;
@@ -33,6 +34,8 @@ use crate::{
 pub enum InputData<'a> {
     /// In memory that the peer can still write.
     Region(&'a Region),
+    /// The same, perhaps where GPUs read by themselves: in memory that is registered.
+    Registered(&'a Region, &'a Registered),
     /// In memory of ours.
     Bytes(&'a [u8]),
 }
@@ -40,7 +43,7 @@ pub enum InputData<'a> {
 impl InputData<'_> {
     fn len(&self) -> usize {
         match self {
-            Self::Region(region) => region.len(),
+            Self::Region(region) | Self::Registered(region, _) => region.len(),
             Self::Bytes(bytes) => bytes.len(),
         }
     }
@@ -362,41 +365,6 @@ impl Bound {
             shapes.ran(inputs, &outputs);
         }
         Ok(outputs)
-    }
-
-    /// Runs the program. Its inputs are copies on the device, which no peer can change.
-    fn run_program(
-        &self,
-        programs: &Programs,
-        inputs: &[Input<'_>],
-        wanted: &[u16],
-        place: &mut AskPlace<'_>,
-    ) -> Result<Vec<RunOutput>, RunError> {
-        let specs = &self.manifest.signature.outputs;
-        let places = wanted.iter().map(|&index| {
-            let (spec, slot) = (&specs[usize::from(index)], &programs.io.outputs[usize::from(index)]);
-            Ok((index, spec.dtype, slot.shape.clone(), ask_place(place, index, spec.dtype, &slot.shape)?))
-        });
-        let places = places.collect::<Result<Vec<_>, RunError>>()?;
-        let mut run = programs.begin().map_err(RunError::failed)?;
-        for (index, input) in inputs.iter().enumerate() {
-            let into = run.input(index).map_err(RunError::failed)?;
-            match input.data {
-                InputData::Region(region) => region.read(0, into).map_err(RunError::failed)?,
-                InputData::Bytes(bytes) => into.copy_from_slice(bytes),
-            }
-        }
-        let weights = self.range().map(|range| (range, self.manifest.await_before_run));
-        run.go(weights).map_err(RunError::failed)?;
-        let outputs = places.into_iter().map(|(index, dtype, shape, mut place)| {
-            let bytes = run.output(usize::from(index)).map_err(RunError::failed)?;
-            match &mut place {
-                Place::Region(region) => region.write(0, bytes).map_err(RunError::failed)?,
-                Place::Memory(memory) => memory.copy_from_slice(bytes),
-            }
-            Ok(RunOutput { index, dtype, shape, place })
-        });
-        outputs.collect()
     }
 
     fn check_inputs(&self, inputs: &[Input<'_>]) -> Result<(), Refusal> {

@@ -21,5 +21,5 @@ pub use bound::{Bound, Input, InputData, Place, RunOutput};
 pub use error::{EngineError, PrepareError, RunError};
 pub use manifest::{Manifest, Prepared};
 pub use plain::{OnDevice, PlainSession};
-pub use raw::await_copies;
+pub use raw::{await_copies, register};
 pub use runtime::{CudaTarget, ORT_VERSION, Runtime, RuntimeOptions, Target};

@@ -32,6 +32,8 @@ pub const PROGRAMS_PER_MODEL_MAX: usize = 8;
 pub const SHAPES_COUNTED_MAX: usize = 32;
 /// Largest request, with its answer, that is kept to be compared with what a program answers.
 pub const SAMPLE_BYTES_MAX: Bytes = Bytes::mib(64);
+/// Smallest input that a device reads where it is, in registered memory: one more kernel takes as long as copying less does.
+pub const IN_PLACE_BYTES_MIN: usize = 32 << 10;
 /// Most groups of one model; larger models get larger groups.
 pub const GROUPS_MAX: u64 = 256;
 /// Largest constant that the optimizer may compute in advance: a tiny graph can ask for terabytes of them.

@@ -49,7 +49,9 @@ impl PlainSession {
         }
         let tensors = inputs.iter().map(|input| match input.data {
             InputData::Bytes(bytes) => Tensor::input(bytes, input.dtype, input.shape),
-            InputData::Region(region) => Tensor::region(region, input.dtype, input.shape),
+            InputData::Region(region) | InputData::Registered(region, _) => {
+                Tensor::region(region, input.dtype, input.shape)
+            }
         });
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let allocated: Vec<Option<Tensor<'_>>> = self.output_names.iter().map(|_| None).collect();

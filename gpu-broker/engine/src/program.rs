@@ -15,15 +15,12 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId,
-    cuda::{Alone, Constants, CudaDevice, IO_BYTES_MAX, Program, Run, RunTimes},
+    cuda::{Alone, Constants, CudaDevice, IO_ALIGN, IO_BYTES_MAX, Program, Registered, Run, RunTimes},
 };
 use faaswap_protocol::{Bytes, Shape, Signature, TensorSpec};
 use ort::session::Session;
 
 use crate::{EngineError, onnx, raw};
-
-/// Alignment of inputs and outputs.
-const IO_ALIGN: usize = 256;
 
 /// Lanes are given out in turn.
 static NEXT_LANE: AtomicUsize = AtomicUsize::new(0);
@@ -123,11 +120,22 @@ pub(crate) struct Running<'p> {
     io: &'p IoLayout,
 }
 
-impl Running<'_> {
+impl<'p> Running<'p> {
     /// The bytes of an input, to be written before [`Running::go`].
     pub(crate) fn input(&mut self, index: usize) -> Result<&mut [u8], DeviceError> {
         let slot = &self.io.inputs[index];
         self.run.bytes(slot.offset, slot.len)
+    }
+
+    /// Has an input read from an address in registered memory, where that can be; see [`Run::read_in_place`].
+    pub(crate) fn read_in_place(
+        &mut self,
+        index: usize,
+        memory: &'p Registered,
+        address: usize,
+    ) -> Result<bool, DeviceError> {
+        let slot = &self.io.inputs[index];
+        self.run.read_in_place((slot.offset, slot.len), memory, address)
     }
 
     /// Runs, behind the copies of the weights; see [`Run::go`].

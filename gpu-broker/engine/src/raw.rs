@@ -31,6 +31,7 @@ mod cublas;
 mod cuda;
 
 pub(crate) use cublas::use_workspace;
+pub use cuda::register;
 pub(crate) use cuda::{DeviceRun, device_tensor, share_device_memory};
 
 /// Turns a status into a result, and frees it.

@@ -38,7 +38,7 @@ impl Bound {
     /// memory that is not aligned.
     fn private_copy(&self, index: usize, input: &Input<'_>) -> Result<Option<Aligned>, RunError> {
         match input.data {
-            InputData::Region(region) => {
+            InputData::Region(region) | InputData::Registered(region, _) => {
                 if !input.dtype.can_index() && self.manifest.inputs_in_place[index] {
                     return Ok(None);
                 }
@@ -137,7 +137,9 @@ impl Bound {
 fn input_tensor<'t>(input: &Input<'t>, copy: Option<&'t Aligned>) -> Result<Tensor<'t>, EngineError> {
     match (copy, input.data) {
         (Some(copy), _) => Tensor::input(copy.as_slice(), input.dtype, input.shape),
-        (None, InputData::Region(region)) => Tensor::region(region, input.dtype, input.shape),
+        (None, InputData::Region(region) | InputData::Registered(region, _)) => {
+            Tensor::region(region, input.dtype, input.shape)
+        }
         (None, InputData::Bytes(bytes)) => Tensor::input(bytes, input.dtype, input.shape),
     }
 }

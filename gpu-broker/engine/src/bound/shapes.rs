@@ -108,7 +108,7 @@ fn sample(inputs: &[Input<'_>], outputs: &[RunOutput]) -> Option<Sample> {
     let inputs = inputs.iter().map(|input| {
         let mut bytes = vec![0; input.data.len()];
         match input.data {
-            InputData::Region(region) => region.read(0, &mut bytes).ok()?,
+            InputData::Region(region) | InputData::Registered(region, _) => region.read(0, &mut bytes).ok()?,
             InputData::Bytes(given) => bytes.copy_from_slice(given),
         }
         Some((input.shape.clone(), bytes))

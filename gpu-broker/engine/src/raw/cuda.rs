@@ -7,7 +7,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use faaswap_device::Device;
+use faaswap_device::{Device, DeviceError, cuda::Registered};
+use faaswap_slab::Region;
 use ort::{AsPointer, environment::Environment, session::Session, sys};
 
 use super::{MemoryInfo, Place, Tensor, check};
@@ -174,4 +175,12 @@ pub(crate) fn device_tensor(
 ) -> Result<Tensor<'static>, EngineError> {
     // SAFETY: see above: the memory outlives the tensor, and the host never touches it.
     unsafe { Tensor::at(Place::Cuda(ordinal), ptr::with_exposed_provenance_mut(address), len, element, dims) }
+}
+
+/// Registers shared memory for all GPUs, so that programs read large inputs there. `None` where the device is no GPU.
+pub fn register(device: &dyn Device, region: &Region) -> Result<Option<Registered>, DeviceError> {
+    let Some(cuda) = device.as_cuda() else { return Ok(None) };
+    // SAFETY: a region lies in a mapping, for reading and writing, that is not moved or shortened while the region or a clone
+    // of it lives: the clone is the owner.
+    unsafe { cuda.register(region.as_ptr(), region.len(), region.clone()) }.map(Some)
 }
