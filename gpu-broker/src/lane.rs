@@ -9,7 +9,7 @@ mod batch;
 use std::{
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
     },
@@ -18,7 +18,7 @@ use std::{
 };
 
 use bytes::Bytes as Buffer;
-use faaswap_device::{Device, DeviceError, HostWeights};
+use faaswap_device::{Device, DeviceError, HostWeights, cuda::Registered};
 use faaswap_engine::{Bound, Input, InputData};
 use faaswap_protocol::{Batching, DType, ModelDigest, RequestId, Shape, Span, Timing};
 use faaswap_scheduler::RequestKey;
@@ -28,6 +28,7 @@ use self::{answer::Places, batch::Trials};
 use crate::{
     limits::{EXPECTED_LOOKS_FOR, LANE_LOOKS_FOR},
     mailbox::{Ended, Mailbox},
+    registrar::{Lease, Registrar},
     socket::Outbox,
     store::Held,
 };
@@ -40,13 +41,36 @@ const ORDERS_MAX: usize = 3;
 pub(crate) struct Shared {
     pub(crate) slab: Slab,
     slots: Mutex<SlotAllocator>,
+    /// Whether somebody has asked for it to be registered.
+    asked: AtomicBool,
+    registered: OnceLock<Lease>,
 }
 
 impl Shared {
     pub(crate) fn new(slab: Slab) -> Self {
         let layout = slab.layout();
         let slots = Mutex::new(SlotAllocator::new(layout.request.get(), layout.response.get()));
-        Self { slab, slots }
+        Self { slab, slots, asked: AtomicBool::default(), registered: OnceLock::new() }
+    }
+
+    /// Whether nobody has asked before for the slab to be registered.
+    pub(crate) fn asks_first(&self) -> bool {
+        !self.asked.swap(true, Ordering::AcqRel)
+    }
+
+    pub(crate) fn may_ask_again(&self) {
+        self.asked.store(false, Ordering::Release);
+    }
+
+    /// The start of the slab is registered from now on.
+    pub(crate) fn is_registered(&self, lease: Lease) {
+        // Set once, since it is asked for once.
+        let _ = self.registered.set(lease);
+    }
+
+    /// The part of the slab that GPUs read by themselves.
+    fn registered(&self) -> Option<&Registered> {
+        self.registered.get()?.memory()
     }
 
     pub(crate) fn slots(&self) -> MutexGuard<'_, SlotAllocator> {
@@ -69,7 +93,7 @@ impl Shared {
 pub(crate) struct Peer {
     pub(crate) outbox: Outbox,
     /// Absent where tensors travel in payloads.
-    pub(crate) shared: std::sync::OnceLock<Shared>,
+    pub(crate) shared: OnceLock<Shared>,
 }
 
 /// Where an input's bytes are.
@@ -196,14 +220,14 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    pub(crate) fn start(name: &str, mailbox: Arc<Mailbox>) -> io::Result<Self> {
+    pub(crate) fn start(name: &str, mailbox: Arc<Mailbox>, registrar: Option<Registrar>) -> io::Result<Self> {
         // The scheduler gives a lane one run at a time; more places mean that handing over never waits.
         let (orders, queue): (_, Receiver<Order>) = sync_channel(ORDERS_MAX);
         let told = Arc::new(AtomicBool::new(false));
         let heard = Arc::clone(&told);
         thread::Builder::new().name(name.to_owned()).spawn(move || {
             while let Some(run) = next(&queue, &heard) {
-                serve(run, &mailbox);
+                serve(run, &mailbox, registrar.as_ref());
             }
         })?;
         Ok(Self { orders, told })
@@ -247,16 +271,17 @@ fn next(queue: &Receiver<Order>, heard: &AtomicBool) -> Option<Run> {
     }
 }
 
-fn serve(run: Run, mailbox: &Mailbox) {
+fn serve(run: Run, mailbox: &Mailbox, registrar: Option<&Registrar>) {
     if !run.with.is_empty() {
         return batch::serve(run, mailbox);
     }
     let Run { ask, model, resident, .. } = run;
     let started = Instant::now();
-    let inputs: Vec<_> = ask.inputs.iter().map(as_input).collect();
+    let inputs = inputs_of(&ask);
     let mut places = Places::of(&ask.peer);
     let result = model.bound.run(&inputs, &ask.wanted, &mut |index, _, _, size| places.place(index, size));
     let ran = started.elapsed();
+    let registrar = registrar.filter(|_| model.bound.would_read_in_place(&inputs));
     let copied_at = *model.copied_at();
     let swapping = copied_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(started)).min(ran);
     let timing = Timing {
@@ -272,16 +297,25 @@ fn serve(run: Run, mailbox: &Mailbox) {
     let request = ask.key;
     places.answer(&ask, result, timing, |outcome| mailbox.put(Ended::Run { request, took: ran, outcome }));
     mailbox.ring();
+    if let Some(registrar) = registrar {
+        registrar.ask(&ask.peer);
+    }
     // Nobody waits for this; the next run in this lane does, once.
     if let Some(model) = unsettled {
         model.bound.settle();
     }
 }
 
-fn as_input(input: &RunInput) -> Input<'_> {
-    let data = match &input.bytes {
-        InputBytes::Shared(region) => InputData::Region(region),
-        InputBytes::Own(bytes) => InputData::Bytes(bytes),
-    };
-    Input { dtype: input.dtype, shape: &input.shape, data }
+/// A request's inputs. Those in shared memory say where GPUs may read them; whether one does is the engine's choice.
+fn inputs_of(ask: &Ask) -> Vec<Input<'_>> {
+    let registered = ask.peer.shared.get().and_then(Shared::registered);
+    let inputs = ask.inputs.iter().map(|input| {
+        let data = match (&input.bytes, registered) {
+            (InputBytes::Shared(region), Some(memory)) => InputData::Registered(region, memory),
+            (InputBytes::Shared(region), None) => InputData::Region(region),
+            (InputBytes::Own(bytes), _) => InputData::Bytes(bytes),
+        };
+        Input { dtype: input.dtype, shape: &input.shape, data }
+    });
+    inputs.collect()
 }

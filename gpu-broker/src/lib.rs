@@ -15,6 +15,7 @@ mod lane;
 pub mod limits;
 mod load;
 mod mailbox;
+mod registrar;
 pub mod replay;
 pub mod serve;
 mod socket;

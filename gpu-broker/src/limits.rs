@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use faaswap_protocol::Bytes;
+
 /// Most connections at a time; the next one is closed at once.
 pub const CONNECTIONS_MAX: usize = 8192;
 /// Most connections that have not said hello; the oldest of them makes room.
@@ -56,6 +58,12 @@ pub const PREPARE_ANSWER_BYTES_MAX: u64 = 64 << 10;
 pub const GROUP_BYTES: u64 = 8 << 20;
 /// Smallest response or request half that is given: less could not hold a tensor.
 pub const SLAB_HALF_MIN: u64 = 4096;
+/// Most bytes of slabs, in all, that GPUs read by themselves: such memory stays in the machine, used or not.
+pub const SLABS_REGISTERED_MAX: Bytes = Bytes::mib(4096);
+/// Most of one slab: 16 MiB hold a few large requests at a time, and sidecars take slots from the start.
+pub const SLAB_REGISTERED_MAX: Bytes = Bytes::mib(16);
+/// Slabs that wait to be registered or given back; beyond it they are asked for again, or given back by whoever has them.
+pub const SLABS_QUEUED_MAX: usize = 1024;
 /// How often the machine's GPUs are looked at; each look takes 40 ms a GPU, on a thread of its own.
 pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 /// How long there must have been nothing to do before a broker with lost devices starts anew to have them back.
@@ -65,7 +73,7 @@ pub const BATCH_INPUT_BYTES_MAX: u64 = 4 << 20;
 /// Most shapes, wanted outputs and numbers of requests whose trials are remembered of a model on a device.
 pub const TRIALS_MAX: usize = 256;
 /// Most bytes of outputs that a run of several requests may give.
-pub const BATCH_OUTPUT_BYTES_MAX: faaswap_protocol::Bytes = faaswap_protocol::Bytes::mib(64);
+pub const BATCH_OUTPUT_BYTES_MAX: Bytes = Bytes::mib(64);
 /// Steps of the scheduler that wait to be written to a trace; where there are more, the trace ends.
 pub const TRACE_QUEUED_MAX: usize = 32_768;
 /// How often they are looked for.
@@ -80,3 +88,5 @@ pub const TRACE_LINE_BYTES_MAX: u64 = 16 << 20;
 pub const LANE_LOOKS_FOR: Duration = Duration::from_micros(60);
 /// How long the loop and a lane look for a request that was said to be about to come.
 pub const EXPECTED_LOOKS_FOR: Duration = Duration::from_micros(100);
+
+const _: () = assert!(SLAB_REGISTERED_MAX.get() <= SLABS_REGISTERED_MAX.get(), "one slab must fit");

@@ -23,6 +23,7 @@ use crate::{
     limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
     load::Loader,
     mailbox::Mailbox,
+    registrar::Registrar,
     store::{Memory, Preparer, Ready, Store},
     telemetry::Telemetry,
     variant::Machine,
@@ -181,8 +182,11 @@ fn weights_ready(devices: &[Arc<dyn Device>]) -> Ready {
 }
 
 fn lanes(opened: Opened, mailbox: &Arc<Mailbox>) -> Result<Vec<DeviceEntry>, ServeError> {
+    let devices: Vec<_> = opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect();
+    let registrar = Registrar::start(&devices).map_err(ServeError::io("starting a thread"))?;
     let entry = |(settings, device): (DeviceSettings, Arc<dyn Device>)| {
-        let lane = |lane| Lane::start(&format!("lane-{}-{lane}", settings.name), Arc::clone(mailbox));
+        let name = |lane| format!("lane-{}-{lane}", settings.name);
+        let lane = |lane| Lane::start(&name(lane), Arc::clone(mailbox), registrar.clone());
         let lanes = (0..settings.lanes).map(lane).collect::<io::Result<_>>();
         let lanes = lanes.map_err(ServeError::io("starting a lane"))?;
         Ok(DeviceEntry { device, lanes, lost: false })

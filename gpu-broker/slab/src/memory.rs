@@ -9,7 +9,7 @@ use faaswap_protocol::{
     Bytes, SlabLayout, Span,
     limits::{SLAB_BYTES_MAX, TENSOR_ALIGN},
 };
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::SlabError;
@@ -127,6 +127,12 @@ impl Region {
     /// First byte. Valid for [`Region::len`] bytes while the region, or a clone, lives.
     pub fn as_mut_ptr(&self) -> *mut u8 {
         self.map.as_mut_ptr().wrapping_add(self.offset)
+    }
+
+    /// Puts pages behind all of the region, which whoever pins them would do one by one.
+    pub fn fault_in(&self) -> Result<(), SlabError> {
+        let all = self.map.advise_range(Advice::PopulateWrite, self.offset, self.len);
+        all.map_err(|source| SlabError::Os { call: "madvise(MADV_POPULATE_WRITE)", source })
     }
 
     /// Copies bytes into the region.

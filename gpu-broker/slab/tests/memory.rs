@@ -61,6 +61,20 @@ fn punching_holes_into_a_slab_leaves_it_readable() {
 }
 
 #[test]
+fn pages_that_are_faulted_in_take_memory_and_keep_their_bytes() {
+    let (slab, file) = Slab::create(LAYOUT).unwrap();
+    let region = slab.request_region(span(0, 8192)).unwrap();
+    region.write(4096, &[7; 100]).unwrap();
+    let blocks = || rustix::fs::fstat(&file).unwrap().st_blocks;
+    let before = blocks();
+    // Kernels before 5.14 cannot.
+    assert!(region.fault_in().is_err() || blocks() > before, "{} blocks", blocks());
+    let mut read = [1; 8192];
+    region.read(0, &mut read).unwrap();
+    assert!(read[4096..4196].iter().all(|byte| *byte == 7) && read[..4096].iter().all(|byte| *byte == 0));
+}
+
+#[test]
 fn a_file_that_could_shrink_is_refused() {
     let all = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     for missing in [SealFlags::SHRINK, SealFlags::GROW, SealFlags::SEAL, all] {

@@ -15,7 +15,7 @@ use faaswap_engine::{Input, InputData, Place, RunError, RunOutput, prepare::is_c
 use faaswap_protocol::{Batching, Bytes, DType, Detail, Refusal, Shape, Timing};
 use faaswap_scheduler::Verdict;
 
-use super::{Ask, BoundModel, InputBytes, Run, answer, answer::Places, as_input};
+use super::{Ask, BoundModel, InputBytes, Run, answer, answer::Places, inputs_of};
 use crate::{
     limits::{BATCH_OUTPUT_BYTES_MAX, TRIALS_MAX},
     mailbox::{Ended, Mailbox},
@@ -93,7 +93,7 @@ impl Serving<'_> {
     fn one_by_one(&self) -> Option<Duration> {
         for ask in self.asks {
             let started = Instant::now();
-            let inputs: Vec<_> = ask.inputs.iter().map(as_input).collect();
+            let inputs = inputs_of(ask);
             let mut places = Places::of(&ask.peer);
             let result = self.model.bound.run(&inputs, &ask.wanted, &mut |index, _, _, size| places.place(index, size));
             let result = result.map_err(|error| answer::refusal(error, self.model.is_lost()));
