@@ -24,6 +24,7 @@ const FLOORS: &[(&str, &[&str])] = &[
         "faaswap-gpu-tests",
         &[
             "faaswap-protocol",
+            "faaswap-slab",
             "faaswap-scheduler",
             "faaswap-device",
             "faaswap-engine",

@@ -19,7 +19,7 @@ use faaswap_protocol::Bytes;
 use serde_json::{Value, json};
 
 use crate::{
-    Result,
+    Result, in_slab,
     model::{self, Asked},
     record::{self, Records},
     stats::{median, median_ms},
@@ -139,6 +139,8 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         program.extend(asked.bound.time_program()?);
     }
     let program_ms = median_ms(&mut program);
+    let in_slab = in_slab::measure(&asked, &expected, RUNS)?;
+    in_slab.right.iter().for_each(|&right| check(right));
     asked.swap_out()?;
     let resident_ms = median_ms(&mut resident);
     let mut both: Vec<Duration> = Vec::new();
@@ -195,7 +197,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         "bare_copy_ms": bare_ms, "swap_ms": swap_ms, "map_ms": map_ms, "bandwidth_ratio": bare_ms / swap_ms,
         "resident_ms": resident_ms, "program_ms": program_ms, "plain_ms": plain_ms, "resident_ratio": program_ms / plain_ms,
         "pipelined_ms": both_ms, "pipelined_ratio": both_ms / longer, "plain_load_ms": plain_load_ms,
-        "parts_ms": parts, "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
+        "parts_ms": parts, "in_slab": in_slab.told(), "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
     });
     Ok(Measured { value, resident_ms })
 }
@@ -285,6 +287,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             if best.value["kept"].is_null() { "" } else { " session kept" },
         );
         println!("{:20} parts {} groups {}", "", best.value["parts_ms"], best.value["groups"]);
+        println!("{:20} inputs in a slab {}", "", best.value["in_slab"]);
         fs::write(
             out.join("figures.json"),
             serde_json::to_vec_pretty(&json!({"records": records, "mapping": mapping, "torch": torch}))?,

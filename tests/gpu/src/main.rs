@@ -23,6 +23,7 @@
 mod conform;
 mod fault;
 mod figures;
+mod in_slab;
 mod links;
 mod many;
 mod model;

@@ -195,8 +195,13 @@ impl Asked {
         let inputs = self.inputs.iter();
         let inputs: Vec<_> =
             inputs.map(|(dtype, shape, data)| Input { dtype: *dtype, shape, data: InputData::Bytes(data) }).collect();
+        self.ask_with(&inputs)
+    }
+
+    /// One request with inputs of the caller's.
+    pub(crate) fn ask_with(&self, inputs: &[Input<'_>]) -> Result<Vec<u8>> {
         let memory = |_, _, _: &Shape, size: Bytes| Ok(Place::Memory(vec![0; size.as_len().unwrap_or(0)]));
-        let outputs = self.bound.run(&inputs, &[], &mut { memory })?;
+        let outputs = self.bound.run(inputs, &[], &mut { memory })?;
         let bytes = outputs.into_iter().flat_map(|output| match output.place {
             Place::Memory(bytes) => bytes,
             Place::Region(_) => Vec::new(),
