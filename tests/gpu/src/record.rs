@@ -72,6 +72,13 @@ const FIGURES: &[Figure] = &[
         )
     },
     figure(
+        "swapped_in_request_paced",
+        "ms",
+        From::Ours("pipelined_ms"),
+        Some((From::Longer("bare_copy_ms", "resident_paced_ms"), "longer of bare copy and resident run after a pause")),
+        Target::Told,
+    ),
+    figure(
         "resident_run_to_session",
         "ms",
         From::Ours("program_ms"),

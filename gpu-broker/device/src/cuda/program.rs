@@ -101,7 +101,7 @@ impl fmt::Debug for Program {
 struct Capture {
     /// The lane whose stream is captured.
     lane: usize,
-    /// How many groups each stage of a swap-in makes usable; the last one has all.
+    /// How many groups each stage of a swap-in makes usable, before it none; the last one has all.
     stages: Vec<u32>,
     /// The stage that the part under way needs.
     stage: usize,
@@ -133,7 +133,9 @@ impl CudaDevice {
         target.workspace().grow(workspace)?;
         let before = target.scratch().live();
         let stages = stages(groups, self.info().chunk);
-        let stages = stages.iter().map(|stage| u32::try_from(stage.groups).unwrap_or(u32::MAX)).collect();
+        let usable = stages.iter().map(|stage| u32::try_from(stage.groups).unwrap_or(u32::MAX));
+        // What waits for nothing is a part of its own.
+        let stages = std::iter::once(0).chain(usable).collect();
         CAPTURE.set(Some(Capture { lane: binding, stages, stage: 0, done: Vec::new() }));
         let begun = binding_lane.queue.begin_capture();
         let worked = begun.map_err(E::from).and_then(|()| with_purpose(Purpose::Scratch(lane), work));

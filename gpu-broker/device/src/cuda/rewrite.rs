@@ -31,6 +31,10 @@ pub(super) fn rewrite(context: &Arc<Context>, graph: cu::CUgraph, kernels: &Kern
     let mut count = 0;
     // SAFETY: without a table the driver writes the number of nodes alone.
     check("cuGraphGetNodes", unsafe { cu::cuGraphGetNodes(graph, ptr::null_mut(), &raw mut count) })?;
+    if count == 0 {
+        // The driver refuses a table without room.
+        return Ok(Rewritten::default());
+    }
     let mut nodes = vec![ptr::null_mut(); count];
     // SAFETY: the table has room for as many nodes as the driver has said.
     check("cuGraphGetNodes", unsafe { cu::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &raw mut count) })?;

@@ -9,6 +9,7 @@ mod check;
 mod concat;
 mod graph;
 mod groups;
+mod head;
 mod inspect;
 pub mod kin;
 mod limit;

@@ -13,6 +13,7 @@ use std::{
 use bytes::Bytes as Buffer;
 use faaswap_protocol::DType;
 
+use super::head;
 use crate::{
     EngineError, PrepareError,
     limits::{WEIGHT_ALIGN, WEIGHT_BYTES_MIN},
@@ -20,13 +21,13 @@ use crate::{
     onnx::{self, GraphProto, NodeProto, TensorProto},
 };
 
-/// Writes `weights.bin` into `out` and leaves references to it in the graph. On a GPU integers stay in the graph: they are
-/// few, and nodes that compute shapes read them on the host. Returns the table and the file's size.
+/// Writes `weights.bin` into `out` and leaves references to it in the graph. On a GPU integers stay in the graph (they are
+/// few, and nodes that compute shapes read them on the host), and the head. Returns the table and the file's size.
 pub(super) fn extract(
     graph: &mut GraphProto,
     data_dir: &Path,
     out: &Path,
-    floats_only: bool,
+    on_gpu: bool,
 ) -> Result<(Vec<Initializer>, u64), PrepareError> {
     // An input with a default value counts as a constant: requests cannot name it.
     let given: HashSet<String> = graph.initializer.iter().map(|tensor| tensor.name().to_owned()).collect();
@@ -35,14 +36,15 @@ pub(super) fn extract(
     let handed_out: HashSet<&str> = graph.output.iter().map(|value| value.name()).collect();
     let mut late: HashMap<String, usize> = (graph.initializer.iter().enumerate())
         .filter(|(_, tensor)| {
-            can_move(tensor) && (!floats_only || is_float(tensor)) && !handed_out.contains(tensor.name())
+            can_move(tensor) && (!on_gpu || is_float(tensor)) && !handed_out.contains(tensor.name())
         })
         .map(|(i, tensor)| (tensor.name().to_owned(), i))
         .collect();
     let mut order = Vec::with_capacity(late.len());
     first_uses(graph, &mut late, &mut order);
+    let head = if on_gpu { head::count(graph, &order) } else { 0 };
     let mut source = Source { dir: data_dir, open: HashMap::new() };
-    let (table, size) = write_flat(graph, &order, &mut source, &out.join(WEIGHTS_FILE))?;
+    let (table, size) = write_flat(graph, &order[head..], &mut source, &out.join(WEIGHTS_FILE))?;
     // What is left over is used by nobody; ONNX Runtime would warn of it and drop it.
     let unused: HashSet<usize> = late.into_values().collect();
     let mut index = 0;
