@@ -314,6 +314,12 @@ impl Bound {
         self.programs.as_ref().map(Programs::nodes)
     }
 
+    /// On a GPU: of how many kernels, copies and waits each part of the program is made, behind the number of groups that it waits
+    /// for.
+    pub fn program_parts(&self) -> Vec<(u32, usize)> {
+        self.programs.as_ref().map(Programs::parts_nodes).unwrap_or_default()
+    }
+
     /// The range to swap in and out; `None` when the model has no weights to swap.
     pub fn range(&self) -> Option<RangeId> {
         self.range.as_ref().map(|reserved| reserved.waiter.range)

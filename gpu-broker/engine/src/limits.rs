@@ -23,7 +23,11 @@ pub const FIRST_GROUP_BYTES: Bytes = Bytes::kib(256);
 /// an event, at 54 GB/s, as measured on an H100.
 pub const GROUP_COSTS_BYTES: u64 = 192 << 10;
 /// The part of a swap-in's time that groups may cost: one in so many.
-pub const GROUPS_COST_ONE_IN: u64 = 32;
+pub const GROUPS_COST_ONE_IN: u64 = 64;
+/// About the smallest of a model's last groups on a GPU: what is left to run behind them is short.
+pub const LAST_GROUP_BYTES: Bytes = Bytes::mib(1);
+/// Groups that a model may have for that besides.
+pub const LAST_GROUPS: usize = 3;
 /// Groups that a model has all the same, where it has so many initializers: small models run longer than they are copied,
 /// and would wait for one large group.
 pub const GROUPS_MIN: usize = 4;

@@ -93,6 +93,10 @@ impl Programs {
         self.program.nodes()
     }
 
+    pub(crate) fn parts_nodes(&self) -> Vec<(u32, usize)> {
+        self.program.parts_nodes()
+    }
+
     pub(crate) fn replaced(&self) -> (usize, usize) {
         self.program.replaced()
     }

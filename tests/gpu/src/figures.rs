@@ -145,8 +145,8 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
     let resident_ms = median_ms(&mut resident);
     let mut both: Vec<Duration> = Vec::new();
     // Where its time goes: until the link has begun; from there until all is copied, meanwhile queueing and mapping; until the
-    // program is launched, from there to the end.
-    let mut parts: [Vec<Duration>; 6] = Default::default();
+    // program's first part is launched, until all is, from there to the end.
+    let mut parts: [Vec<Duration>; 7] = Default::default();
     for _ in 0..SWAPS {
         let start = Instant::now();
         let done = asked.begin_swap_in()?;
@@ -155,7 +155,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         check(output == expected);
         let report = done.recv()??;
         let run = asked.bound.last_run().unwrap_or_default();
-        let took = [report.waited, report.took, report.queueing, report.mapping, run.until_launch, run.after];
+        let took = [report.waited, report.took, report.queueing, report.mapping, run.until_first, run.until_launch, run.after];
         parts.iter_mut().zip(took).for_each(|(all, one)| all.push(one));
         asked.swap_out()?;
         thread::sleep(BETWEEN);
@@ -210,7 +210,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         "resident_ms": resident_ms, "program_ms": program_ms, "plain_ms": plain_ms, "resident_ratio": program_ms / plain_ms,
         "pipelined_ms": both_ms, "pipelined_ratio": both_ms / longer,
         "resident_paced_ms": paced_ms, "pipelined_paced_ratio": both_ms / longer_paced, "plain_load_ms": plain_load_ms,
-        "parts_ms": parts, "in_slab": in_slab.told(), "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
+        "parts_ms": parts, "program_parts": asked.bound.program_parts(), "in_slab": in_slab.told(), "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
     });
     Ok(Measured { value, resident_ms })
 }
@@ -299,7 +299,8 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             best.value["copies"],
             if best.value["kept"].is_null() { "" } else { " session kept" },
         );
-        println!("{:20} parts {} groups {}", "", best.value["parts_ms"], best.value["groups"]);
+        let v = |key: &str| &best.value[key];
+        println!("{:20} parts {} groups {} program {}", "", v("parts_ms"), v("groups"), v("program_parts"));
         println!("{:20} inputs in a slab {}", "", best.value["in_slab"]);
         fs::write(
             out.join("figures.json"),

@@ -290,11 +290,17 @@ impl<'d> Run<'d> {
         let _reading = self.device.shared.noted(_reading)?;
         let swapping = weights.map_or(Ok(None), |(range, _)| self.device.late_copy(range));
         let swapping = self.device.shared.noted(swapping)?;
-        let went = self.queue_all(weights, inputs, outputs);
+        let mut first = None;
+        let went = self.queue_all(weights, inputs, outputs, &mut first);
         let launched = Instant::now();
         // Also after a failure: what was queued uses memory that goes back with this run.
         let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(swapping.as_deref(), launched));
-        self.program.took(RunTimes { until_launch: launched - started, after: launched.elapsed() }, swapping.is_none());
+        let times = RunTimes {
+            until_first: first.unwrap_or(launched) - started,
+            until_launch: launched - started,
+            after: launched.elapsed(),
+        };
+        self.program.took(times, swapping.is_none());
         self.device.shared.noted(went.and(done))
     }
 
@@ -327,6 +333,7 @@ impl<'d> Run<'d> {
         weights: Option<(RangeId, Option<u32>)>,
         inputs: (usize, usize),
         outputs: (usize, usize),
+        first_launched: &mut Option<Instant>,
     ) -> Result<(), DeviceError> {
         for Piece { offset, len, from } in pieces(inputs, &self.in_place, IO_ALIGN) {
             let own = self.stretch(offset, len)?.expose_provenance() as u64;
@@ -346,6 +353,7 @@ impl<'d> Run<'d> {
                 self.device.wait_queued(range, part.groups)?;
             }
             part.graph.launch(&self.lane.queue)?;
+            first_launched.get_or_insert_with(Instant::now);
         }
         let (to, from) = (self.stretch(outputs.0, outputs.1)?, self.lane.io_base + outputs.0 as u64);
         match outputs.1 {

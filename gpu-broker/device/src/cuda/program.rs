@@ -41,6 +41,8 @@ pub(super) struct Part {
 /// Where the time of a run went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RunTimes {
+    /// Until its first part was launched.
+    pub until_first: Duration,
     /// Until the program was launched: inputs are queued, and the weights' copies are queued and mapped.
     pub until_launch: Duration,
     /// From there to the last output.
@@ -72,6 +74,11 @@ impl Program {
 
     pub(super) fn parts(&self) -> &[Part] {
         &self.parts
+    }
+
+    /// Of how many kernels, copies and waits each part is made, and how many groups it waits for.
+    pub fn parts_nodes(&self) -> Vec<(u32, usize)> {
+        self.parts.iter().map(|part| (part.groups, part.graph.rewritten.nodes)).collect()
     }
 
     /// In which lane it runs.

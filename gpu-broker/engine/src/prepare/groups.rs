@@ -4,12 +4,12 @@
 use faaswap_protocol::Bytes;
 
 use crate::{
-    limits::{FIRST_GROUP_BYTES, GROUPS_COST_ONE_IN, GROUPS_MAX, GROUPS_MIN, GROUPS_QUEUED},
+    limits::{FIRST_GROUP_BYTES, GROUPS_COST_ONE_IN, GROUPS_MAX, GROUPS_MIN, GROUPS_QUEUED, LAST_GROUP_BYTES, LAST_GROUPS},
     manifest::{GroupSpan, Initializer},
 };
 
 /// As [`cut_from`], with as many groups as a link can have without losing time on them, where each costs it as much as
-/// copying `cost` bytes does.
+/// copying `cost` bytes does. A few smaller ones at the end come besides.
 pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Bytes, cost: u64) -> Vec<GroupSpan> {
     let most = match cost {
         0 => usize::MAX,
@@ -21,8 +21,9 @@ pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Byt
     };
     let mut first = FIRST_GROUP_BYTES.get();
     loop {
-        let groups = cut_from(initializers, weights_bytes, first, largest.get().max(first));
-        if groups.len() <= most || first >= weights_bytes {
+        let (last, more) = if cost > 0 { (first.min(LAST_GROUP_BYTES.get()), LAST_GROUPS) } else { (first, 0) };
+        let groups = cut_from(initializers, weights_bytes, (first, last), largest.get().max(first));
+        if groups.len() <= most.saturating_add(more) || first >= weights_bytes {
             return groups;
         }
         first = first.saturating_add(first / 2);
@@ -30,8 +31,8 @@ pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Byt
 }
 
 /// Cuts where initializers start; groups join without gaps and end with the weights. No group but the last is below its
-/// wanted size, the smallest at the beginning, unless the next initializer would more than double it.
-fn cut_from(initializers: &[Initializer], weights_bytes: u64, smallest: u64, largest: u64) -> Vec<GroupSpan> {
+/// wanted size, the smallest at the beginning and smaller ones at the end, unless the next initializer would more than double it.
+fn cut_from(initializers: &[Initializer], weights_bytes: u64, (smallest, last): (u64, u64), largest: u64) -> Vec<GroupSpan> {
     let largest = largest.max(weights_bytes.div_ceil(GROUPS_MAX / 2)).max(1);
     let mut wanted = smallest.min(largest);
     let mut groups = Vec::new();
@@ -40,7 +41,7 @@ fn cut_from(initializers: &[Initializer], weights_bytes: u64, smallest: u64, lar
         let have = weight.offset - start;
         let with = (weight.offset + weight.len) - start;
         // What is left halves from group to group towards the end.
-        let wanted_here = wanted.min(((weights_bytes - start) / 2).max(smallest));
+        let wanted_here = wanted.min(((weights_bytes - start) / 2).max(last));
         if have >= wanted_here || (have > 0 && with > wanted_here.saturating_mul(2)) {
             groups.push(GroupSpan { offset: start, len: have });
             start = weight.offset;
@@ -103,11 +104,11 @@ mod tests {
     fn groups_are_fewer_where_each_costs_time() {
         let (table, total) = weights(&[128 << 10; 400]);
         let (free, dear) = (cut(&table, total, Bytes::mib(8), 0), cut(&table, total, Bytes::mib(8), 192 << 10));
-        assert!(dear.len() < free.len() && dear.len() as u64 <= total / (GROUPS_COST_ONE_IN * (192 << 10)));
+        assert!(dear.len() < free.len() && dear.len() <= GROUPS_MIN + LAST_GROUPS);
         assert!(dear.windows(2).all(|w| w[0].offset + w[0].len == w[1].offset));
         assert_eq!(dear.iter().map(|g| g.len).sum::<u64>(), total);
-        assert!(dear[0].len < dear[1].len, "the first is small still");
+        assert!(dear.last().expect("there are some").len <= LAST_GROUP_BYTES.get(), "the last is");
         let (table, total) = weights(&[128 << 10; 30]);
-        assert_eq!(cut(&table, total, Bytes::mib(4), 192 << 10).len(), GROUPS_MIN, "a small model");
+        assert_eq!(cut(&table, total, Bytes::mib(4), 192 << 10).len(), GROUPS_MIN + 1, "a small model");
     }
 }
