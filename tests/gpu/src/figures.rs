@@ -143,37 +143,11 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
     in_slab.right.iter().for_each(|&right| check(right));
     asked.swap_out()?;
     let resident_ms = median_ms(&mut resident);
-    let mut both: Vec<Duration> = Vec::new();
-    // Where its time goes: until the link has begun; from there until all is copied, meanwhile queueing and mapping; until the
-    // program's first part is launched, until all is, from there to the end.
-    let mut parts: [Vec<Duration>; 7] = Default::default();
-    for _ in 0..SWAPS {
-        let start = Instant::now();
-        let done = asked.begin_swap_in()?;
-        let output = asked.ask()?;
-        both.push(start.elapsed());
-        check(output == expected);
-        let report = done.recv()??;
-        let run = asked.bound.last_run().unwrap_or_default();
-        let took = [report.waited, report.took, report.queueing, report.mapping, run.until_first, run.until_launch, run.after];
-        parts.iter_mut().zip(took).for_each(|(all, one)| all.push(one));
-        asked.swap_out()?;
-        thread::sleep(BETWEEN);
-    }
-    let both_ms = median_ms(&mut both);
-    let parts = parts.map(|mut all| median_ms(&mut all));
+    let (both_ms, parts) = swapped_in(&asked, &expected, &mut check)?;
     // What came after a pause is compared with a resident run after the same pause, too.
     asked.swap_in()?;
-    let mut paced: Vec<Duration> = Vec::new();
-    for _ in 0..SWAPS {
-        thread::sleep(BETWEEN);
-        let start = Instant::now();
-        let output = asked.ask()?;
-        paced.push(start.elapsed());
-        check(output == expected);
-    }
+    let paced_ms = paced(&asked, &expected, &mut check)?;
     asked.swap_out()?;
-    let paced_ms = median_ms(&mut paced);
 
     let Target::Cuda(target) = prepared.manifest().target else { return Err("prepared for the processor".into()) };
     let plain_target = Target::Cuda(CudaTarget { channels_last: false, ..target });
@@ -213,6 +187,41 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         "parts_ms": parts, "program_parts": asked.bound.program_parts(), "in_slab": in_slab.told(), "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
     });
     Ok(Measured { value, resident_ms })
+}
+
+/// Requests whose weights are brought for them, after a pause each: their time, and where it goes: until the link has begun; from
+/// there until all is copied, meanwhile queueing and mapping; until the program's first part is launched, until all is, from
+/// there to the end.
+fn swapped_in(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result<(f64, [f64; 7])> {
+    let mut both: Vec<Duration> = Vec::new();
+    let mut parts: [Vec<Duration>; 7] = Default::default();
+    for _ in 0..SWAPS {
+        let start = Instant::now();
+        let done = asked.begin_swap_in()?;
+        let output = asked.ask()?;
+        both.push(start.elapsed());
+        check(output == expected);
+        let (swap, run) = (done.recv()??, asked.bound.last_run().unwrap_or_default());
+        let swap = [swap.waited, swap.took, swap.queueing, swap.mapping];
+        let took = swap.into_iter().chain([run.until_first, run.until_launch, run.after]);
+        parts.iter_mut().zip(took).for_each(|(all, one)| all.push(one));
+        asked.swap_out()?;
+        thread::sleep(BETWEEN);
+    }
+    Ok((median_ms(&mut both), parts.map(|mut all| median_ms(&mut all))))
+}
+
+/// Requests whose weights are there, after the same pause.
+fn paced(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result<f64> {
+    let mut paced: Vec<Duration> = Vec::new();
+    for _ in 0..SWAPS {
+        thread::sleep(BETWEEN);
+        let start = Instant::now();
+        let output = asked.ask()?;
+        paced.push(start.elapsed());
+        check(output == expected);
+    }
+    Ok(median_ms(&mut paced))
 }
 
 /// Device memory that one more function takes while its weights are out: the driver gives memory out in pieces of 2 MiB, so

@@ -4,7 +4,9 @@
 use faaswap_protocol::Bytes;
 
 use crate::{
-    limits::{FIRST_GROUP_BYTES, GROUPS_COST_ONE_IN, GROUPS_MAX, GROUPS_MIN, GROUPS_QUEUED, LAST_GROUP_BYTES, LAST_GROUPS},
+    limits::{
+        FIRST_GROUP_BYTES, GROUPS_COST_ONE_IN, GROUPS_MAX, GROUPS_MIN, GROUPS_QUEUED, LAST_GROUP_BYTES, LAST_GROUPS,
+    },
     manifest::{GroupSpan, Initializer},
 };
 
@@ -32,7 +34,12 @@ pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Byt
 
 /// Cuts where initializers start; groups join without gaps and end with the weights. No group but the last is below its
 /// wanted size, the smallest at the beginning and smaller ones at the end, unless the next initializer would more than double it.
-fn cut_from(initializers: &[Initializer], weights_bytes: u64, (smallest, last): (u64, u64), largest: u64) -> Vec<GroupSpan> {
+fn cut_from(
+    initializers: &[Initializer],
+    weights_bytes: u64,
+    (smallest, last): (u64, u64),
+    largest: u64,
+) -> Vec<GroupSpan> {
     let largest = largest.max(weights_bytes.div_ceil(GROUPS_MAX / 2)).max(1);
     let mut wanted = smallest.min(largest);
     let mut groups = Vec::new();

@@ -35,9 +35,7 @@ pub(super) fn extract(
     hoist(graph);
     let handed_out: HashSet<&str> = graph.output.iter().map(|value| value.name()).collect();
     let mut late: HashMap<String, usize> = (graph.initializer.iter().enumerate())
-        .filter(|(_, tensor)| {
-            can_move(tensor) && (!on_gpu || is_float(tensor)) && !handed_out.contains(tensor.name())
-        })
+        .filter(|(_, tensor)| can_move(tensor) && (!on_gpu || is_float(tensor)) && !handed_out.contains(tensor.name()))
         .map(|(i, tensor)| (tensor.name().to_owned(), i))
         .collect();
     let mut order = Vec::with_capacity(late.len());
