@@ -22,5 +22,6 @@ mod socket;
 pub mod store;
 pub mod telemetry;
 mod trace;
+mod turns;
 mod variant;
 mod verify;

@@ -6,7 +6,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU8, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -26,6 +26,7 @@ use crate::{
     core::{Loaded, charge, device_id},
     lane::BoundModel,
     store::{Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files, memory_key},
+    turns::{Turns, Wanted},
     variant::{Machine, Variant},
 };
 
@@ -64,13 +65,16 @@ pub(crate) struct Loader {
     pub(crate) runtime: Runtime,
     pub(crate) devices: Vec<Arc<dyn Device>>,
     pub(crate) uploads: Semaphore,
-    pub(crate) loads: Semaphore,
+    /// For loading models, and binding them to further devices.
+    pub(crate) loads: Turns,
+    /// Counts models: each is bound to another device first.
+    pub(crate) opened: AtomicUsize,
     /// Making room in the store, and filling it, is for one at a time.
     pub(crate) room: Mutex<()>,
 }
 
 /// A device and its name in the scheduler.
-type OnDevice = (DeviceId, Arc<dyn Device>);
+pub(crate) type OnDevice = (DeviceId, Arc<dyn Device>);
 
 impl Loader {
     /// Whether the model was uploaded or prepared before.
@@ -84,11 +88,12 @@ impl Loader {
     }
 
     fn open(&self, model: &Variant) -> Result<Loaded, Refusal> {
-        let rejected = |e: EngineError| Refusal::ModelRejected { reason: Detail::from(e.to_string()) };
         let prepared = Prepared::open(self.store_for(model).prepared_dir(&model.digest)).map_err(rejected)?;
         let manifest = Arc::clone(prepared.manifest());
         let weights = manifest.weights_bytes;
-        let fitting = self.fitting(weights)?;
+        let mut fitting = self.fitting(weights)?;
+        let first = self.opened.fetch_add(1, Ordering::Relaxed) % fitting.len();
+        let first = fitting.swap_remove(first);
         let key = memory_key(&model.digest, &manifest);
         let home = self.memory.home(&key, &prepared.weights_path(), weights).map_err(|error| match error {
             MemoryError::Full { needed, left } => Refusal::HostMemoryFull { needed, left },
@@ -97,12 +102,14 @@ impl Loader {
         if let Err(error) = home.warm() {
             tracing::warn!(%error, "weights stay on disk until they are asked for");
         }
-        let mut bound = Vec::new();
-        for (id, device) in fitting {
-            let made = Bound::new(&self.runtime, &prepared, &device).map_err(rejected)?;
-            bound.push((id, Arc::new(BoundModel::new(model.digest, made, device))));
-        }
-        Ok(Loaded { bound, home, signature: Arc::new(manifest.signature.clone()), weights, by_rows: manifest.by_rows })
+        let bound = vec![self.bind(model, &prepared, first).map_err(rejected)?];
+        let signature = Arc::new(manifest.signature.clone());
+        Ok(Loaded { bound, unbound: fitting, home, signature, weights, by_rows: manifest.by_rows })
+    }
+
+    fn bind(&self, model: &Variant, prepared: &Prepared, (id, device): OnDevice) -> Result<OnDeviceBound, EngineError> {
+        let made = Bound::new(&self.runtime, prepared, &device)?;
+        Ok((id, Arc::new(BoundModel::new(model.digest, made, device))))
     }
 
     /// The devices that can hold so many weights.
@@ -119,18 +126,42 @@ impl Loader {
     }
 }
 
-/// Loads a model whose files are in the store.
-pub(crate) async fn load(loader: &Arc<Loader>, model: Variant, stage: &Arc<Stage>) -> Result<Loaded, Refusal> {
+/// A model on a device, by the device's name in the scheduler.
+pub(crate) type OnDeviceBound = (DeviceId, Arc<BoundModel>);
+
+#[expect(clippy::needless_pass_by_value, reason = "made for map_err")]
+fn rejected(error: EngineError) -> Refusal {
+    Refusal::ModelRejected { reason: Detail::from(error.to_string()) }
+}
+
+/// Loads a model whose files are in the store, and binds it to one device.
+pub(crate) async fn load(
+    loader: &Arc<Loader>,
+    model: Variant,
+    stage: &Arc<Stage>,
+    wanted: &Arc<Wanted>,
+) -> Result<Loaded, Refusal> {
     let store = loader.store_for(&model);
     if !store.prepared_dir(&model.digest).exists() {
         let (begun, target) = (Arc::clone(stage), loader.machine.target(&model));
         loader.preparer.prepare((&store, target), &model.digest, move || begun.set(1)).await?;
     }
     stage.set(2);
-    let _turn = loader.loads.acquire().await.map_err(|_| Refusal::Draining)?;
+    let _turn = loader.loads.take(wanted).await;
     stage.set(3);
     let loader = Arc::clone(loader);
     spawn_blocking(move || loader.open(&model)).await.unwrap_or(Err(Refusal::Draining))
+}
+
+/// Binds a model that was loaded to one more device, once no model waits to be loaded.
+pub(crate) async fn bind_too(loader: &Arc<Loader>, model: Variant, device: OnDevice) -> Result<OnDeviceBound, Refusal> {
+    let _turn = loader.loads.take(&Wanted::later()).await;
+    let loader = Arc::clone(loader);
+    let bind = move || {
+        let prepared = Prepared::open(loader.store_for(&model).prepared_dir(&model.digest));
+        prepared.and_then(|prepared| loader.bind(&model, &prepared, device)).map_err(rejected)
+    };
+    spawn_blocking(bind).await.unwrap_or(Err(Refusal::Draining))
 }
 
 /// Where an upload's bytes come from.

@@ -3,7 +3,14 @@
 mod accept;
 mod connection;
 
-use std::{cell::RefCell, io, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::RefCell,
+    io,
+    path::PathBuf,
+    rc::Rc,
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
 
 use faaswap_device::{Device, DeviceError};
 use faaswap_engine::{EngineError, Runtime, RuntimeOptions};
@@ -26,6 +33,7 @@ use crate::{
     registrar::Registrar,
     store::{Memory, Preparer, Ready, Store},
     telemetry::Telemetry,
+    turns::Turns,
     variant::Machine,
     verify::Verifier,
 };
@@ -164,7 +172,8 @@ fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Open
         runtime,
         devices,
         uploads: Semaphore::new(UPLOADS_MAX),
-        loads: Semaphore::new(LOADS_MAX),
+        loads: Turns::new(LOADS_MAX),
+        opened: AtomicUsize::new(0),
         room: std::sync::Mutex::new(()),
     })
 }

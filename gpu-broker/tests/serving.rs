@@ -16,7 +16,7 @@ mod common;
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use common::{Broker, Client, digest, model::Linear, spec, wait_for};
-use faaswap_protocol::{FromBroker, FunctionId, FunctionSpec, Refusal, Tf32, ToBroker};
+use faaswap_protocol::{CallId, FromBroker, FunctionId, FunctionSpec, Refusal, Tf32, ToBroker};
 
 const TWO_SMALL_DEVICES: &str = "[[device]]\nmemory = \"1MiB\"\nchunk = \"64KiB\"\nlink_mib_per_s = 200\n\
                                  [[device]]\nmemory = \"768KiB\"\nchunk = \"64KiB\"\nlanes = 2";
@@ -47,6 +47,31 @@ fn every_answer_is_right_while_more_models_than_fit_swap_over_two_devices() {
     }
     assert_eq!(residencies.len(), 2, "some were resident, some were swapped in");
     assert!(swaps_in(&broker) >= 10.0, "ten models need as many swap-ins at least");
+}
+
+#[test]
+fn a_function_is_served_once_it_is_bound_to_one_device_and_bound_to_the_others_meanwhile() {
+    let broker = Broker::start(TWO_SMALL_DEVICES);
+    let mut client = Client::greeted(&broker);
+    let models: Vec<_> = (0..4).map(|seed| Linear { size: 64, seed }).collect();
+    for model in &models {
+        client.say(&ToBroker::Hurry { call: CallId(u32::MAX) }, &[]);
+        let function = client.register_file(&format!("f{}", model.seed), &model.write(broker.dir.path())).unwrap();
+        let input = model.input(1);
+        client.ask(function, &[1, 64], &input);
+        assert_eq!(client.answer().1.unwrap().floats(), model.expected(&input));
+    }
+    let bound = || -> Vec<usize> {
+        let models = broker.get("/v1/models");
+        models.as_array().unwrap().iter().map(|model| model["bound"].as_array().unwrap().len()).collect()
+    };
+    wait_for("all models are bound to both devices", || bound() == [2; 4]);
+    for (number, model) in models.iter().enumerate() {
+        let input = model.input(2);
+        let function = FunctionId(u32::try_from(number).unwrap() + 1);
+        client.ask(function, &[1, 64], &input);
+        assert_eq!(client.answer().1.unwrap().floats(), model.expected(&input));
+    }
 }
 
 #[test]

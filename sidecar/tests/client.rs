@@ -311,3 +311,29 @@ async fn a_function_that_was_never_ready_is_told_so_at_once() {
     let refused = client.infer(&request(&[1.0; 4])).await.map(drop).unwrap_err();
     assert!(matches!(refused, InferError::NotReady(FunctionState::Connecting)), "{refused}");
 }
+
+#[tokio::test]
+async fn a_broker_is_told_to_hurry_once_a_request_waits() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("broker.sock");
+    let broker = FakeBroker::at(&path, doubler());
+    broker.set_mood(Mood::Slow);
+    let client = Broker::start(config(broker.target(), DEADLINE));
+    let mut states = client.function();
+    states.wait_for(|state| matches!(state, FunctionState::Preparing(_))).await.unwrap();
+    let refused = client.infer(&request(&[1.0; 4])).await.map(drop).unwrap_err();
+    assert!(matches!(refused, InferError::NotReady(FunctionState::Preparing(_))), "{refused}");
+    client.until_ready().await.unwrap();
+
+    // One that came while the broker was away counts too, and one that waits is answered.
+    broker.kill().await;
+    let asking = tokio::spawn({
+        let client = client.clone();
+        async move { client.infer(&request(&[2.0; 4])).await.map(|answer| floats(&answer.outputs[0].data)) }
+    });
+    states.wait_for(|state| matches!(state, FunctionState::Connecting)).await.unwrap();
+    let next = FakeBroker::at(&path, doubler());
+    next.set_mood(Mood::Slow);
+    next.until(|seen| seen.registered == 1).await;
+    assert_eq!(asking.await.unwrap().unwrap(), [4.0; 4]);
+}

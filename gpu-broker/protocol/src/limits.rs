@@ -3,7 +3,7 @@
 use crate::units::Bytes;
 
 /// Version of the messages and of their bytes. A broker speaks exactly one.
-pub const WIRE_VERSION: u32 = 4;
+pub const WIRE_VERSION: u32 = 5;
 /// Longest encoded message, without its payload.
 pub const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// Longest payload of one frame: tensors or a part of a model, on connections without a slab.

@@ -214,6 +214,11 @@ pub enum ToBroker {
         /// Whether it comes within a moment: its inputs are only being copied.
         soon: bool,
     },
+    /// A request waits for the registration `call`: it goes before others. A hint without an answer.
+    Hurry {
+        /// The registration.
+        call: CallId,
+    },
 }
 
 /// What the broker says.

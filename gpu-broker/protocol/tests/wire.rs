@@ -57,6 +57,7 @@ fn to_broker() -> Vec<ToBroker> {
         ToBroker::Release { request },
         ToBroker::Ping { nonce: u64::MAX },
         ToBroker::Expect { function: FunctionId(5), soon: true },
+        ToBroker::Hurry { call },
     ]
 }
 

@@ -3,13 +3,13 @@
 use std::{sync::Arc, time::Instant};
 
 use faaswap_protocol::{Bytes, CallId, FromBroker, FunctionSpec, Refusal, Signature};
-use faaswap_scheduler::{DeviceId, Event, ModelId, trace::Named};
+use faaswap_scheduler::{Event, ModelId, trace::Named};
 
 use super::{Core, Home, Model, PeerId, charge};
 use crate::{
-    lane::BoundModel,
     limits::{REJECTED_FOR, REJECTED_MAX},
-    load::{self, Stage},
+    load::{self, OnDevice, OnDeviceBound, Stage},
+    turns::Wanted,
     variant::Variant,
 };
 
@@ -25,6 +25,7 @@ pub(super) struct Waiter {
 #[derive(Debug)]
 pub(super) struct Loading {
     stage: Arc<Stage>,
+    wanted: Arc<Wanted>,
     waiters: Vec<Waiter>,
 }
 
@@ -33,12 +34,21 @@ impl Loading {
     pub(super) fn forget(&mut self, peer: PeerId) {
         self.waiters.retain(|waiter| waiter.from != peer);
     }
+
+    /// Loads it before others, where this call waits for it.
+    pub(super) fn hurry(&self, peer: PeerId, call: CallId) {
+        if self.waiters.iter().any(|waiter| (waiter.from, waiter.call) == (peer, call)) {
+            self.wanted.hurry();
+        }
+    }
 }
 
 /// What loading gives: everything that runs need.
 #[derive(Debug)]
 pub(crate) struct Loaded {
-    pub(crate) bound: Vec<(DeviceId, Arc<BoundModel>)>,
+    pub(crate) bound: Vec<OnDeviceBound>,
+    /// Further devices, to be bound to once nothing else is to be loaded.
+    pub(crate) unbound: Vec<OnDevice>,
     pub(crate) home: Home,
     pub(crate) signature: Arc<Signature>,
     pub(crate) weights: Bytes,
@@ -53,10 +63,12 @@ impl Core {
             return;
         }
         let stage = Arc::new(Stage::default());
-        self.loading.insert(variant, Loading { stage: Arc::clone(&stage), waiters: vec![waiter] });
+        let wanted = Wanted::next();
+        let (stage_too, wanted_too) = (Arc::clone(&stage), Arc::clone(&wanted));
+        self.loading.insert(variant, Loading { stage: stage_too, wanted: wanted_too, waiters: vec![waiter] });
         let (loader, me) = (Arc::clone(&self.loader), self.me.clone());
         tokio::task::spawn_local(async move {
-            let result = load::load(&loader, variant, &stage).await;
+            let result = load::load(&loader, variant, &stage, &wanted).await;
             if let Some(core) = me.upgrade() {
                 core.borrow_mut().load_ended(variant, result);
             }
@@ -74,6 +86,7 @@ impl Core {
         match result {
             Ok(loaded) => {
                 let model = self.add_model(variant, loaded);
+                self.bind_to_others(variant, model);
                 for Waiter { from, call, spec } in waiters {
                     // What was true when the registration came may not be so any more.
                     match self.may_register(from, &spec) {
@@ -91,6 +104,41 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// Binds a model to the devices that it has not been bound to, one after the other, while it is served already.
+    fn bind_to_others(&mut self, variant: Variant, id: ModelId) {
+        let devices = self.models.get_mut(&id).map(|model| std::mem::take(&mut model.loaded.unbound));
+        let devices = devices.filter(|devices| !devices.is_empty());
+        let Some(devices) = devices else { return };
+        let (loader, me) = (Arc::clone(&self.loader), self.me.clone());
+        tokio::task::spawn_local(async move {
+            for device in devices {
+                let name = device.1.info().name.clone();
+                let bound = load::bind_too(&loader, variant, device).await;
+                let Some(core) = me.upgrade() else { return };
+                match bound {
+                    Ok(bound) => core.borrow_mut().bound_too(id, bound),
+                    Err(error) => {
+                        tracing::warn!(%error, device = %name, model = ?variant.digest, "a model is not bound there: others serve it");
+                    }
+                }
+            }
+        });
+    }
+
+    /// A model that was not bound to this device is now.
+    fn bound_too(&mut self, id: ModelId, (device, bound): OnDeviceBound) {
+        self.take_ended();
+        let Some(model) = self.models.get_mut(&id).filter(|model| !model.leaving) else {
+            // Nobody wants it any more.
+            drop(tokio::task::spawn_blocking(move || drop(bound)));
+            return;
+        };
+        model.loaded.bound.push((device, bound));
+        let charge = charge(model.loaded.weights, self.devices[usize::from(device.0)].device.as_ref());
+        self.happen(Event::ModelBound { model: id, device, charge });
+        self.tell_model(id, device);
     }
 
     fn add_model(&mut self, variant: Variant, loaded: Loaded) -> ModelId {

@@ -140,6 +140,7 @@ impl Core {
             ToBroker::Ping { nonce } => self.say(from, &FromBroker::Pong { nonce }),
             ToBroker::Expect { function, soon } => self.expect(from, function, soon),
             ToBroker::Register { call, function } => self.register(from, call, function),
+            ToBroker::Hurry { call } => self.loading.values().for_each(|loading| loading.hurry(from, call)),
             ToBroker::Unregister { function } => self.unregister(from, function),
             ToBroker::Upload { call, model, files } => self.upload(from, call, model, files, std::mem::take(fds)),
             ToBroker::UploadPart { call } => return self.upload_part(from, call, payload),

@@ -30,6 +30,8 @@ pub(crate) struct ModelReport {
     /// Whether they are in host memory; else they are on disk, or on the way.
     in_host_memory: bool,
     functions: usize,
+    /// Devices that it can be brought to.
+    bound: Vec<String>,
     /// Devices that it is on, or on the way to or from.
     on: Vec<String>,
 }
@@ -75,6 +77,7 @@ impl Core {
             weights_bytes: model.loaded.weights.get(),
             in_host_memory: model.loaded.home.is_in_memory(),
             functions: model.functions,
+            bound: model.loaded.bound.iter().map(|(device, _)| name(usize::from(device.0))).collect(),
             on: model.on.iter().map(|device| name(usize::from(device.0))).collect(),
         });
         let devices = self.devices.iter().enumerate().map(|(index, entry)| DeviceReport {

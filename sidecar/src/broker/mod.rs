@@ -230,6 +230,8 @@ struct Shared {
     states: watch::Sender<FunctionState>,
     known: OnceLock<Arc<Known>>,
     waiting: Waiting,
+    /// Whether a request came while the function was not ready.
+    missed: watch::Sender<bool>,
 }
 
 /// A handle to the client; the connection ends when the last one is dropped.
@@ -256,6 +258,7 @@ impl Broker {
             states: watch::Sender::new(FunctionState::Connecting),
             known: OnceLock::new(),
             waiting: Waiting::default(),
+            missed: watch::Sender::new(false),
         });
         let task = tokio::spawn(supervise::keep_connected(Arc::clone(&shared)));
         Self { shared, _task: Arc::new(AbortOnDrop(task)) }
@@ -340,6 +343,7 @@ impl Broker {
 
     async fn infer_from(&self, request: &InferRequest, draft: Option<Draft>) -> Result<InferAnswer, InferError> {
         if self.shared.known.get().is_none() {
+            self.shared.missed.send_replace(true);
             return Err(self.state().into());
         }
         match request.timeout {
@@ -413,6 +417,7 @@ impl Broker {
         {
             return Ok(Arc::clone(&ready.link));
         }
+        self.shared.missed.send_replace(true);
         let _waits = self.shared.waiting.enter().ok_or(InferError::WaitingFull)?;
         let mut states = self.shared.states.subscribe();
         loop {

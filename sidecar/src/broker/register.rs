@@ -8,7 +8,7 @@ use faaswap_protocol::{
     Bytes, CallId, FromBroker, FunctionId, FunctionSpec, Refusal, Signature, ToBroker, limits::UPLOAD_PART_BYTES_MAX,
     wire,
 };
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 
 use super::{
     dial::Opened,
@@ -51,11 +51,12 @@ impl<E: Into<LinkError>> From<E> for RegisterError {
     }
 }
 
-/// Registers the function; `progress` hears how it goes.
+/// Registers the function; `progress` hears how it goes. Once a request is `missed`, the broker is told to hurry.
 pub(super) async fn register(
     opened: &mut Opened,
     spec: &FunctionSpec,
     model: &ModelSource,
+    mut missed: watch::Receiver<bool>,
     mut progress: impl FnMut(Progress),
 ) -> Result<Registered, RegisterError> {
     let mut uploads = 0;
@@ -63,7 +64,7 @@ pub(super) async fn register(
     loop {
         call += 1;
         send(opened, &ToBroker::Register { call: CallId(call), function: spec.clone() }).await?;
-        if let Some(registered) = outcome(opened, CallId(call), &mut progress).await? {
+        if let Some(registered) = outcome(opened, CallId(call), &mut missed, &mut progress).await? {
             return Ok(registered);
         }
         if uploads == UPLOADS_MAX {
@@ -84,10 +85,21 @@ pub(super) async fn register(
 async fn outcome(
     opened: &mut Opened,
     this: CallId,
+    missed: &mut watch::Receiver<bool>,
     progress: &mut impl FnMut(Progress),
 ) -> Result<Option<Registered>, RegisterError> {
+    let mut told = false;
     loop {
-        match next(opened, REGISTER_SILENCE_MAX, "a function was registered").await? {
+        let message = tokio::select! {
+            biased;
+            message = next(opened, REGISTER_SILENCE_MAX, "a function was registered") => message?,
+            true = is_set(missed), if !told => {
+                told = true;
+                send(opened, &ToBroker::Hurry { call: this }).await?;
+                continue;
+            }
+        };
+        match message {
             FromBroker::Registered { call, function, signature, weights } if call == this => {
                 return Ok(Some(Registered { function, signature, weights }));
             }
@@ -97,6 +109,11 @@ async fn outcome(
             other => return Err(unexpected(other)),
         }
     }
+}
+
+/// Waits until it is; `false`: it never will be.
+async fn is_set(flag: &mut watch::Receiver<bool>) -> bool {
+    flag.wait_for(|set| *set).await.is_ok()
 }
 
 fn unexpected(message: FromBroker) -> RegisterError {

@@ -127,6 +127,7 @@ fn publish(shared: &Shared, registered: Registered, opened: &Opened) -> Arc<Link
     let link = Link::new(function, Arc::clone(&opened.socket), opened.slab.clone());
     let known = Arc::clone(shared.known.get_or_init(|| Arc::new(Known { signature, weights })));
     tracing::info!(function = %shared.config.function.name, weights = %known.weights, "function is ready");
+    shared.missed.send_replace(false);
     shared.states.send_replace(FunctionState::Ready(Ready { known, link: Arc::clone(&link) }));
     link
 }
@@ -147,7 +148,7 @@ async fn register_patiently(
             });
         };
         let config = &shared.config;
-        match register::register(opened, &config.function, model, told).await {
+        match register::register(opened, &config.function, model, shared.missed.subscribe(), told).await {
             Ok(registered) => return Ok(Some(registered)),
             Err(RegisterError::FilesNeeded) => return Ok(None),
             Err(RegisterError::Link(error)) => return Err(error),

@@ -37,6 +37,8 @@ pub enum Mood {
     Answer,
     /// Keeps requests until the mood changes.
     Hold,
+    /// Ends registrations once it is told to hurry.
+    Slow,
     Refuse(Refusal),
 }
 
@@ -358,7 +360,8 @@ impl Peer {
                 self.shared.seen.send_modify(|seen| seen.expected += 1);
                 Ok(())
             }
-            ToBroker::Unregister { .. } => Ok(()),
+            ToBroker::Hurry { call } if *self.shared.mood.borrow() == Mood::Slow => self.registered(call).await,
+            ToBroker::Hurry { .. } | ToBroker::Unregister { .. } => Ok(()),
         }
     }
 
@@ -371,6 +374,13 @@ impl Peer {
             return self.say(FromBroker::ModelNeeded { call }).await;
         }
         self.say(FromBroker::Preparing { call, stage: "binding".into() }).await?;
+        if *self.shared.mood.borrow() == Mood::Slow {
+            return Ok(());
+        }
+        self.registered(call).await
+    }
+
+    async fn registered(&mut self, call: CallId) -> io::Result<()> {
         let signature = self.shared.signature.clone();
         self.say(FromBroker::Registered { call, function: FunctionId(3), signature, weights: Bytes::mib(5) }).await?;
         self.shared.seen.send_modify(|seen| seen.registered += 1);
@@ -413,7 +423,7 @@ impl Peer {
                 self.shared.seen.send_modify(note);
                 return self.say(FromBroker::Refused { request, refusal }).await;
             }
-            Mood::Answer => self.shared.seen.send_modify(note),
+            Mood::Answer | Mood::Slow => self.shared.seen.send_modify(note),
         }
         let all: Vec<u16> = (0..inputs.len().try_into().unwrap()).collect();
         let wanted = if outputs.is_empty() { &all } else { outputs };

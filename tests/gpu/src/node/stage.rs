@@ -4,6 +4,7 @@
 use std::{
     fs,
     sync::Once,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -28,6 +29,8 @@ use crate::{Result, model};
 /// How long registering may take, for each function; and how long at least.
 const REGISTERED_WITHIN_EACH: Duration = Duration::from_millis(700);
 const REGISTERED_WITHIN: Duration = Duration::from_secs(60);
+/// How often it is looked whether all are bound to all devices.
+const BOUND_LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Largest difference to a plain session's output, beside the largest value; TF32 and fp16 have 10 bits of fraction.
 const TOLERANCE: f64 = 1e-2;
 const TOLERANCE_ON_HOST: f64 = 1e-3;
@@ -43,6 +46,27 @@ pub(crate) struct Stage {
     pub(crate) weights: Bytes,
     references: Vec<Vec<Vec<u8>>>,
     pub(crate) device: String,
+}
+
+/// Waits until all models are bound to all devices: a function is served once it is bound to one.
+fn bound_everywhere(broker: &Broker, until: Instant) -> Result<()> {
+    let (start, devices) = (Instant::now(), broker.devices()?.as_array().map_or(0, Vec::len));
+    let is_everywhere = |model: &Value| model["bound"].as_array().is_some_and(|bound| bound.len() == devices);
+    loop {
+        let models: Value = serde_json::from_str(&broker.page("/v1/models")?)?;
+        if models.as_array().is_some_and(|models| models.iter().all(is_everywhere)) {
+            break;
+        }
+        if Instant::now() >= until {
+            println!("  NOT all are bound to all {devices} devices after {:.1} s", start.elapsed().as_secs_f64());
+            return Ok(());
+        }
+        thread::sleep(BOUND_LOOK_EVERY);
+    }
+    if devices > 1 {
+        println!("  bound to all {devices} devices {:.1} s later", start.elapsed().as_secs_f64());
+    }
+    Ok(())
 }
 
 impl Stage {
@@ -91,6 +115,7 @@ impl Stage {
         if registered.ready == 0 {
             return Err(format!("no function could be registered: {}", broker.log_tail()).into());
         }
+        bound_everywhere(&broker, Instant::now() + within)?;
         Ok((broker, fleet, registered))
     }
 
