@@ -31,6 +31,9 @@ use crate::{DeviceError, Group, OnDone, RangeId, SwapReport, range::Step};
 /// Most swaps whose copies are queued at a time: enough that the bus never idles between two.
 pub(super) const AHEAD_MAX: usize = 4;
 
+/// Chunks that are mapped before any copy where mapping waits for copies: as much as takes less time than one wait does.
+const MAPPED_FIRST: usize = 16;
+
 /// A swap-in whose copies are all queued.
 pub(super) struct Copying {
     range: RangeId,
@@ -209,7 +212,8 @@ impl Link {
         let mut mapped = 0;
         for stage in stages(groups, self.shared.info.chunk) {
             if self.maps_first {
-                mapped = self.map_timed(range, &chunks, (mapped, stage.chunks), report)?;
+                let until = stage.chunks.max(chunks.len().min(MAPPED_FIRST));
+                mapped = self.map_timed(range, &chunks, (mapped, until), report)?;
             }
             let begun = Instant::now();
             for group in &groups[queued.groups..stage.groups] {
