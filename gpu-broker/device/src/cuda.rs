@@ -286,6 +286,11 @@ impl CudaDevice {
         }
     }
 
+    /// Memory that models' constants take of theirs.
+    pub fn constants_taken(&self) -> Bytes {
+        Bytes::of_len(self.memory.constants.lock().unwrap_or_else(PoisonError::into_inner).0.taken())
+    }
+
     /// Memory of constants and of scratch, by our count.
     pub fn arenas(&self) -> (Bytes, Bytes) {
         let constants = self.memory.constants.lock().unwrap_or_else(PoisonError::into_inner).0.mapped();

@@ -228,8 +228,13 @@ fn paced(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result
 /// several are bound.
 fn memory_each(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) -> Result<f64> {
     let cuda = device.as_cuda().ok_or("no GPU")?;
-    // What the lanes have taken for all of their models does not count.
-    let left = || -> Result<f64> { Ok((cuda.driver_memory()?.0.get() + cuda.arenas().1.get()) as f64) };
+    // What the lanes have taken for all of their models does not count. Of the memory for constants, what is taken does: it
+    // grows in larger pieces.
+    let left = || -> Result<f64> {
+        let (constants, scratch) = cuda.arenas();
+        let free = cuda.driver_memory()?.0.get() + scratch.get() + constants.get();
+        Ok(free as f64 - cuda.constants_taken().get() as f64)
+    };
     let first = Asked::new(runtime, prepared, device)?;
     let more = || Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs));
     let _former = (0..FORMER).map(|_| more()).collect::<Result<Vec<_>>>()?;

@@ -140,6 +140,11 @@ impl Arena {
         self.books.peak
     }
 
+    /// How many bytes are taken.
+    pub(super) fn taken(&self) -> usize {
+        self.books.live.values().sum()
+    }
+
     /// How many stretches are taken.
     pub(super) fn live(&self) -> usize {
         self.books.live.len()
