@@ -14,6 +14,7 @@ OPTIONAL = {"unit"}
 TITLES = {
     "swap_in_bandwidth": "Swap-in bandwidth",
     "swapped_in_request": "Swapped-in request, pipelined",
+    "swapped_in_request_paced": "The same beside a resident run after the same pause",
     "resident_run_to_session": "Resident run beside a plain session",
     "resident_run_to_eager": "Resident run beside PyTorch eager",
     "resident_run_to_graph": "Resident run beside a PyTorch CUDA graph",

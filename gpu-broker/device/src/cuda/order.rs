@@ -1,10 +1,8 @@
 //! In which order a link maps memory and queues copies: what is better there is measured when the device is opened.
 //!
-//! Where mapping does not mind copies, it is hidden behind them: a stage's copies are queued first. Where it waits for all
-//! copies that are queued (seen on a machine with two H100: 1.0 ms to map 48 MiB beside copies that took 1.1 ms, and models
-//! of 50 to 180 MB ran only when all was there), a stage is mapped first: its first part then runs beside its copies. Seen on
-//! two H100 since: 0.08 ms to map a chunk alone, 1.03 ms beside copies, BERT-large's request 1.07 times its copy (it was 1.09),
-//! ResNet-50's 1.30 times (1.4 to 2.1 before).
+//! Where mapping does not mind copies, it is hidden behind them: a stage's copies are queued first. On machines with two H100
+//! it took 0.08 ms for a chunk alone and 1.03 ms beside copies, and models of 50 to 180 MB ran only when all was there. There
+//! a stage is mapped first: its first part then runs beside its copies.
 
 use std::{
     sync::Arc,
