@@ -11,49 +11,21 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-
 use common::{
-    Answer, Broker, Client, digest,
+    Broker, Client,
+    bursts::{ONE_LANE, ROUNDS, ROUNDS_MAX, answers, bytes, register, rounds},
     model::{Linear, lookup, node, table, value, write_graph},
-    spec,
 };
 use faaswap_engine::{Target, onnx::ModelProto, prepare::is_close};
 use faaswap_protocol::{Batching, DType, FunctionId, Refusal, RequestId, Shape, Span, TensorSlice, ToBroker};
 use prost::Message;
 
-/// A slow link, so that requests queue up behind the first one, which waits for its weights.
-const ONE_LANE: &str = "[[device]]\nmemory = \"8MiB\"\nchunk = \"64KiB\"\nlink_mib_per_s = 2";
 /// In one burst: more than go into one run.
 const BURST: usize = 24;
-const ROUNDS: usize = 12;
-/// So many are sent where none had to wait for another one until then: a busy machine may send slower than it runs.
-const ROUNDS_MAX: usize = 500;
-
-fn register(client: &mut Client, name: &str, file: &std::path::Path, batching: Batching) -> FunctionId {
-    let spec = faaswap_protocol::FunctionSpec { batching, ..spec(name, digest(file)) };
-    client.register(&spec, &[("model.onnx", file)]).unwrap().0
-}
+const SHARED: &str = "faaswap_shared_run_requests_total";
 
 fn shared_requests(broker: &Broker) -> f64 {
-    broker.metric("faaswap_shared_run_requests_total")
-}
-
-/// The answers to so many requests, whichever comes first.
-fn answers(client: &mut Client, count: usize) -> BTreeMap<RequestId, Result<Answer, Refusal>> {
-    let answers: BTreeMap<_, _> = (0..count).map(|_| client.answer()).collect();
-    assert_eq!(answers.len(), count, "each is answered once");
-    answers
-}
-
-fn bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
-/// Rounds until some requests have shared a run since then.
-fn rounds(broker: &Broker) -> impl Iterator<Item = usize> + '_ {
-    let before = shared_requests(broker);
-    (0..ROUNDS_MAX).take_while(move |round| *round < ROUNDS || shared_requests(broker) == before)
+    broker.metric(SHARED)
 }
 
 /// Sends bursts of requests with inputs of their own, and checks every answer.
@@ -84,7 +56,7 @@ fn requests_that_share_a_run_get_their_own_outputs_in_the_slab_and_over_tcp() {
     for (n, mut client) in [Client::greeted(&broker), Client::inline(&broker)].into_iter().enumerate() {
         let before = shared_requests(&broker);
         let function = register(&mut client, &format!("f{n}"), &file, Batching::Exact);
-        bursts(&mut client, function, &model, rounds(&broker));
+        bursts(&mut client, function, &model, rounds(&broker, SHARED));
         assert!(shared_requests(&broker) > before, "some have shared a run");
     }
 }
@@ -119,7 +91,7 @@ fn shapes_that_differ_and_requests_of_several_rows_run_apart_and_are_right() {
     let model = Linear { size: 64, seed: 5 };
     let mut client = Client::inline(&broker);
     let function = register(&mut client, "rows", &model.write(broker.dir.path()), Batching::On);
-    for round in rounds(&broker) {
+    for round in rounds(&broker, SHARED) {
         let asked: Vec<_> = (0..BURST)
             .map(|n| {
                 let rows = [1, 1, 1, 3][n % 4];
@@ -145,7 +117,7 @@ fn a_poisoned_request_fails_alone() {
     let mut client = Client::inline(&broker);
     let function = register(&mut client, "lookup", &file, Batching::Exact);
     let (mut sent, mut poisoned) = (0, 0);
-    for round in rounds(&broker) {
+    for round in rounds(&broker, SHARED) {
         let asked: Vec<_> = (0..BURST)
             .map(|n| {
                 let bad = round > 2 && n == 5 + round % 16;
@@ -184,7 +156,7 @@ fn rows_that_depend_on_each_other_are_found_out_and_run_alone() {
     for (name, salts) in [("different", 97), ("equal", 1)] {
         let mut client = Client::inline(&broker);
         let function = register(&mut client, name, &file, Batching::On);
-        for round in rounds(&broker) {
+        for round in rounds(&broker, SHARED) {
             for n in 0..BURST {
                 let input = Linear { size: 1024, seed: 0 }.input((round * BURST + n) % salts);
                 client.ask_bytes(function, (DType::F32, &[1, 1024]), &bytes(&input), 0);
@@ -204,7 +176,7 @@ fn peers_that_cancel_or_go_leave_the_others_of_their_runs_alone() {
     let file = model.write(broker.dir.path());
     let mut steady = Client::greeted(&broker);
     let function = register(&mut steady, "shared", &file, Batching::Exact);
-    for round in rounds(&broker) {
+    for round in rounds(&broker, SHARED) {
         // The same name and specification: one function, whose requests share runs over connections.
         let mut fickle = Client::greeted(&broker);
         let theirs = register(&mut fickle, "shared", &file, Batching::Exact);
@@ -301,7 +273,7 @@ fn what_was_tried_with_some_outputs_says_nothing_of_others() {
     let function = register(&mut client, "two", &file, Batching::On);
     let model = Linear { size: 64, seed: 0 };
     for wanted in [0, 1] {
-        for round in rounds(&broker) {
+        for round in rounds(&broker, SHARED) {
             let inputs: Vec<_> = (0..BURST).map(|n| model.input(round * BURST + n)).collect();
             let asked = |n: usize| RequestId((1 + u64::from(wanted)) << 32 | (round * BURST + n) as u64);
             for (n, input) in inputs.iter().enumerate() {

@@ -14,19 +14,14 @@ mod common;
 use std::{collections::BTreeMap, path::Path};
 
 use common::{
-    Answer, Broker, Client, digest,
+    Answer, Broker, Client,
+    bursts::{ONE_LANE, ROUNDS, answers, bytes, register, rounds},
     model::{Linear, lookup, node, table, value, write_graph},
-    spec,
 };
 use faaswap_protocol::{Batching, DType, FunctionId, Refusal, RequestId, ToBroker};
 
-/// A slow link, so that requests queue up behind the first one, which waits for its weights.
-const ONE_LANE: &str = "[[device]]\nmemory = \"8MiB\"\nchunk = \"64KiB\"\nlink_mib_per_s = 2";
 /// In one burst of each function.
 const BURST: usize = 12;
-const ROUNDS: usize = 12;
-/// So many are sent where none had to wait for another one until then: a busy machine may send slower than it runs.
-const ROUNDS_MAX: usize = 500;
 const MIXED: &str = "faaswap_mixed_runs_total";
 const APART: &str = "faaswap_shared_runs_apart_total";
 
@@ -38,26 +33,19 @@ struct Tenant {
 
 impl Tenant {
     fn of(mut client: Client, name: &str, file: &Path, batching: Batching) -> Self {
-        let spec = faaswap_protocol::FunctionSpec { batching, ..spec(name, digest(file)) };
-        let function = client.register(&spec, &[("model.onnx", file)]).unwrap().0;
+        let function = register(&mut client, name, file, batching);
         Self { client, function }
     }
 
     fn ask(&mut self, nth: usize, input: &[f32]) -> RequestId {
-        let bytes: Vec<u8> = input.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let bytes = bytes(input);
         let (shape, offset) = ([1, input.len() as u64], (nth * bytes.len()) as u64);
         self.client.ask_bytes(self.function, (DType::F32, &shape), &bytes, offset)
     }
 
     fn answers(&mut self, count: usize) -> BTreeMap<RequestId, Result<Answer, Refusal>> {
-        (0..count).map(|_| self.client.answer()).collect()
+        answers(&mut self.client, count)
     }
-}
-
-/// Rounds until such a metric has grown.
-fn rounds<'a>(broker: &'a Broker, metric: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let before = broker.metric(metric);
-    (0..ROUNDS_MAX).take_while(move |round| *round < ROUNDS || broker.metric(metric) == before)
 }
 
 /// Bursts of both, one request of each in turn, with inputs of their own; every answer is checked.

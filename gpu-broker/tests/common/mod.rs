@@ -1,8 +1,15 @@
 //! A broker process of one's own, and a client that speaks the protocol frame by frame, so that it can also misspeak.
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::wildcard_enum_match_arm, reason = "tests")]
+#![allow(
+    clippy::float_cmp,
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    clippy::wildcard_enum_match_arm,
+    reason = "tests"
+)]
 
+pub mod bursts;
 pub mod model;
 
 use std::{
