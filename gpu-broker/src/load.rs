@@ -93,7 +93,7 @@ impl Loader {
         let weights = manifest.weights_bytes;
         let mut fitting = self.fitting(weights)?;
         let first = self.opened.fetch_add(1, Ordering::Relaxed) % fitting.len();
-        let first = fitting.swap_remove(first);
+        fitting.rotate_left(first);
         let key = memory_key(&model.digest, &manifest);
         let home = self.memory.home(&key, &prepared.weights_path(), weights).map_err(|error| match error {
             MemoryError::Full { needed, left } => Refusal::HostMemoryFull { needed, left },
@@ -102,9 +102,27 @@ impl Loader {
         if let Err(error) = home.warm() {
             tracing::warn!(%error, "weights stay on disk until they are asked for");
         }
-        let bound = vec![self.bind(model, &prepared, first).map_err(rejected)?];
+        let (bound, unbound) = self.bind_first(model, &prepared, fitting)?;
         let signature = Arc::new(manifest.signature.clone());
-        Ok(Loaded { bound, unbound: fitting, home, signature, weights, by_rows: manifest.by_rows })
+        Ok(Loaded { bound: vec![bound], unbound, home, signature, weights, by_rows: manifest.by_rows })
+    }
+
+    /// Binds to the first of these devices that is not lost; gives those behind it back.
+    fn bind_first(
+        &self,
+        model: &Variant,
+        prepared: &Prepared,
+        devices: Vec<OnDevice>,
+    ) -> Result<(OnDeviceBound, Vec<OnDevice>), Refusal> {
+        let mut devices = devices.into_iter();
+        while let Some(device) = devices.next() {
+            match self.bind(model, prepared, device.clone()) {
+                Ok(bound) => return Ok((bound, devices.filter(|(_, device)| !device.is_lost()).collect())),
+                Err(_) if device.1.is_lost() => {}
+                Err(error) => return Err(rejected(error)),
+            }
+        }
+        Err(Refusal::HardwareFault)
     }
 
     fn bind(&self, model: &Variant, prepared: &Prepared, (id, device): OnDevice) -> Result<OnDeviceBound, EngineError> {

@@ -75,6 +75,22 @@ fn a_function_is_served_once_it_is_bound_to_one_device_and_bound_to_the_others_m
 }
 
 #[test]
+fn functions_that_come_after_a_device_was_lost_are_served_by_the_other() {
+    let broker = Broker::start(&format!("test_faults = true\n{TWO_SMALL_DEVICES}"));
+    assert_eq!(broker.post("/v1/devices/host0/fail").0, 200);
+    let mut client = Client::greeted(&broker);
+    for seed in 0..4 {
+        let model = Linear { size: 64, seed };
+        let function = client.register_file(&format!("f{seed}"), &model.write(broker.dir.path())).unwrap();
+        let input = model.input(1);
+        client.ask(function, &[1, 64], &input);
+        assert_eq!(client.answer().1.unwrap().floats(), model.expected(&input));
+    }
+    let models = broker.get("/v1/models");
+    assert!(models.as_array().unwrap().iter().all(|model| model["bound"] == serde_json::json!(["host1"])), "{models}");
+}
+
+#[test]
 fn hints_change_no_answer_whoever_gives_them_and_however_many() {
     let broker = Broker::start(TWO_SMALL_DEVICES);
     let model = Linear { size: 128, seed: 3 };
