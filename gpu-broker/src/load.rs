@@ -87,7 +87,8 @@ impl Loader {
         self.store.clone().with_flavour(self.machine.flavour(model))
     }
 
-    fn open(&self, model: &Variant) -> Result<Loaded, Refusal> {
+    /// Gives the devices too that it is to be bound to later.
+    fn open(&self, model: &Variant) -> Result<(Loaded, Vec<OnDevice>), Refusal> {
         let prepared = Prepared::open(self.store_for(model).prepared_dir(&model.digest)).map_err(rejected)?;
         let manifest = Arc::clone(prepared.manifest());
         let weights = manifest.weights_bytes;
@@ -104,7 +105,7 @@ impl Loader {
         }
         let (bound, unbound) = self.bind_first(model, &prepared, fitting)?;
         let signature = Arc::new(manifest.signature.clone());
-        Ok(Loaded { bound: vec![bound], unbound, home, signature, weights, by_rows: manifest.by_rows })
+        Ok((Loaded { bound: vec![bound], home, signature, weights, by_rows: manifest.by_rows }, unbound))
     }
 
     /// Binds to the first of these devices that is not lost; gives those behind it back.
@@ -152,13 +153,13 @@ fn rejected(error: EngineError) -> Refusal {
     Refusal::ModelRejected { reason: Detail::from(error.to_string()) }
 }
 
-/// Loads a model whose files are in the store, and binds it to one device.
+/// Loads a model whose files are in the store, and binds it to one device. Gives the others too that can hold it.
 pub(crate) async fn load(
     loader: &Arc<Loader>,
     model: Variant,
     stage: &Arc<Stage>,
     wanted: &Arc<Wanted>,
-) -> Result<Loaded, Refusal> {
+) -> Result<(Loaded, Vec<OnDevice>), Refusal> {
     let store = loader.store_for(&model);
     if !store.prepared_dir(&model.digest).exists() {
         let (begun, target) = (Arc::clone(stage), loader.machine.target(&model));

@@ -2,6 +2,7 @@
 
 `make fetch-go` installs it where Go and its module can be had; else all of this is skipped."""
 
+import contextlib
 import functools
 import http.server
 import json
@@ -92,14 +93,21 @@ class Gateway(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def serving(handler):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+
+
 @pytest.fixture()
 def gateway():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Gateway) as server:
+        server.asked = []
+        yield server
 
 
 def deployed(gateway):
@@ -107,8 +115,8 @@ def deployed(gateway):
     return {body["service"]: body for _, path, body in gateway.asked if path.startswith("/system/functions") and body}
 
 
-def url(gateway):
-    return f"http://127.0.0.1:{gateway.server_port}"
+def url(server):
+    return f"http://127.0.0.1:{server.server_port}"
 
 
 def test_the_example_stack_is_deployed_with_its_annotations_and_without_a_gpu(project, gateway):
@@ -152,12 +160,10 @@ def test_up_builds_pushes_and_deploys_a_new_function(project, gateway, template,
 def test_the_template_store_shows_ours(tmp_path):
     store = ROOT / "faas-templates/templates.json"
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=store.parent)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/{store.name}"
+    with serving(handler) as server:
+        address = f"{url(server)}/{store.name}"
         listed = run(CLI, "template", "store", "list", "--url", address, "--verbose", cwd=tmp_path)
         for template in json.loads(store.read_text()):
             assert template["template"] in listed and template["description"] in listed, listed
             described = run(CLI, "template", "store", "describe", template["template"], "--url", address, cwd=tmp_path)
             assert template["repo"] in described, described
-        server.shutdown()

@@ -47,8 +47,6 @@ impl Loading {
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) bound: Vec<OnDeviceBound>,
-    /// Further devices, to be bound to once nothing else is to be loaded.
-    pub(crate) unbound: Vec<OnDevice>,
     pub(crate) home: Home,
     pub(crate) signature: Arc<Signature>,
     pub(crate) weights: Bytes,
@@ -75,7 +73,7 @@ impl Core {
         });
     }
 
-    fn load_ended(&mut self, variant: Variant, result: Result<Loaded, Refusal>) {
+    fn load_ended(&mut self, variant: Variant, result: Result<(Loaded, Vec<OnDevice>), Refusal>) {
         self.take_ended();
         let waiters = self.loading.remove(&variant).map(|loading| loading.waiters).unwrap_or_default();
         for waiter in &waiters {
@@ -84,9 +82,9 @@ impl Core {
             }
         }
         match result {
-            Ok(loaded) => {
+            Ok((loaded, unbound)) => {
                 let model = self.add_model(variant, loaded);
-                self.bind_to_others(variant, model);
+                self.bind_to_others(variant, model, unbound);
                 for Waiter { from, call, spec } in waiters {
                     // What was true when the registration came may not be so any more.
                     match self.may_register(from, &spec) {
@@ -106,11 +104,8 @@ impl Core {
         }
     }
 
-    /// Binds a model to the devices that it has not been bound to, one after the other, while it is served already.
-    fn bind_to_others(&mut self, variant: Variant, id: ModelId) {
-        let devices = self.models.get_mut(&id).map(|model| std::mem::take(&mut model.loaded.unbound));
-        let devices = devices.filter(|devices| !devices.is_empty());
-        let Some(devices) = devices else { return };
+    /// Binds a model to further devices, one after the other, while it is served already.
+    fn bind_to_others(&self, variant: Variant, id: ModelId, devices: Vec<OnDevice>) {
         let (loader, me) = (Arc::clone(&self.loader), self.me.clone());
         tokio::task::spawn_local(async move {
             for device in devices {

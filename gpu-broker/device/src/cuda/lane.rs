@@ -290,13 +290,12 @@ impl<'d> Run<'d> {
         let _reading = self.device.shared.noted(_reading)?;
         let swapping = weights.map_or(Ok(None), |(range, _)| self.device.late_copy(range));
         let swapping = self.device.shared.noted(swapping)?;
-        let mut first = None;
-        let went = self.queue_all(weights, inputs, outputs, &mut first);
+        let went = self.queue_all(weights, inputs, outputs);
         let launched = Instant::now();
         // Also after a failure: what was queued uses memory that goes back with this run.
         let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(swapping.as_deref(), launched));
         let times = RunTimes {
-            until_first: first.unwrap_or(launched) - started,
+            until_first: went.as_ref().ok().copied().flatten().unwrap_or(launched) - started,
             until_launch: launched - started,
             after: launched.elapsed(),
         };
@@ -328,13 +327,13 @@ impl<'d> Run<'d> {
         Ok(started.elapsed())
     }
 
+    /// Queues everything; tells when the first part was launched, if there are any.
     fn queue_all(
         &self,
         weights: Option<(RangeId, Option<u32>)>,
         inputs: (usize, usize),
         outputs: (usize, usize),
-        first_launched: &mut Option<Instant>,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<Option<Instant>, DeviceError> {
         for Piece { offset, len, from } in pieces(inputs, &self.in_place, IO_ALIGN) {
             let own = self.stretch(offset, len)?.expose_provenance() as u64;
             let (to, len) = (self.lane.io_base + offset as u64, len.next_multiple_of(UNIT));
@@ -348,6 +347,7 @@ impl<'d> Run<'d> {
         if let Some((range, Some(first))) = weights {
             self.device.await_group(range, first, Stream(self.lane.queue.handle()))?;
         }
+        let mut first_launched = None;
         for part in self.program.parts() {
             if let Some((range, _)) = weights {
                 self.device.wait_queued(range, part.groups)?;
@@ -357,14 +357,15 @@ impl<'d> Run<'d> {
         }
         let (to, from) = (self.stretch(outputs.0, outputs.1)?, self.lane.io_base + outputs.0 as u64);
         match outputs.1 {
-            0 => Ok(()),
+            0 => {}
             1..=OUTPUTS_BY_KERNEL => {
                 let (to, len) = (to.expose_provenance() as u64, outputs.1.next_multiple_of(UNIT));
                 // SAFETY: as above.
-                unsafe { self.device.memory.kernels.queue(Work::Copy { to, from, len }, &self.lane.queue) }
+                unsafe { self.device.memory.kernels.queue(Work::Copy { to, from, len }, &self.lane.queue) }?;
             }
             // SAFETY: as above.
-            _ => unsafe { self.lane.queue.copy_out(to, from, outputs.1) },
+            _ => unsafe { self.lane.queue.copy_out(to, from, outputs.1) }?,
         }
+        Ok(first_launched)
     }
 }

@@ -1,9 +1,9 @@
 //! A model's head: its first weights, which stay on the GPU with each function, so that a run begins before anything of the
 //! rest is mapped or copied.
 //!
-//! A swap-in takes some 300 us until a program's first part can be launched (measured on an H100: waking a thread, queueing
-//! copies, mapping memory). A convolutional network's first layers have few weights and much to compute: less than a megabyte
-//! lasts for as long. The head stays in the graph, as small initializers do, so it is with what a function keeps anyway.
+//! A swap-in takes some 250 us until a program's first part can be launched (measured on an H100: waking a thread, queueing
+//! copies, mapping memory). A convolutional network's first layers have few weights; how much of that time they fill depends
+//! on how many kernels they are. The head stays in the graph, as small initializers do, so it is with what a function keeps anyway.
 
 use std::collections::HashSet;
 

@@ -97,6 +97,10 @@ impl Broker {
         if reply.status == 200 { Ok(()) } else { Err(format!("no other policy: {}", reply.text()).into()) }
     }
 
+    pub(crate) fn models(&self) -> Result<Value> {
+        Ok(serde_json::from_str(&self.page("/v1/models")?)?)
+    }
+
     pub(crate) fn devices(&self) -> Result<Value> {
         Ok(serde_json::from_str(&self.page("/v1/devices")?)?)
     }

@@ -76,7 +76,7 @@ impl After {
 
 /// Digests of the models whose weights are on this device and on no other.
 fn only_on(broker: &Broker, device: &str) -> Result<BTreeSet<String>> {
-    let models: Value = serde_json::from_str(&broker.page("/v1/models")?)?;
+    let models = broker.models()?;
     let only = |model: &&Value| model["on"].as_array().is_some_and(|on| on.len() == 1 && on[0] == device);
     let digest = |model: &Value| model["model"].as_str().map(|name| name.trim_start_matches("sha256:").to_owned());
     Ok(models.as_array().into_iter().flatten().filter(only).filter_map(digest).collect())

@@ -53,8 +53,7 @@ fn bound_everywhere(broker: &Broker, until: Instant) -> Result<()> {
     let (start, devices) = (Instant::now(), broker.devices()?.as_array().map_or(0, Vec::len));
     let is_everywhere = |model: &Value| model["bound"].as_array().is_some_and(|bound| bound.len() == devices);
     loop {
-        let models: Value = serde_json::from_str(&broker.page("/v1/models")?)?;
-        if models.as_array().is_some_and(|models| models.iter().all(is_everywhere)) {
+        if broker.models()?.as_array().is_some_and(|models| models.iter().all(is_everywhere)) {
             break;
         }
         if Instant::now() >= until {
