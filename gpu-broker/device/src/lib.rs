@@ -174,17 +174,17 @@ pub trait Device: Send + Sync + fmt::Debug {
         self.swap_in(range, weights, groups, done)
     }
 
-    /// As [`Device::swap_in`], over this device's link and another one's at once where the two can reach each other: for
-    /// large weights, while the other link is idle. Over this one's alone where they cannot.
-    fn swap_in_over_both(
+    /// As [`Device::swap_in`], over this device's link and those of others at once, as far as it can reach them: for
+    /// large weights, while the other links are idle. Over this one's alone where it reaches none.
+    fn swap_in_over(
         &self,
-        other: &dyn Device,
+        others: &[&dyn Device],
         range: RangeId,
         weights: Arc<HostWeights>,
         groups: Arc<[Group]>,
         done: OnDone<SwapReport>,
     ) -> Result<(), DeviceError> {
-        let _ = other;
+        let _ = others;
         self.swap_in(range, weights, groups, done)
     }
 

@@ -1,11 +1,13 @@
-//! Two GPUs: a model that one holds is brought to the other from there, and runs there while it comes.
+//! Several GPUs: a model that one holds is brought to another from there and runs there while it comes, one heavy model comes over
+//! several GPUs' links at once, and every GPU swaps at once.
 
 use std::{path::Path, sync::Arc, sync::mpsc, time::Instant};
 
 use faaswap_device::{
-    Device,
+    Device, SwapReport,
     cuda::{self, CudaConfig, CudaDevice},
 };
+use faaswap_engine::{Prepared, Runtime};
 use faaswap_protocol::Bytes;
 use serde_json::json;
 
@@ -17,106 +19,172 @@ use crate::{
 };
 
 const ROUNDS: usize = 15;
+/// Device memory beside the weights: what does not fill its chunks.
+const SPARE: Bytes = Bytes::mib(64);
+/// The model that the goals are about.
+const HEAVY: &str = "bert";
 
-/// Each model: bare speed from GPU to GPU as a swap, and a request that overlaps it beside a resident one.
+/// One model on every GPU, with an output that all must give.
+struct Everywhere {
+    /// The first GPU's holds the weights of the others.
+    all: Vec<Asked>,
+    expected: Vec<u8>,
+    checked: u64,
+    wrong: u64,
+}
+
+/// Each model: bare speed from GPU to GPU as a swap, a request that overlaps it beside a resident one, loads over several
+/// links, and a swap on every GPU at once.
 pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
-    if cuda::count()? < 2 {
+    let count = cuda::count()?;
+    if count < 2 {
         println!("peers: this needs two GPUs");
         return Ok(());
     }
     let runtime = model::runtime()?;
+    let ordinals: Vec<u32> = (0..u32::try_from(count)?).collect();
+    let plain = cuda::measure_links(&ordinals)?.peers[0][1].map(|peer| (peer.rate.0 / 1e9, "plain copy between GPUs"));
     let (mut records, mut kept) = (Vec::new(), Vec::new());
     for name in names {
         let all = model::prepared(&models.join("prepared"))?;
         let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
-        let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + (64 << 20)));
-        let open = |ordinal: u32| -> Result<Arc<dyn Device>> {
-            let config =
-                CudaConfig { memory, lanes: 1, peers: vec![0, 1], detours: vec![0, 1], ..model::config(ordinal)? };
-            Ok(CudaDevice::open(&config)?)
-        };
-        let (holder, other) = (open(0)?, open(1)?);
-        let plain =
-            cuda::measure_links(&[0, 1])?.peers[0][1].map(|peer| (peer.rate.0 / 1e9, "plain copy between GPUs"));
-        let held = Asked::new(&runtime, &prepared, &holder)?;
-        let asked = Asked::with(&runtime, &prepared, &other, Arc::clone(&held.weights), Arc::clone(&held.inputs))?;
-        held.swap_in()?;
-        let expected = held.ask()?;
-        let (from, to) = (held.bound.range().ok_or("no weights")?, asked.bound.range().ok_or("no weights")?);
-        let (mut copies, mut requests, mut resident, mut wrong) = (Vec::new(), Vec::new(), Vec::new(), 0);
-        for _ in 0..ROUNDS {
-            let (tell, done) = mpsc::channel();
-            let report = Box::new(move |result| drop(tell.send(result)));
-            let start = Instant::now();
-            let weights = Arc::clone(&asked.weights);
-            other.swap_in_from((holder.as_ref(), from), to, weights, asked.bound.groups(), report)?;
-            wrong += usize::from(asked.ask()? != expected);
-            requests.push(start.elapsed().as_secs_f64() * 1e3);
-            copies.push(done.recv()??.took.as_secs_f64() * 1e3);
-            let start = Instant::now();
-            wrong += usize::from(asked.ask()? != expected);
-            resident.push(start.elapsed().as_secs_f64() * 1e3);
-            asked.swap_out()?;
-        }
-        let (mut one, mut two) = (Vec::new(), Vec::new());
-        for _ in 0..ROUNDS {
-            one.push(asked.swap_in()?.took.as_secs_f64() * 1e3);
-            asked.swap_out()?;
-            let (tell, done) = mpsc::channel();
-            let report = Box::new(move |result| drop(tell.send(result)));
-            let (weights, groups) = (Arc::clone(&asked.weights), asked.bound.groups());
-            other.swap_in_over_both(holder.as_ref(), to, weights, groups, report)?;
-            wrong += usize::from(asked.ask()? != expected);
-            two.push(done.recv()??.took.as_secs_f64() * 1e3);
-            asked.swap_out()?;
-        }
-        let together = both_at_once(&held, &asked)?;
-        let (one, two) = (median(&mut one), median(&mut two));
-        println!("peers: {name:20} over one link {one:.3} ms, over two {two:.3} ms ({:.3}x)", two / one);
-        let bytes = asked.weights.size().get() as f64;
-        let (copy, request, resident) = (median(&mut copies), median(&mut requests), median(&mut resident));
-        println!(
-            "peers: {name:20} {:6.1} GB/s, request {request:.3} ms, resident {resident:.3} ms ({:.3}x), {wrong} wrong",
-            bytes / 1e6 / copy,
-            request / resident
-        );
-        records.push(json!({"model": name, "gb_per_s": bytes / 1e6 / copy, "request_ms": request,
-            "resident_ms": resident, "one_link_ms": one, "two_links_ms": two, "wrong": wrong, "checked": 3 * ROUNDS}));
-        let target = if name.starts_with("bert") { Target::AtMost(1.15) } else { Target::Told };
-        let request = (request, "ms");
-        let request = Record::of("peer_swap_request", name, request, Some((resident, "resident request")), target);
-        let speed = (bytes / 1e6 / copy, "GB/s");
-        kept.push(Record::of("peer_swap_bandwidth", name, speed, plain, Target::AtLeast(0.85)));
-        kept.push(request.counting(3 * ROUNDS as u64, wrong as u64));
-        let target = if name.starts_with("bert") { Target::AtMost(0.60) } else { Target::Told };
-        println!("peers: {name:20} a swap on each GPU at once takes {together:.3}x of one alone");
-        let slower = (together, "of the time alone");
-        kept.push(Record::of("two_swaps_at_once", name, slower, None, Target::AtMost(1.10)));
-        kept.push(Record::of("two_link_load", name, (two, "ms"), Some((one, "one link")), target));
-        Records::new(out, "peers", holder.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&kept)?;
+        let mut all = Everywhere::open(&runtime, &prepared, &ordinals)?;
+        let mut found = all.from_a_peer(name, plain)?;
+        found.extend(all.over_links(name)?);
+        found.push(all.all_at_once(name)?);
+        // The requests of all figures were compared.
+        let (checked, wrong) = (all.checked, all.wrong);
+        found[0] = found[0].clone().counting(checked, wrong);
+        kept.extend(found);
+        records.push(json!({"model": name, "gpus": ordinals.len(), "wrong": wrong, "checked": checked}));
+        let gpu = all.all[0].device.as_cuda().ok_or("no GPU")?.gpu_name()?;
+        Records::new(out, "peers", gpu)?.add(&kept)?;
         std::fs::write(out.join("peers.json"), serde_json::to_vec_pretty(&records)?)?;
         if wrong > 0 {
-            return Err(format!("{name}: {wrong} wrong outputs after a swap from the other GPU").into());
+            return Err(format!("{name}: {wrong} of {checked} outputs are wrong").into());
         }
     }
     Ok(())
 }
 
-/// How much longer a swap takes on both GPUs at once than on one alone, from host memory.
-fn both_at_once(held: &Asked, asked: &Asked) -> Result<f64> {
-    let (mut alone, mut together) = (Vec::new(), Vec::new());
-    held.swap_out()?;
-    for _ in 0..ROUNDS {
-        for one in [held, asked] {
-            alone.push(one.swap_in()?.took.as_secs_f64());
-            one.swap_out()?;
+impl Everywhere {
+    fn open(runtime: &Runtime, prepared: &Prepared, ordinals: &[u32]) -> Result<Self> {
+        let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + SPARE.get()));
+        let open = |ordinal: u32| -> Result<Arc<dyn Device>> {
+            let (peers, detours) = (ordinals.to_vec(), ordinals.to_vec());
+            Ok(CudaDevice::open(&CudaConfig { memory, lanes: 1, peers, detours, ..model::config(ordinal)? })?)
+        };
+        let first = Asked::new(runtime, prepared, &open(0)?)?;
+        let mut all = vec![first];
+        for &ordinal in &ordinals[1..] {
+            let (weights, inputs) = (Arc::clone(&all[0].weights), Arc::clone(&all[0].inputs));
+            all.push(Asked::with(runtime, prepared, &open(ordinal)?, weights, inputs)?);
         }
-        let begun = [held.begin_swap_in()?, asked.begin_swap_in()?];
-        for done in begun {
-            together.push(done.recv()??.took.as_secs_f64());
-        }
-        held.swap_out()?;
-        asked.swap_out()?;
+        all[0].swap_in()?;
+        let expected = all[0].ask()?;
+        all[0].swap_out()?;
+        Ok(Self { all, expected, checked: 0, wrong: 0 })
     }
-    Ok(median(&mut together) / median(&mut alone))
+
+    /// Asks on one GPU, and compares; milliseconds since `start`.
+    fn ask(&mut self, on: usize, start: Instant) -> Result<f64> {
+        let output = self.all[on].ask()?;
+        let took = start.elapsed().as_secs_f64() * 1e3;
+        self.checked += 1;
+        self.wrong += u64::from(output != self.expected);
+        Ok(took)
+    }
+
+    fn from_a_peer(&mut self, name: &str, plain: Option<(f64, &'static str)>) -> Result<Vec<Record>> {
+        let (mut copies, mut requests, mut resident) = (Vec::new(), Vec::new(), Vec::new());
+        self.all[0].swap_in()?;
+        for _ in 0..ROUNDS {
+            let (holder, asked) = (&self.all[0], &self.all[1]);
+            let (from, to) = (holder.bound.range().ok_or("no weights")?, asked.bound.range().ok_or("no weights")?);
+            let (tell, done) = reporter();
+            let start = Instant::now();
+            let (weights, groups) = (Arc::clone(&asked.weights), asked.bound.groups());
+            asked.device.swap_in_from((holder.device.as_ref(), from), to, weights, groups, tell)?;
+            requests.push(self.ask(1, start)?);
+            copies.push(done.recv()??.took.as_secs_f64() * 1e3);
+            resident.push(self.ask(1, Instant::now())?);
+            self.all[1].swap_out()?;
+        }
+        self.all[0].swap_out()?;
+        let bytes = self.all[0].weights.size().get() as f64;
+        let (copy, request, resident) = (median(&mut copies), median(&mut requests), median(&mut resident));
+        let speed = bytes / 1e6 / copy;
+        println!(
+            "peers: {name:20} {speed:6.1} GB/s, request {request:.3} ms, resident {resident:.3} ms ({:.3}x)",
+            request / resident
+        );
+        let resident = Some((resident, "resident request"));
+        let request = Record::of("peer_swap_request", name, (request, "ms"), resident, goal(name, 1.15));
+        Ok(vec![request, Record::of("peer_swap_bandwidth", name, (speed, "GB/s"), plain, Target::AtLeast(0.85))])
+    }
+
+    /// The second GPU's model over its own link alone, and over those of one, two, and more others besides.
+    fn over_links(&mut self, name: &str) -> Result<Vec<Record>> {
+        const FIGURES: [&str; 3] = ["two_link_load", "three_link_load", "four_link_load"];
+        let helpers: Vec<usize> = (0..self.all.len()).filter(|&other| other != 1).take(FIGURES.len()).collect();
+        let mut took = vec![Vec::new(); helpers.len() + 1];
+        for _ in 0..ROUNDS {
+            for (links, took) in took.iter_mut().enumerate() {
+                let asked = &self.all[1];
+                let others: Vec<&dyn Device> =
+                    helpers[..links].iter().map(|&other| self.all[other].device.as_ref()).collect();
+                let (tell, done) = reporter();
+                let to = asked.bound.range().ok_or("no weights")?;
+                let (weights, groups) = (Arc::clone(&asked.weights), asked.bound.groups());
+                asked.device.swap_in_over(&others, to, weights, groups, tell)?;
+                self.ask(1, Instant::now())?;
+                took.push(done.recv()??.took.as_secs_f64() * 1e3);
+                self.all[1].swap_out()?;
+            }
+        }
+        let medians: Vec<f64> = took.iter_mut().map(|took| median(took)).collect();
+        let record = |(number, (&ms, figure)): (usize, (&f64, &'static str))| {
+            println!("peers: {name:20} over {} links {ms:.3} ms ({:.3}x of one)", number + 2, ms / medians[0]);
+            let target = if number == 0 { goal(name, 0.60) } else { Target::Told };
+            Record::of(figure, name, (ms, "ms"), Some((medians[0], "one link")), target)
+        };
+        Ok(medians[1..].iter().zip(FIGURES).enumerate().map(record).collect())
+    }
+
+    /// How much longer a swap takes on all GPUs at once than on one alone, from host memory.
+    fn all_at_once(&mut self, name: &str) -> Result<Record> {
+        let (mut alone, mut together) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            for one in &self.all {
+                alone.push(one.swap_in()?.took.as_secs_f64());
+                one.swap_out()?;
+            }
+            let begun = self.all.iter().map(Asked::begin_swap_in).collect::<Result<Vec<_>>>()?;
+            for done in begun {
+                together.push(done.recv()??.took.as_secs_f64());
+            }
+            for on in 0..self.all.len() {
+                self.ask(on, Instant::now())?;
+                self.all[on].swap_out()?;
+            }
+        }
+        let slower = median(&mut together) / median(&mut alone);
+        let count = self.all.len();
+        println!("peers: {name:20} a swap on each of {count} GPUs at once takes {slower:.3}x of one alone");
+        let (figure, target) =
+            if count == 2 { ("two_swaps_at_once", Target::AtMost(1.10)) } else { ("swaps_on_all_at_once", Target::Told) };
+        Ok(Record::of(figure, name, (slower, "of the time alone"), None, target))
+    }
+}
+
+/// The goals are about one model.
+fn goal(name: &str, most: f64) -> Target {
+    if name.starts_with(HEAVY) { Target::AtMost(most) } else { Target::Told }
+}
+
+type Ended = std::result::Result<SwapReport, faaswap_device::DeviceError>;
+
+fn reporter() -> (faaswap_device::OnDone<SwapReport>, mpsc::Receiver<Ended>) {
+    let (tell, done) = mpsc::channel();
+    (Box::new(move |result| drop(tell.send(result))), done)
 }

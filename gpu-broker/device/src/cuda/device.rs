@@ -113,20 +113,18 @@ impl Device for CudaDevice {
         self.queue_in(range, size, source, groups, done)
     }
 
-    fn swap_in_over_both(
+    fn swap_in_over(
         &self,
-        other: &dyn Device,
+        others: &[&dyn Device],
         range: RangeId,
         weights: Arc<HostWeights>,
         groups: Arc<[Group]>,
         done: OnDone<SwapReport>,
     ) -> Result<(), DeviceError> {
         let size = weights.size();
-        let detour = other.as_cuda().and_then(|other| self.shared.detour(other.ordinal));
-        let source = match detour {
-            Some(detour) => Source::Both(weights, detour),
-            None => Source::Host(weights),
-        };
+        let others = others.iter().filter_map(|other| other.as_cuda());
+        let detours: Vec<_> = others.filter_map(|other| self.shared.detour(other.ordinal)).collect();
+        let source = if detours.is_empty() { Source::Host(weights) } else { Source::Links(weights, detours) };
         self.queue_in(range, size, source, groups, done)
     }
 

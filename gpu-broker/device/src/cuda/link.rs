@@ -51,8 +51,8 @@ struct Queued {
     groups: usize,
     /// The event of the last group.
     last: Option<Arc<Event>>,
-    /// Bytes that were sent over each way.
-    sent: [u64; 2],
+    /// Bytes that were sent over each way: the own link, then the detours.
+    sent: Vec<u64>,
 }
 
 pub(super) struct Link {
@@ -204,11 +204,11 @@ impl Link {
         self.ahead.begin(range);
         let chunks = self.take_chunks(range, size)?;
         self.copies.record(&timed.start)?;
-        // The detour may not begin before either: its time counts too, and the chunks may still be in use.
-        if let Source::Both(_, number) = source {
-            self.detours[*number].gather.wait(&timed.start)?;
+        // Detours may not begin before either: their time counts too, and the chunks may still be in use.
+        for &number in source.detours() {
+            self.detours[number].gather.wait(&timed.start)?;
         }
-        let mut queued = Queued::default();
+        let mut queued = Queued { sent: vec![0; 1 + source.detours().len()], ..Queued::default() };
         let mut mapped = 0;
         for stage in stages(groups, self.shared.info.chunk) {
             if self.maps_first {
@@ -219,10 +219,11 @@ impl Link {
             for group in &groups[queued.groups..stage.groups] {
                 self.queue_group(range, source, group, &chunks, &mut queued)?;
             }
-            if let (Source::Both(..), Some(last), true) = (source, &queued.last, stage.groups == groups.len()) {
-                self.copies.wait(last)?;
-            }
             if stage.groups == groups.len() {
+                // Without detours it is recorded on this very queue.
+                if let Some(last) = queued.last.as_ref().filter(|_| !source.detours().is_empty()) {
+                    self.copies.wait(last)?;
+                }
                 self.copies.record(&timed.end)?;
             }
             report.queueing += begun.elapsed();
@@ -261,11 +262,9 @@ impl Link {
         self.wait_filled(source, group)?;
         let number = u32::try_from(queued.groups).expect("there are at most GROUPS_MAX groups");
         let event = self.shared.books()?.event(&self.shared.context, range, number)?;
-        let detour = match source {
-            Source::Both(_, detour) if queued.sent[1] < queued.sent[0] => Some(*detour),
-            Source::Both(..) | Source::Host(_) | Source::Peer(_) => None,
-        };
-        queued.sent[usize::from(detour.is_some())] += group.len;
+        let way = least_sent(&queued.sent);
+        let detour = way.checked_sub(1).map(|number| source.detours()[number]);
+        queued.sent[way] += group.len;
         let copies = pieces(group, chunks, self.pool.chunk);
         while let Some(behind) = self.ahead.first_beyond(copies.len()) {
             if !behind.look(Duration::ZERO)? {
@@ -284,7 +283,9 @@ impl Link {
 
     /// Records a group's event: once its copy, and those of all groups before it, are done.
     fn record(&self, source: &Source, detour: Option<usize>, event: &Event) -> Result<(), DeviceError> {
-        let Source::Both(..) = source else { return self.copies.record(event) };
+        if source.detours().is_empty() {
+            return self.copies.record(event);
+        }
         detour.map_or(&self.copies, |detour| &self.detours[detour].gather).record(&self.copied)?;
         self.order.wait(&self.copied)?;
         self.order.record(event)
@@ -307,14 +308,14 @@ impl Link {
         len: usize,
     ) -> Result<(), DeviceError> {
         match (source, detour) {
-            (Source::Host(weights) | Source::Both(weights, _), None) => {
+            (Source::Host(weights) | Source::Links(weights, _), None) => {
                 let from = weights.as_ptr().wrapping_add(from);
                 // SAFETY: the piece lies in the weights, which `Copying` keeps mapped and which do not change. The pool
                 // is mapped as long as the link lives, and the chunk is the range's until a swap-out, which waits for
                 // the last copy.
                 unsafe { self.copies.copy_in(to, from, len) }
             }
-            (Source::Host(weights) | Source::Both(weights, _), Some(detour)) => {
+            (Source::Host(weights) | Source::Links(weights, _), Some(detour)) => {
                 let from = weights.as_ptr().wrapping_add(from);
                 // SAFETY: as above.
                 unsafe { self.detours[detour].copy_in(to, from, len) }
@@ -325,6 +326,11 @@ impl Link {
             }),
         }
     }
+}
+
+/// The way that has got the fewest bytes so far; of those the first, which is the GPU's own link.
+fn least_sent(sent: &[u64]) -> usize {
+    (0..sent.len()).min_by_key(|&way| sent[way]).unwrap_or(0)
 }
 
 /// A group as copies: offset in the weights, chunk and offset in it, length. Neighbouring chunks are one copy: each costs some 3 us.
@@ -375,5 +381,17 @@ mod tests {
         let group = Group { offset: 6, len: 20 };
         assert_eq!(pieces(&group, &[5, 2, 3, 9], 8), [(6, (5, 6), 2), (8, (2, 0), 16), (24, (9, 0), 2)]);
         assert_eq!(pieces(&Group { offset: 8, len: 0 }, &[5, 2], 8), []);
+    }
+
+    #[test]
+    fn groups_go_where_the_fewest_bytes_have_gone_and_over_the_own_link_first() {
+        let mut sent = vec![0; 3];
+        let ways = [8, 4, 2, 1, 3, 6].map(|len| {
+            let way = least_sent(&sent);
+            sent[way] += len;
+            way
+        });
+        assert_eq!(ways, [0, 1, 2, 2, 2, 1]);
+        assert_eq!(least_sent(&[7]), 0);
     }
 }

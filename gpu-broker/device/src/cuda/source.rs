@@ -9,8 +9,8 @@ use crate::{HostWeights, RangeId};
 pub(super) enum Source {
     /// Host memory, over this GPU's own link.
     Host(Arc<HostWeights>),
-    /// Host memory, every other group over another GPU's link too: the detour of this number.
-    Both(Arc<HostWeights>, usize),
+    /// Host memory, over this GPU's own link and those of others: the detours of these numbers, at least one.
+    Links(Arc<HostWeights>, Vec<usize>),
     /// Another GPU, over NVLink or the bus.
     Peer(Lent),
 }
@@ -49,10 +49,18 @@ impl Lent {
 }
 
 impl Source {
+    /// The detours that it takes besides this GPU's own link.
+    pub(super) fn detours(&self) -> &[usize] {
+        match self {
+            Self::Links(_, detours) => detours,
+            Self::Host(_) | Self::Peer(_) => &[],
+        }
+    }
+
     /// The weights in host memory that it reads.
     pub(super) fn host(&self) -> Option<&HostWeights> {
         match self {
-            Self::Host(weights) | Self::Both(weights, _) => Some(weights),
+            Self::Host(weights) | Self::Links(weights, _) => Some(weights),
             Self::Peer(_) => None,
         }
     }
