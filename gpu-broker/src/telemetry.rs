@@ -42,6 +42,13 @@ struct ByDevice {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByBinding {
+    device: String,
+    /// `kind`: its program was made of another model's of its kind; else `session`.
+    how: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByRefusal {
     outcome: &'static str,
 }
@@ -60,6 +67,7 @@ pub struct Telemetry {
     slo_met: Family<ByFunction, Counter>,
     latency: Family<ByResidency, Histogram, fn() -> Histogram>,
     registrations: Family<ByRefusal, Counter>,
+    bindings: Family<ByBinding, Counter>,
     swaps_in: Family<ByDevice, Counter>,
     swaps_out: Family<ByDevice, Counter>,
     swap_failures: Family<ByDevice, Counter>,
@@ -113,6 +121,7 @@ impl Telemetry {
             slo_met: Family::default(),
             latency: Family::new_with_constructor(seconds),
             registrations: Family::default(),
+            bindings: Family::default(),
             swaps_in: Family::default(),
             swaps_out: Family::default(),
             swap_failures: Family::default(),
@@ -149,6 +158,7 @@ impl Telemetry {
         let help = "From a request's arrival to its answer";
         r.register_with_unit("request_latency", help, Unit::Seconds, self.latency.clone());
         r.register("registrations", "Registrations by how they ended", self.registrations.clone());
+        r.register("bindings", "Models bound to a device, by a session or by their kind", self.bindings.clone());
         r.register("swaps_in", "Models brought to a device", self.swaps_in.clone());
         r.register("swaps_out", "Models taken off a device", self.swaps_out.clone());
         r.register("swap_failures", "Swaps that failed", self.swap_failures.clone());
@@ -210,6 +220,11 @@ impl Telemetry {
 
     pub(crate) fn registration(&self, outcome: &'static str) {
         self.registrations.get_or_create(&ByRefusal { outcome }).inc();
+    }
+
+    pub(crate) fn bound(&self, device: &str, by_kind: bool) {
+        let how = if by_kind { "kind" } else { "session" };
+        self.bindings.get_or_create(&ByBinding { device: device.to_owned(), how }).inc();
     }
 
     pub(crate) fn swapped_in(&self, device: &str, report: &SwapReport) {

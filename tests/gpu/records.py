@@ -22,6 +22,7 @@ TITLES = {
     "request_to_pinned_load": "Swapped-in request beside model.cuda(), pinned",
     "request_to_pageable_load": "Swapped-in request beside model.cuda(), pageable",
     "bind": "Binding a function",
+    "bind_by_kind": "Binding a function by its kind",
     "four_lanes": "Requests per second, four lanes beside one",
     "peer_swap_bandwidth": "Swap-in from another GPU",
     "peer_swap_request": "Request whose weights come from another GPU",

@@ -11,6 +11,7 @@ mod blocks;
 mod cover;
 mod detour;
 mod device;
+mod drawn;
 mod driver;
 mod kernels;
 mod lane;
@@ -27,13 +28,14 @@ mod rewrite;
 mod shared;
 mod source;
 mod stages;
+mod twins;
 
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
     sync::{
         Arc, Condvar, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
         mpsc::sync_channel,
     },
     thread::{self, JoinHandle},
@@ -55,13 +57,15 @@ use self::{
     queue::{Event, Queue},
     shared::{Job, Range, Shared, Swap},
     source::Source,
+    twins::Kinds,
 };
 pub use self::{
     lane::{Alone, Constants, IO_ALIGN, IO_BYTES_MAX, Run},
     probe::{PROBE_WITHIN, measure_links},
-    program::{Program, RunTimes},
+    program::{Drawing, Program, RunTimes},
     registered::Registered,
     shared::SWAPS_QUEUED_MAX,
+    twins::{KindKey, Template},
 };
 use crate::{
     DeviceError, DeviceInfo, Group, OnDone, RangeId, Stream, SwapReport,
@@ -108,6 +112,8 @@ pub struct CudaConfig {
     pub peers: Vec<u32>,
     /// Those over whose links this one's weights may come too; each lends 64 MiB for it.
     pub detours: Vec<u32>,
+    /// Whether programs are made of others of their kind, without a session.
+    pub twins: bool,
 }
 
 impl CudaConfig {
@@ -124,6 +130,7 @@ impl CudaConfig {
             scratch_max: SCRATCH_MAX_DEFAULT,
             peers: Vec::new(),
             detours: Vec::new(),
+            twins: true,
         }
     }
 }
@@ -155,6 +162,13 @@ impl Memory {
         self.owners.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Stretches of an owner's constants, in the order in which they were taken: address and length.
+    fn kept(&self, owner: u64) -> Vec<(u64, u64)> {
+        let (arena, owners) = &*self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        let addresses = owners.get(&owner).into_iter().flatten();
+        addresses.map(|&address| (address, arena.len_at(address) as u64)).collect()
+    }
+
     fn give_up(&self, owner: u64) {
         let (arena, owners) = &mut *self.constants.lock().unwrap_or_else(PoisonError::into_inner);
         for address in owners.remove(&owner).into_iter().flatten() {
@@ -174,6 +188,9 @@ pub struct CudaDevice {
     bound: Condvar,
     /// Held by whoever captures, and shared by those who may spoil that.
     capturing: RwLock<()>,
+    next_lane: AtomicUsize,
+    /// What twins are made of; `None` where none are made.
+    kinds: Option<Kinds>,
     ordinal: i32,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -228,6 +245,8 @@ impl CudaDevice {
             binding,
             bound: Condvar::new(),
             capturing: RwLock::new(()),
+            next_lane: AtomicUsize::new(0),
+            kinds: config.twins.then(Kinds::default),
             ordinal,
             threads,
         }))

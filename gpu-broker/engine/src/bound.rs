@@ -15,7 +15,7 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId, Stream,
-    cuda::{Constants, Registered, RunTimes},
+    cuda::{Constants, Registered, RunTimes, Template},
 };
 use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape};
 use faaswap_slab::Region;
@@ -25,6 +25,7 @@ use self::shapes::Shapes;
 use crate::{
     CudaTarget, EngineError, Manifest, Prepared, RunError, Runtime, Target,
     await_op::{self, Waiter},
+    kind::Kind,
     program::{self, IoLayout, Made, Programs},
     raw::{self, Weights},
 };
@@ -110,9 +111,12 @@ pub struct Bound {
     lane: Option<usize>,
     /// Why a session is kept on a GPU.
     kept: Option<String>,
+    /// Whether the program is made of another model's of its kind.
+    is_twin: bool,
     /// Device memory of a session that has no program.
     constants: Option<Constants>,
-    weights: Option<Weights>,
+    /// What the session's initializers are: the weights, and constants of the model's own.
+    supplied: Vec<Weights>,
     range: Option<Reserved>,
     manifest: Arc<Manifest>,
     groups: Arc<[Group]>,
@@ -169,7 +173,8 @@ impl Bound {
             lane: None,
             kept: None,
             constants: None,
-            weights: None,
+            supplied: Vec::new(),
+            is_twin: false,
             range,
             groups: prepared.groups(),
             input_names: input_names?,
@@ -177,7 +182,7 @@ impl Bound {
             manifest,
         };
         match device.as_cuda() {
-            None => bound.make_session(runtime, prepared, target, None)?,
+            None => bound.make_session(runtime, prepared, (target, None), None)?,
             Some(_) => {
                 runtime.share_device_memory(device)?;
                 bound.make_program(runtime, prepared, target, device)?;
@@ -186,13 +191,13 @@ impl Bound {
         Ok(bound)
     }
 
-    /// Makes the session, on a GPU with its kernels on `stream`.
+    /// Makes the session, on a GPU with its kernels on `stream`, and its own constants at the address that is told.
     fn make_session(
         &mut self,
         runtime: &Runtime,
         prepared: &Prepared,
-        target: Target,
-        stream: Option<Stream>,
+        (target, stream): (Target, Option<Stream>),
+        own: Option<(&Kind, usize)>,
     ) -> Result<(), EngineError> {
         let mut builder = runtime
             .builder_for(target, stream)?
@@ -201,7 +206,7 @@ impl Bound {
             .with_env_allocators()?
             // Patterns are kept per shape for ever, and the shared arena makes them pointless.
             .with_memory_pattern(false)?;
-        let mut weights = None;
+        let mut supplied = Vec::new();
         if let Some(reserved) = &self.range {
             let Waiter { device, range } = &reserved.waiter;
             if !self.manifest.await_types.is_empty() {
@@ -210,7 +215,11 @@ impl Bound {
             let place = device.as_cuda().map_or(raw::Place::Host, |cuda| raw::Place::Cuda(cuda.ordinal()));
             let base = device.address(*range)?;
             let (size, table) = (self.manifest.weights_bytes, &self.manifest.initializers);
-            weights = Some(Weights::supply(&mut builder, place, base, size, table)?);
+            supplied.push(Weights::supply(&mut builder, place, base, size, table)?);
+            if let Some((kind, base)) = own {
+                let size = Bytes::of_len(kind.bytes.len());
+                supplied.push(Weights::supply(&mut builder, place, base, size, &kind.table)?);
+            }
         }
         let session = {
             let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -218,7 +227,7 @@ impl Bound {
         };
         // The session before this one, if there was one, goes before its tensors.
         self.session = Some(session);
-        self.weights = weights;
+        self.supplied = supplied;
         Ok(())
     }
 
@@ -231,14 +240,24 @@ impl Bound {
         device: &Arc<dyn Device>,
     ) -> Result<(), EngineError> {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
-        let lane = program::next_lane(cuda);
         let range = self.range();
+        let kind = self.kind(prepared)?;
+        let lane = cuda.next_lane(kind.as_ref().map(|kind| &kind.key));
+        if let Some(kind) = &kind
+            && let Some(template) = cuda.template(&kind.key)
+            && self.make_twin(device, &template, (kind, lane))
+        {
+            return Ok(());
+        }
         let made = IoLayout::of(&self.manifest.signature).and_then(|io| {
             let constants = cuda.constants();
             let made = cuda.bind(range, |binding| {
                 let stream = cuda.stream(binding)?;
+                let own = kind.as_ref().filter(|kind| !kind.table.is_empty());
+                let place = |kind: &Kind| cuda.beside_captures(|| cuda.place_constants(&constants, &kind.bytes));
+                let own = own.map(|kind| place(kind).map(|base| (kind, base))).transpose()?;
                 cuda.for_constants(&constants, || {
-                    cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
+                    cuda.beside_captures(|| self.make_session(runtime, prepared, (target, Some(stream)), own))
                 })?;
                 let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
                 let here = (lane, cuda.io_address(lane, io.end)?);
@@ -250,13 +269,18 @@ impl Bound {
         });
         self.kept.clone_from(&self.manifest.keep_session);
         match made {
-            Ok(programs) => {
-                self.programs = Some(programs);
+            Ok((programs, drawing)) => {
                 if self.kept.is_none() {
                     // What it has on the device goes; the addresses of the weights are in the program by now.
                     cuda.beside_captures(|| self.session = None);
-                    self.weights = None;
+                    self.supplied = Vec::new();
+                    if let (Some(kind), Some(range), Some(constants)) = (kind, range, programs.constants())
+                        && let Err(error) = cuda.note_kind(kind.key, drawing, range, constants)
+                    {
+                        tracing::info!(%error, "models of a kind are bound one by one");
+                    }
                 }
+                self.programs = Some(programs);
             }
             Err(why) => {
                 tracing::info!(%why, "a model runs without a program");
@@ -268,12 +292,32 @@ impl Bound {
                 let constants = cuda.constants();
                 let stream = cuda.stream(lane)?;
                 cuda.for_constants(&constants, || {
-                    cuda.beside_captures(|| self.make_session(runtime, prepared, target, Some(stream)))
+                    cuda.beside_captures(|| self.make_session(runtime, prepared, (target, Some(stream)), None))
                 })?;
                 self.constants = Some(constants);
             }
         }
         Ok(())
+    }
+
+    /// The kind of a model that others could be bound by, or that could be bound by others; `None` where it has no program that
+    /// outlives its session.
+    fn kind(&self, prepared: &Prepared) -> Result<Option<Kind>, EngineError> {
+        let stands_alone = self.manifest.keep_session.is_none() && IoLayout::of(&self.manifest.signature).is_ok();
+        if stands_alone && self.range.is_some() { Kind::of(prepared).map(Some) } else { Ok(None) }
+    }
+
+    /// Makes the program of its kind's; false where that cannot be, so that a session has to.
+    fn make_twin(&mut self, device: &Arc<dyn Device>, template: &Template, (kind, lane): (&Kind, usize)) -> bool {
+        let (Ok(io), Some(range)) = (IoLayout::of(&self.manifest.signature), self.range()) else { return false };
+        match Programs::twin(device, template, io, (lane, range), &kind.bytes) {
+            Ok(programs) => {
+                self.programs = Some(programs);
+                self.is_twin = true;
+            }
+            Err(error) => tracing::warn!(%error, "a model cannot be bound by its kind"),
+        }
+        self.is_twin
     }
 
     /// What a program of this session needs to be known of the model.
@@ -285,6 +329,11 @@ impl Bound {
             output_names: &self.output_names,
             groups: &self.groups,
         }
+    }
+
+    /// Whether its program is made of another model's of its kind, without a session.
+    pub fn is_twin(&self) -> bool {
+        self.is_twin
     }
 
     /// On a GPU: how many copies and fills of the program are kernels of ours, and how many are not.
@@ -431,7 +480,7 @@ impl fmt::Debug for Bound {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Bound")
             .field("range", &self.range())
-            .field("initializers", &self.weights.as_ref().map_or(0, Weights::len))
+            .field("initializers", &self.supplied.iter().map(Weights::len).sum::<usize>())
             .field("groups", &self.groups.len())
             .finish_non_exhaustive()
     }

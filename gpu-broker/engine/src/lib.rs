@@ -8,6 +8,7 @@
 mod await_op;
 mod bound;
 mod error;
+mod kind;
 pub mod limits;
 pub mod manifest;
 pub mod onnx;

@@ -4,31 +4,16 @@
 //! and captures the run for the model's lane. Whether the session may go afterwards was found out when the model was
 //! prepared.
 
-use std::{
-    ffi::CString,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{ffi::CString, sync::Arc, time::Duration};
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId,
-    cuda::{Alone, Constants, CudaDevice, IO_ALIGN, IO_BYTES_MAX, Program, Registered, Run, RunTimes},
+    cuda::{Alone, Constants, Drawing, IO_ALIGN, IO_BYTES_MAX, Program, Registered, Run, RunTimes, Template},
 };
 use faaswap_protocol::{Bytes, Shape, Signature, TensorSpec};
 use ort::session::Session;
 
 use crate::{EngineError, onnx, raw};
-
-/// Lanes are given out in turn.
-static NEXT_LANE: AtomicUsize = AtomicUsize::new(0);
-
-/// The lane for the next model on this device.
-pub(crate) fn next_lane(cuda: &CudaDevice) -> usize {
-    NEXT_LANE.fetch_add(1, Ordering::Relaxed) % cuda.lanes()
-}
 
 /// Where a fixed tensor lies in its lane's memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,12 +68,31 @@ impl IoLayout {
 pub(crate) struct Programs {
     program: Program,
     pub(crate) io: IoLayout,
-    /// Nothing reads it: it gives the memory back in the end. `None` where a session that is kept has it.
-    _constants: Option<Constants>,
+    /// It gives the memory back in the end. `None` where a session that is kept has it.
+    constants: Option<Constants>,
     pub(crate) device: Arc<dyn Device>,
 }
 
 impl Programs {
+    /// The program of another model's kind, made for this one: its own constants are `first`.
+    pub(crate) fn twin(
+        device: &Arc<dyn Device>,
+        template: &Template,
+        io: IoLayout,
+        (lane, range): (usize, RangeId),
+        first: &[u8],
+    ) -> Result<Self, DeviceError> {
+        let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
+        cuda.io_address(lane, io.end)?;
+        let constants = cuda.constants();
+        let program = cuda.twin(template, lane, range, &constants, first)?;
+        Ok(Self { program, io, constants: Some(constants), device: Arc::clone(device) })
+    }
+
+    pub(crate) fn constants(&self) -> Option<&Constants> {
+        self.constants.as_ref()
+    }
+
     pub(crate) fn nodes(&self) -> usize {
         self.program.nodes()
     }
@@ -178,7 +182,7 @@ pub(crate) fn make(
     (lane, here): (usize, usize),
     (alone, there): (&Alone<'_>, usize),
     constants: Option<Constants>,
-) -> Result<Programs, EngineError> {
+) -> Result<(Programs, Drawing), EngineError> {
     let Made { session, signature, input_names, output_names, groups } = *made;
     let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
     let bind = |base: usize| -> Result<raw::DeviceRun<'_>, EngineError> {
@@ -203,6 +207,6 @@ pub(crate) fn make(
         Ok(cuda.finish(binding)?)
     })?;
     let run = bind(here)?;
-    let program = cuda.capture(lane, binding, groups, || run.queue())?;
-    Ok(Programs { program, io, _constants: constants, device: Arc::clone(device) })
+    let (program, drawing) = cuda.capture(lane, binding, groups, || run.queue())?;
+    Ok((Programs { program, io, constants, device: Arc::clone(device) }, drawing))
 }

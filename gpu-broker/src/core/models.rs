@@ -130,6 +130,7 @@ impl Core {
             drop(tokio::task::spawn_blocking(move || drop(bound)));
             return;
         };
+        self.telemetry.bound(&bound.device.info().name, bound.bound.is_twin());
         model.loaded.bound.push((device, bound));
         let charge = charge(model.loaded.weights, self.devices[usize::from(device.0)].device.as_ref());
         self.happen(Event::ModelBound { model: id, device, charge });
@@ -141,6 +142,9 @@ impl Core {
         let id = ModelId(u32::try_from(self.id_next & u64::from(u32::MAX)).unwrap_or(0));
         self.trace.name(Named::Model, id.0, &variant.digest.to_string());
         let devices: Vec<_> = loaded.bound.iter().map(|(device, _)| *device).collect();
+        for (_, bound) in &loaded.bound {
+            self.telemetry.bound(&bound.device.info().name, bound.bound.is_twin());
+        }
         let weights = loaded.weights;
         let model = Model {
             variant,

@@ -222,13 +222,14 @@ impl Home {
         if self.memory.books().files.get_mut(&self.key).filter(left).is_none() {
             return false;
         }
-        let opened = HostWeights::open(&self.memory.dir.join(&self.key));
+        // To make weights ready takes hundreds of milliseconds, and whoever wants others does not wait for that.
+        let opened =
+            HostWeights::open(&self.memory.dir.join(&self.key)).inspect(|weights| (self.memory.ready)(weights));
         let mut books = self.memory.books();
         let now = books.tick();
         let Some(entry) = books.files.get_mut(&self.key).filter(left) else { return false };
         match opened {
             Ok(weights) => {
-                (self.memory.ready)(&weights);
                 (entry.weights, entry.state, entry.used_at) = (Some(Arc::new(weights)), State::Here, now);
                 true
             }

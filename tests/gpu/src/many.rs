@@ -76,7 +76,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The weights with the lowest bit of every element turned by a pattern of `variant`; 0 leaves them as they are.
-fn variant(prepared: &Prepared, variant: u64) -> Result<HostWeights> {
+pub(crate) fn variant(prepared: &Prepared, variant: u64) -> Result<HostWeights> {
     let original = HostWeights::open(&prepared.weights_path())?;
     if variant == 0 {
         return Ok(original);

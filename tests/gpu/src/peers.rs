@@ -43,13 +43,18 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
     }
     let runtime = model::runtime()?;
     let ordinals: Vec<u32> = (0..u32::try_from(count)?).collect();
+    // The contexts stay from the first model to the last: libraries do not stand their going.
+    let open = |&ordinal: &u32| -> Result<_> {
+        Ok(CudaDevice::open(&CudaConfig { memory: Some(SPARE), lanes: 1, ..model::config(ordinal)? })?)
+    };
+    let _devices = ordinals.iter().map(open).collect::<Result<Vec<_>>>()?;
     let plain = cuda::measure_links(&ordinals)?.peers[0][1].map(|peer| (peer.rate.0 / 1e9, "plain copy between GPUs"));
     let (mut records, mut kept) = (Vec::new(), Vec::new());
     for name in names {
         let all = model::prepared(&models.join("prepared"))?;
         let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
         let mut all = Everywhere::open(&runtime, &prepared, &ordinals)?;
-        let mut found = all.from_a_peer(name, plain)?;
+        let mut found = all.peer_to_peer(name, plain)?;
         found.extend(all.over_links(name)?);
         found.push(all.all_at_once(name)?);
         // The requests of all figures were compared.
@@ -95,7 +100,7 @@ impl Everywhere {
         Ok(took)
     }
 
-    fn from_a_peer(&mut self, name: &str, plain: Option<(f64, &'static str)>) -> Result<Vec<Record>> {
+    fn peer_to_peer(&mut self, name: &str, plain: Option<(f64, &'static str)>) -> Result<Vec<Record>> {
         let (mut copies, mut requests, mut resident) = (Vec::new(), Vec::new(), Vec::new());
         self.all[0].swap_in()?;
         for _ in 0..ROUNDS {
@@ -171,8 +176,11 @@ impl Everywhere {
         let slower = median(&mut together) / median(&mut alone);
         let count = self.all.len();
         println!("peers: {name:20} a swap on each of {count} GPUs at once takes {slower:.3}x of one alone");
-        let (figure, target) =
-            if count == 2 { ("two_swaps_at_once", Target::AtMost(1.10)) } else { ("swaps_on_all_at_once", Target::Told) };
+        let (figure, target) = if count == 2 {
+            ("two_swaps_at_once", Target::AtMost(1.10))
+        } else {
+            ("swaps_on_all_at_once", Target::Told)
+        };
         Ok(Record::of(figure, name, (slower, "of the time alone"), None, target))
     }
 }

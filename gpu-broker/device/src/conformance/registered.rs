@@ -50,7 +50,8 @@ fn patterns(at: usize, len: usize) -> Vec<u8> {
 
 /// A program of nothing: its outputs are what lies where they are, its inputs.
 fn nothing(cuda: &CudaDevice) -> Program {
-    let program = cuda.bind(None, |binding| cuda.capture(0, binding, &[], || Ok::<_, DeviceError>(())));
+    let captured = cuda.bind(None, |binding| cuda.capture(0, binding, &[], || Ok::<_, DeviceError>(())));
+    let program = captured.map(|(program, _)| program);
     program.expect("nothing can be captured")
 }
 

@@ -229,6 +229,13 @@ impl Context {
         check("cuCtxSynchronize", unsafe { cu::cuCtxSynchronize() })
     }
 
+    /// Writes device memory and waits until it is there.
+    pub(super) fn write(&self, address: u64, from: &[u8]) -> Result<(), DeviceError> {
+        self.enter()?;
+        // SAFETY: `from` is a slice of this length; a wrong device address is an error of the driver's.
+        check("cuMemcpyHtoD", unsafe { cu::cuMemcpyHtoD_v2(address, from.as_ptr().cast(), from.len()) })
+    }
+
     /// Reads device memory and waits for it.
     pub(super) fn read(&self, address: u64, into: &mut [u8]) -> Result<(), DeviceError> {
         self.enter()?;

@@ -75,6 +75,11 @@ impl Lane {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Where inputs and outputs may lie: base and length.
+    pub(super) fn io_stretch(&self) -> (u64, u64) {
+        (self.io_base, IO_BYTES_MAX as u64)
+    }
+
     fn io(&self) -> MutexGuard<'_, Io> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -84,6 +89,12 @@ impl Lane {
 pub struct Constants {
     device: Arc<super::Memory>,
     owner: u64,
+}
+
+impl Constants {
+    pub(super) fn owner(&self) -> u64 {
+        self.owner
+    }
 }
 
 impl Drop for Constants {

@@ -14,8 +14,9 @@ use std::{
 use super::{
     CudaDevice,
     arena::{Purpose, with_purpose},
+    drawn::Drawn,
     queue::Graph,
-    rewrite::Rewritten,
+    rewrite::Counts,
     stages::stages,
 };
 use crate::{Device, DeviceError, Group};
@@ -30,6 +31,19 @@ pub struct Program {
     /// How long it takes at least, from its launch and with the weights there, in microseconds; 0 before the first run.
     usual_us: AtomicU64,
     last: Mutex<RunTimes>,
+}
+
+/// A program as it was captured, from which others can be made.
+pub struct Drawing {
+    /// Each part's graph, the groups that it waits for, and what became of it.
+    pub(super) parts: Vec<(Drawn, u32, Counts)>,
+    pub(super) lane: usize,
+}
+
+impl fmt::Debug for Drawing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Drawing").field("parts", &self.parts.len()).field("lane", &self.lane).finish()
+    }
 }
 
 /// A part of a program: what is launched once so many groups of the weights are queued.
@@ -50,6 +64,10 @@ pub struct RunTimes {
 }
 
 impl Program {
+    pub(super) fn new(parts: Vec<Part>, lane: usize) -> Self {
+        Self { parts, lane, usual_us: AtomicU64::new(0), last: Mutex::default() }
+    }
+
     /// Notes how long a run took. What is usual follows shorter runs at once and longer ones slowly: who sleeps too long
     /// is late, who wakes too early looks a moment longer.
     pub(super) fn took(&self, times: RunTimes, resident: bool) {
@@ -78,7 +96,7 @@ impl Program {
 
     /// Of how many kernels, copies and waits each part is made, and how many groups it waits for.
     pub fn parts_nodes(&self) -> Vec<(u32, usize)> {
-        self.parts.iter().map(|part| (part.groups, part.graph.rewritten.nodes)).collect()
+        self.parts.iter().map(|part| (part.groups, part.graph.counts().nodes)).collect()
     }
 
     /// In which lane it runs.
@@ -88,13 +106,13 @@ impl Program {
 
     /// Copies and fills in it that are kernels of ours, and others that are not.
     pub fn replaced(&self) -> (usize, usize) {
-        let sum = |of: fn(&Rewritten) -> usize| self.parts.iter().map(|part| of(&part.graph.rewritten)).sum();
+        let sum = |of: fn(Counts) -> usize| self.parts.iter().map(|part| of(part.graph.counts())).sum();
         (sum(|part| part.replaced), sum(|part| part.left))
     }
 
     /// Of how many kernels, copies and waits it is made.
     pub fn nodes(&self) -> usize {
-        self.parts.iter().map(|part| part.graph.rewritten.nodes).sum()
+        self.parts.iter().map(|part| part.graph.counts().nodes).sum()
     }
 }
 
@@ -112,7 +130,7 @@ struct Capture {
     stages: Vec<u32>,
     /// The stage that the part under way needs.
     stage: usize,
-    done: Vec<Part>,
+    done: Vec<(Part, Drawn)>,
 }
 
 thread_local! {
@@ -130,7 +148,7 @@ impl CudaDevice {
         binding: usize,
         groups: &[Group],
         work: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Program, E> {
+    ) -> Result<(Program, Drawing), E> {
         let (binding_lane, target) = (self.lane(binding)?, self.lane(lane)?);
         self.shared.context.enter()?;
         let _alone = self.capturing.write().unwrap_or_else(PoisonError::into_inner);
@@ -153,15 +171,21 @@ impl CudaDevice {
         if target.scratch().live() != before {
             return Err(DeviceError::Invalid("the run keeps scratch memory for itself").into());
         }
-        Ok(Program { parts, lane, usual_us: AtomicU64::new(0), last: Mutex::default() })
+        let drawn = |(part, drawn): (Part, Drawn)| {
+            let told = (drawn, part.groups, part.graph.counts());
+            (part, told)
+        };
+        let (parts, drawn) = parts.into_iter().map(drawn).unzip();
+        Ok((Program::new(parts, lane), Drawing { parts: drawn, lane }))
     }
 
     /// Ends the part that is captured. One of nothing is left out.
     fn end_part(&self, mut capture: Capture) -> Result<Capture, DeviceError> {
-        let graph = self.lane(capture.lane)?.queue.end_capture(&self.memory.kernels)?;
-        if graph.rewritten.nodes > 0 {
+        let (drawn, rewritten) = self.lane(capture.lane)?.queue.end_capture(&self.memory.kernels)?;
+        if rewritten.counts.nodes > 0 {
             let groups = capture.stages.get(capture.stage).copied().unwrap_or(0);
-            capture.done.push(Part { graph, groups });
+            let graph = Graph::of(&self.shared.context, &drawn, rewritten)?;
+            capture.done.push((Part { graph, groups }, drawn));
         }
         Ok(capture)
     }

@@ -1,7 +1,7 @@
 //! Streams of work on a GPU, the events in them, and the graphs that are made of them.
 
 use std::{
-    ffi::{c_uint, c_ulonglong},
+    ffi::c_uint,
     ptr,
     sync::Arc,
     time::{Duration, Instant},
@@ -10,9 +10,10 @@ use std::{
 use cudarc::driver::sys as cu;
 
 use super::{
+    drawn::Drawn,
     driver::{Context, check, tell},
     kernels::Kernels,
-    rewrite::{Rewritten, rewrite},
+    rewrite::{Counts, Rewritten, rewrite},
 };
 use crate::DeviceError;
 
@@ -66,7 +67,7 @@ impl Event {
         Ok(Duration::try_from_secs_f32(ms / 1e3).unwrap_or_default())
     }
 
-    fn raw(&self) -> cu::CUevent {
+    pub(super) fn raw(&self) -> cu::CUevent {
         ptr::with_exposed_provenance_mut(self.raw)
     }
 
@@ -163,22 +164,15 @@ impl Queue {
         check("cuStreamBeginCapture", unsafe { cu::cuStreamBeginCapture_v2(self.raw(), mode) })
     }
 
-    /// The graph that was kept, ready to be launched; its copies and fills are done by these kernels.
-    pub(super) fn end_capture(&self, kernels: &Kernels) -> Result<Graph, DeviceError> {
+    /// The graph that was kept; its copies and fills are done by these kernels.
+    pub(super) fn end_capture(&self, kernels: &Kernels) -> Result<(Drawn, Rewritten), DeviceError> {
         let mut graph = ptr::null_mut();
         // SAFETY: the handle is alive; the driver writes a handle, which is ours.
         check("cuStreamEndCapture", unsafe { cu::cuStreamEndCapture(self.raw(), &raw mut graph) })?;
-        let rewritten = rewrite(&self.context, graph, kernels);
-        let mut raw = ptr::null_mut();
-        let flags: c_ulonglong = 0;
-        // SAFETY: the graph is alive; the driver writes a handle, which is ours.
-        let made = unsafe { cu::cuGraphInstantiateWithFlags(&raw mut raw, graph, flags) };
-        let made = check("cuGraphInstantiate", made);
-        // SAFETY: the graph is ours and not used any more; what was instantiated stands by itself.
-        tell("cuGraphDestroy", unsafe { cu::cuGraphDestroy(graph) });
-        made?;
-        let raw = raw.expose_provenance();
-        Ok(Graph { raw, context: Arc::clone(&self.context), rewritten: rewritten? })
+        // SAFETY: the handle was just made, for nobody else.
+        let drawn = unsafe { Drawn::own(&self.context, graph) };
+        let rewritten = rewrite(&self.context, &drawn, kernels)?;
+        Ok((drawn, rewritten))
     }
 }
 
@@ -229,10 +223,19 @@ impl Drop for Queue {
 pub(super) struct Graph {
     raw: usize,
     context: Arc<Context>,
-    pub(super) rewritten: Rewritten,
+    rewritten: Rewritten,
 }
 
 impl Graph {
+    pub(super) fn of(context: &Arc<Context>, drawn: &Drawn, rewritten: Rewritten) -> Result<Self, DeviceError> {
+        let raw = drawn.instantiate()?.expose_provenance();
+        Ok(Self { raw, context: Arc::clone(context), rewritten })
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        self.rewritten.counts
+    }
+
     pub(super) fn launch(&self, on: &Queue) -> Result<(), DeviceError> {
         // SAFETY: both handles are alive.
         let result = unsafe { cu::cuGraphLaunch(ptr::with_exposed_provenance_mut(self.raw), on.raw()) };

@@ -8,37 +8,49 @@ use std::{mem::MaybeUninit, ptr, sync::Arc};
 use cudarc::driver::sys as cu;
 
 use super::{
+    drawn::{Drawn, kind_of},
     driver::{Context, Pinned, check},
     kernels::{Kernels, Work},
 };
 use crate::DeviceError;
 
-/// What became of a graph.
-#[derive(Debug, Default)]
-pub(super) struct Rewritten {
+/// What became of a graph's nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
     /// Nodes in all.
     pub(super) nodes: usize,
     /// Copies and fills that are kernels now.
     pub(super) replaced: usize,
+    /// Those of them that read the host's memory.
+    pub(super) from_host: usize,
     /// Copies and fills that stay as they are: of shapes that our kernels do not know.
     pub(super) left: usize,
+}
+
+/// What became of a graph.
+#[derive(Debug, Default)]
+pub(super) struct Rewritten {
+    pub(super) counts: Counts,
     /// What was read from the host's memory. It stays as long as the graph.
     _host: Vec<Pinned>,
 }
 
-/// Rewrites a graph of ours that was just captured and is not instantiated yet.
-pub(super) fn rewrite(context: &Arc<Context>, graph: cu::CUgraph, kernels: &Kernels) -> Result<Rewritten, DeviceError> {
-    let mut count = 0;
-    // SAFETY: without a table the driver writes the number of nodes alone.
-    check("cuGraphGetNodes", unsafe { cu::cuGraphGetNodes(graph, ptr::null_mut(), &raw mut count) })?;
-    if count == 0 {
-        // The driver refuses a table without room.
-        return Ok(Rewritten::default());
+impl Counts {
+    /// Whether all that it does is kernels, with nothing of the host's.
+    pub(super) fn is_plain(self) -> bool {
+        self.from_host == 0 && self.left == 0
     }
-    let mut nodes = vec![ptr::null_mut(); count];
-    // SAFETY: the table has room for as many nodes as the driver has said.
-    check("cuGraphGetNodes", unsafe { cu::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &raw mut count) })?;
-    let mut done = Rewritten { nodes: count, ..Rewritten::default() };
+
+    /// Of a copy of such a graph.
+    pub(super) fn of_plain(self) -> Rewritten {
+        Rewritten { counts: self, _host: Vec::new() }
+    }
+}
+
+/// Rewrites a graph of ours that was just captured and is not instantiated yet.
+pub(super) fn rewrite(context: &Arc<Context>, drawn: &Drawn, kernels: &Kernels) -> Result<Rewritten, DeviceError> {
+    let (graph, nodes) = (drawn.raw(), drawn.nodes()?);
+    let mut done = Rewritten { counts: Counts { nodes: nodes.len(), ..Counts::default() }, _host: Vec::new() };
     let nodes = nodes.into_iter().map(|node| Ok((node, kind_of(node)?))).collect::<Result<Vec<_>, DeviceError>>()?;
     let takes_memory = |kind| kind == cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEM_ALLOC;
     if nodes.iter().any(|&(_, kind)| takes_memory(kind)) {
@@ -55,19 +67,13 @@ pub(super) fn rewrite(context: &Arc<Context>, graph: cu::CUgraph, kernels: &Kern
         match work {
             Some(work) => {
                 replace(graph, node, kernels, work)?;
-                done.replaced += 1;
+                done.counts.replaced += 1;
             }
-            None => done.left += 1,
+            None => done.counts.left += 1,
         }
     }
+    done.counts.from_host = done._host.len();
     Ok(done)
-}
-
-fn kind_of(node: cu::CUgraphNode) -> Result<cu::CUgraphNodeType, DeviceError> {
-    let mut kind = cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
-    // SAFETY: the node is one of a graph that is alive; the driver writes its kind.
-    check("cuGraphNodeGetType", unsafe { cu::cuGraphNodeGetType(node, &raw mut kind) })?;
-    Ok(kind)
 }
 
 /// Leaves a graph as it is that takes memory itself: the driver lets no node of such a one be replaced. What it reads
@@ -84,9 +90,9 @@ fn keep_all(
             if !host.is_empty() {
                 return Err(DeviceError::Invalid("the run takes memory from the driver and reads the host's"));
             }
-            done.left += 1;
+            done.counts.left += 1;
         } else if kind == cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET {
-            done.left += 1;
+            done.counts.left += 1;
         }
     }
     Ok(done)

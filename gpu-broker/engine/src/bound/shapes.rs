@@ -169,7 +169,7 @@ impl Bound {
         // The lane first: see there.
         let alone = cuda.alone_in(lane)?;
         cuda.while_resident(reserved.waiter.range, || {
-            let programs = program::make(device, &self.made_of(session), io, (lane, at), (&alone, at), None)?;
+            let (programs, _) = program::make(device, &self.made_of(session), io, (lane, at), (&alone, at), None)?;
             self.compare(&programs, alone, sample)?;
             Ok(programs)
         })

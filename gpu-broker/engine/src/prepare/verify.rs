@@ -143,7 +143,9 @@ fn device_for(prepared: &Prepared) -> Result<Arc<dyn Device>, DeviceError> {
         Target::Cuda(cuda) => {
             let ordinal = u32::try_from(cuda.ordinal).map_err(|_| DeviceError::Invalid("there is no such GPU"))?;
             let memory = Some(capacity(cuda::CHUNK_DEFAULT));
-            CudaDevice::open(&CudaConfig { memory, lanes: 1, ..CudaConfig::new("prepare", ordinal) })?
+            // What is tried here are sessions.
+            let config = CudaConfig { memory, lanes: 1, twins: false, ..CudaConfig::new("prepare", ordinal) };
+            CudaDevice::open(&config)?
         }
     })
 }

@@ -115,6 +115,12 @@ impl Stage {
             return Err(format!("no function could be registered: {}", broker.log_tail()).into());
         }
         bound_everywhere(&broker, Instant::now() + within)?;
+        let metrics = broker.metrics()?;
+        let how = |how: &str| -> f64 {
+            let all = metrics.all("faaswap_bindings_total").filter(|(labels, _)| labels.contains(how));
+            all.map(|(_, count)| count).sum()
+        };
+        println!("  bound {} times by a kind, {} times by a session", how("kind"), how("session"));
         Ok((broker, fleet, registered))
     }
 

@@ -1,0 +1,244 @@
+//! Captured graphs before they are instantiated: what their nodes do, copies of them, and nodes that do it elsewhere.
+
+use std::{
+    collections::HashMap,
+    ffi::{c_ulonglong, c_void},
+    mem::MaybeUninit,
+    ptr,
+    sync::Arc,
+};
+
+use cudarc::driver::sys as cu;
+
+use super::{
+    driver::{Context, check, tell},
+    queue::Event,
+};
+use crate::DeviceError;
+
+/// Most arguments of a kernel; what CUDA allows at most is 32,764 bytes of them.
+const ARGUMENTS_MAX: usize = 4096;
+
+/// A graph that can be read and changed. What is launched is made of it, and needs it no more.
+pub(super) struct Drawn {
+    context: Arc<Context>,
+    raw: usize,
+}
+
+/// What a node does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Node {
+    Kernel(Call),
+    /// Waits for the event of this handle.
+    Wait(usize),
+    Empty,
+    /// What cannot be made to do the same elsewhere.
+    Other,
+}
+
+/// A kernel's launch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Call {
+    /// Function or kernel; one of the two is 0.
+    function: [usize; 2],
+    /// Blocks, threads, and shared memory.
+    shape: [u32; 7],
+    /// Each argument's bytes.
+    pub(super) arguments: Vec<Vec<u8>>,
+}
+
+/// All that a graph says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Content {
+    pub(super) nodes: Vec<Node>,
+    /// Which node is behind which, by their places in `nodes`.
+    pub(super) edges: Vec<(usize, usize)>,
+}
+
+impl Call {
+    /// Whether it is the same kernel, launched in the same way, with as many arguments.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        (self.function, self.shape, self.arguments.len()) == (other.function, other.shape, other.arguments.len())
+    }
+}
+
+impl Drawn {
+    /// Takes a graph over.
+    ///
+    /// # Safety
+    /// The handle must be that of a graph of this context, which nobody else destroys.
+    pub(super) unsafe fn own(context: &Arc<Context>, raw: cu::CUgraph) -> Self {
+        Self { context: Arc::clone(context), raw: raw.expose_provenance() }
+    }
+
+    pub(super) fn raw(&self) -> cu::CUgraph {
+        ptr::with_exposed_provenance_mut(self.raw)
+    }
+
+    /// The handles of its nodes.
+    pub(super) fn nodes(&self) -> Result<Vec<cu::CUgraphNode>, DeviceError> {
+        let mut count = 0;
+        // SAFETY: without a table the driver writes the number of nodes alone.
+        check("cuGraphGetNodes", unsafe { cu::cuGraphGetNodes(self.raw(), ptr::null_mut(), &raw mut count) })?;
+        let mut nodes = vec![ptr::null_mut(); count];
+        // The driver refuses a table without room.
+        if count > 0 {
+            // SAFETY: the table has room for as many nodes as the driver has said.
+            let result = unsafe { cu::cuGraphGetNodes(self.raw(), nodes.as_mut_ptr(), &raw mut count) };
+            check("cuGraphGetNodes", result)?;
+        }
+        Ok(nodes)
+    }
+
+    /// Reads what it says.
+    pub(super) fn read(&self) -> Result<Content, DeviceError> {
+        self.context.enter()?;
+        let handles = self.nodes()?;
+        let places: HashMap<_, _> = handles.iter().enumerate().map(|(place, node)| (node.addr(), place)).collect();
+        let mut count = 0;
+        // SAFETY: without tables the driver writes the number of edges alone.
+        let asked = unsafe {
+            let none = ptr::null_mut();
+            cu::cuGraphGetEdges_v2(self.raw(), none, none, ptr::null_mut(), &raw mut count)
+        };
+        check("cuGraphGetEdges", asked)?;
+        let (mut from, mut to) = (vec![ptr::null_mut(); count], vec![ptr::null_mut(); count]);
+        let mut data = vec![MaybeUninit::<cu::CUgraphEdgeData>::zeroed(); count];
+        if count > 0 {
+            // SAFETY: all tables have room for as many edges as the driver has said.
+            let asked = unsafe {
+                let data = data.as_mut_ptr().cast();
+                cu::cuGraphGetEdges_v2(self.raw(), from.as_mut_ptr(), to.as_mut_ptr(), data, &raw mut count)
+            };
+            check("cuGraphGetEdges", asked)?;
+        }
+        let place = |node: &cu::CUgraphNode| places.get(&node.addr()).copied();
+        let edges = from.iter().zip(&to).map(|(from, to)| Some((place(from)?, place(to)?))).collect::<Option<_>>();
+        let edges = edges.ok_or(DeviceError::Invalid("an edge of a graph to a node that it does not have"))?;
+        Ok(Content { nodes: handles.into_iter().map(read_node).collect::<Result<_, _>>()?, edges })
+    }
+
+    /// Another one that says the same.
+    pub(super) fn copy(&self) -> Result<Self, DeviceError> {
+        self.context.enter()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the graph is alive; the driver writes a handle, which is ours.
+        check("cuGraphClone", unsafe { cu::cuGraphClone(&raw mut raw, self.raw()) })?;
+        // SAFETY: the handle was just made, for nobody else.
+        Ok(unsafe { Self::own(&self.context, raw) })
+    }
+
+    /// The node of this copy that stands for a node of the original.
+    pub(super) fn of_original(&self, node: cu::CUgraphNode) -> Result<cu::CUgraphNode, DeviceError> {
+        let mut found = ptr::null_mut();
+        // SAFETY: both graphs are alive; the driver writes a handle of this graph's, or says that there is none.
+        let result = unsafe { cu::cuGraphNodeFindInClone(&raw mut found, node, self.raw()) };
+        check("cuGraphNodeFindInClone", result).map(|()| found)
+    }
+
+    /// What can be launched.
+    pub(super) fn instantiate(&self) -> Result<cu::CUgraphExec, DeviceError> {
+        let mut raw = ptr::null_mut();
+        let flags: c_ulonglong = 0;
+        // SAFETY: the graph is alive; the driver writes a handle, which is the caller's.
+        let made = unsafe { cu::cuGraphInstantiateWithFlags(&raw mut raw, self.raw(), flags) };
+        check("cuGraphInstantiate", made).map(|()| raw)
+    }
+}
+
+impl Drop for Drawn {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the graph is ours and not used any more; what was instantiated stands by itself.
+            tell("cuGraphDestroy", unsafe { cu::cuGraphDestroy(self.raw()) });
+        }
+    }
+}
+
+pub(super) fn kind_of(node: cu::CUgraphNode) -> Result<cu::CUgraphNodeType, DeviceError> {
+    let mut kind = cu::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
+    // SAFETY: the node is one of a graph that is alive; the driver writes its kind.
+    check("cuGraphNodeGetType", unsafe { cu::cuGraphNodeGetType(node, &raw mut kind) })?;
+    Ok(kind)
+}
+
+pub(super) fn read_node(node: cu::CUgraphNode) -> Result<Node, DeviceError> {
+    use cu::CUgraphNodeType as T;
+    let kind = kind_of(node)?;
+    if kind == T::CU_GRAPH_NODE_TYPE_EMPTY {
+        return Ok(Node::Empty);
+    }
+    if kind == T::CU_GRAPH_NODE_TYPE_WAIT_EVENT {
+        let mut event = ptr::null_mut();
+        // SAFETY: the node waits for an event; the driver writes its handle.
+        check("cuGraphEventWaitNodeGetEvent", unsafe { cu::cuGraphEventWaitNodeGetEvent(node, &raw mut event) })?;
+        return Ok(Node::Wait(event.addr()));
+    }
+    if kind != T::CU_GRAPH_NODE_TYPE_KERNEL {
+        return Ok(Node::Other);
+    }
+    let p = parameters(node)?;
+    let shape = [p.gridDimX, p.gridDimY, p.gridDimZ, p.blockDimX, p.blockDimY, p.blockDimZ, p.sharedMemBytes];
+    if p.kernelParams.is_null() {
+        // Arguments in one piece, or none: not told apart.
+        return Ok(Node::Other);
+    }
+    let mut arguments = Vec::new();
+    while let Some(size) = argument_size(&p, arguments.len())? {
+        // SAFETY: the function has an argument of this number, so the node has a place for it in its table.
+        let place = unsafe { p.kernelParams.add(arguments.len()) };
+        // SAFETY: as above.
+        let bytes = unsafe { *place }.cast::<u8>();
+        // SAFETY: the argument has this size, and its bytes are the node's.
+        arguments.push(unsafe { std::slice::from_raw_parts(bytes, size) }.to_vec());
+    }
+    Ok(Node::Kernel(Call { function: [p.func.addr(), p.kern.addr()], shape, arguments }))
+}
+
+fn parameters(node: cu::CUgraphNode) -> Result<cu::CUDA_KERNEL_NODE_PARAMS, DeviceError> {
+    let mut p = MaybeUninit::<cu::CUDA_KERNEL_NODE_PARAMS>::zeroed();
+    // SAFETY: the node is a kernel; the driver fills the whole struct. What it points to is the node's.
+    check("cuGraphKernelNodeGetParams", unsafe { cu::cuGraphKernelNodeGetParams_v2(node, p.as_mut_ptr()) })?;
+    // SAFETY: the driver has filled it; its fields are numbers and addresses.
+    Ok(unsafe { p.assume_init() })
+}
+
+/// The size of a kernel's argument; `None` where it has no such argument.
+fn argument_size(p: &cu::CUDA_KERNEL_NODE_PARAMS, index: usize) -> Result<Option<usize>, DeviceError> {
+    let (mut offset, mut size) = (0, 0);
+    let result = if p.func.is_null() {
+        // SAFETY: the kernel is that of a node; the driver writes two numbers, or says that there is no such argument.
+        unsafe { cu::cuKernelGetParamInfo(p.kern, index, &raw mut offset, &raw mut size) }
+    } else {
+        // SAFETY: as above.
+        unsafe { cu::cuFuncGetParamInfo(p.func, index, &raw mut offset, &raw mut size) }
+    };
+    if result == cu::CUresult::CUDA_ERROR_INVALID_VALUE {
+        return Ok(None);
+    }
+    if index >= ARGUMENTS_MAX {
+        return Err(DeviceError::Invalid("a kernel of so many arguments cannot be"));
+    }
+    check("cuFuncGetParamInfo", result).map(|()| Some(size))
+}
+
+/// Gives a kernel of a graph other arguments, of the same sizes.
+///
+/// # Safety
+/// The node must be a kernel of a graph that is alive. Whenever that graph runs, what the arguments name must be there.
+pub(super) unsafe fn set_arguments(node: cu::CUgraphNode, arguments: &mut [Vec<u8>]) -> Result<(), DeviceError> {
+    let mut p = parameters(node)?;
+    let mut places: Vec<*mut c_void> = arguments.iter_mut().map(|bytes| bytes.as_mut_ptr().cast()).collect();
+    p.kernelParams = places.as_mut_ptr();
+    // SAFETY: each place has as many bytes as the argument, which the driver copies before it returns.
+    check("cuGraphKernelNodeSetParams", unsafe { cu::cuGraphKernelNodeSetParams_v2(node, &raw const p) })
+}
+
+/// Lets a wait of a graph be for another event.
+///
+/// # Safety
+/// The node must be a wait of a graph that is alive.
+pub(super) unsafe fn set_event(node: cu::CUgraphNode, event: &Event) -> Result<(), DeviceError> {
+    // SAFETY: the caller's promise; the event is alive.
+    check("cuGraphEventWaitNodeSetEvent", unsafe { cu::cuGraphEventWaitNodeSetEvent(node, event.raw()) })
+}

@@ -1,0 +1,441 @@
+//! Twins: programs that are made of another model's of the same kind, without a session.
+//!
+//! Models of one kind differ in their weights alone. Their programs are the same kernels in the same order; what differs is
+//! where things lie. Two programs that were captured, of two models and in two lanes, tell which words are such places: those
+//! that differ, and that lie as far into the same stretch of either. A third program is the first with these words for its own
+//! stretches. A kind is left alone where anything else differs, so a word that is no address is never taken for one.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+};
+
+use cudarc::driver::sys as cu;
+
+use super::{
+    CudaDevice,
+    drawn::{self, Content, Node},
+    lane::Constants,
+    program::{Drawing, Part, Program},
+    queue::{Event, Graph},
+};
+use crate::{DeviceError, RangeId};
+
+/// Most kinds that are known of a device.
+const KINDS_MAX: usize = 128;
+/// Constants of one model beyond this are not copied.
+const CONSTANTS_COPIED_MAX: usize = 16 << 20;
+/// Addresses are words of this size.
+const WORD: usize = size_of::<u64>();
+
+/// What all models of a kind have in common, as their owner hashed it.
+pub type KindKey = [u8; 32];
+
+/// Stretches of addresses that a program is about, in the same order for all of a kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Places(Vec<(u64, u64)>);
+
+/// A place: which stretch, and how far into it.
+type Place = (usize, u64);
+
+impl Places {
+    fn find(&self, address: u64) -> Option<Place> {
+        let inside = |&(base, len): &(u64, u64)| address.checked_sub(base).is_some_and(|offset| offset < len);
+        let stretch = self.0.iter().position(inside)?;
+        Some((stretch, address - self.0[stretch].0))
+    }
+
+    fn address(&self, (stretch, offset): Place) -> Result<u64, DeviceError> {
+        let found = self.0.get(stretch).filter(|(_, len)| offset < *len);
+        found.map(|(base, _)| base + offset).ok_or(DeviceError::Invalid("a twin has fewer places than its kind"))
+    }
+}
+
+/// A word of a kernel's arguments that names a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Word {
+    argument: usize,
+    offset: usize,
+    place: Place,
+}
+
+/// What is another thing in each program of a kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Differs {
+    /// These words of a kernel.
+    Words(Vec<Word>),
+    /// The event of this group.
+    Group(u32),
+}
+
+/// A captured program and all that it is about.
+struct Captured {
+    drawing: Drawing,
+    content: Vec<Content>,
+    places: Places,
+    /// The events of the weights' groups. They stay, so that no other has their handles.
+    events: Vec<Arc<Event>>,
+    /// What each stretch of constants holds.
+    constants: Vec<Vec<u8>>,
+    /// How much scratch and workspace its lane had.
+    lane_has: (usize, usize),
+}
+
+/// What twins are made of.
+pub struct Template {
+    of: Captured,
+    /// By part and node.
+    differs: Vec<Vec<(usize, Differs)>>,
+}
+
+enum Known {
+    One(Box<Captured>),
+    Template(Arc<Template>),
+    /// Its programs differ in more than places, and where.
+    Apart,
+}
+
+/// The kinds that are known on a device.
+#[derive(Default)]
+pub(super) struct Kinds(Mutex<Books>);
+
+#[derive(Default)]
+struct Books {
+    /// Each with the time of its last use.
+    known: HashMap<KindKey, (Known, u64)>,
+    /// Counts uses.
+    now: u64,
+}
+
+impl Kinds {
+    /// Does something with what is known of a kind, which is the one used last then.
+    fn with<T>(&self, key: &KindKey, work: impl FnOnce(Option<&mut Known>) -> T) -> T {
+        let Books { known, now } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *now += 1;
+        work(known.get_mut(key).map(|(known, last)| {
+            *last = *now;
+            known
+        }))
+    }
+
+    /// Keeps what is known; where there is no room, the kind that was used the longest time ago goes.
+    fn keep(&self, key: KindKey, next: Known) {
+        let Books { known, now } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *now += 1;
+        if known.len() >= KINDS_MAX && !known.contains_key(&key) {
+            let oldest = known.iter().min_by_key(|(_, (_, last))| *last).map(|(key, _)| *key);
+            oldest.map(|oldest| known.remove(&oldest));
+        }
+        known.insert(key, (next, *now));
+    }
+}
+
+impl CudaDevice {
+    /// What twins of this kind can be made of, once two models of it were captured.
+    pub fn template(&self, key: &KindKey) -> Option<Arc<Template>> {
+        self.kinds.as_ref()?.with(key, |known| match known {
+            Some(Known::Template(template)) => Some(Arc::clone(template)),
+            Some(Known::One(_) | Known::Apart) | None => None,
+        })
+    }
+
+    /// The lane for the next model, of this kind: they are given out in turn, but a kind is learnt from two of them.
+    pub fn next_lane(&self, key: Option<&KindKey>) -> usize {
+        let next = || self.next_lane.fetch_add(1, Ordering::Relaxed) % self.lanes();
+        let lane = next();
+        let is_taken = |kinds: &Kinds, key: &KindKey| {
+            kinds.with(key, |known| matches!(known, Some(Known::One(first)) if first.drawing.lane == lane))
+        };
+        match (&self.kinds, key) {
+            (Some(kinds), Some(key)) if is_taken(kinds, key) => next(),
+            _ => lane,
+        }
+    }
+
+    /// Takes note of a program that was captured: of the first of a kind as it is, of the second to compare them.
+    pub fn note_kind(
+        &self,
+        key: KindKey,
+        drawing: Drawing,
+        range: RangeId,
+        constants: &Constants,
+    ) -> Result<(), DeviceError> {
+        let Some(kinds) = &self.kinds else { return Ok(()) };
+        let lane = drawing.lane;
+        // Two of the same lane would not tell what belongs to it.
+        let other_lane = |other: usize| other != lane || self.lanes() == 1;
+        let wanted = kinds.with(&key, |known| match known {
+            None => true,
+            Some(Known::One(first)) => other_lane(first.drawing.lane),
+            Some(Known::Template(_) | Known::Apart) => false,
+        });
+        if !wanted {
+            return Ok(());
+        }
+        let captured = match self.captured(drawing, range, constants) {
+            Ok(captured) => captured,
+            Err(error) => {
+                kinds.keep(key, Known::Apart);
+                return Err(error);
+            }
+        };
+        let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart)));
+        let next = match known {
+            None => Known::One(Box::new(captured)),
+            Some(Known::One(first)) if other_lane(first.drawing.lane) => match compare(&first, &captured) {
+                Ok(differs) => Known::Template(Arc::new(Template { of: *first, differs })),
+                Err(why) => {
+                    tracing::info!(why, "models of a kind are bound one by one");
+                    Known::Apart
+                }
+            },
+            // Another thread was faster.
+            Some(known) => known,
+        };
+        kinds.keep(key, next);
+        Ok(())
+    }
+
+    /// Makes a program for a lane without capturing it. `constants` become what the kind's are, but for their first stretch,
+    /// which holds these bytes. The lane's inputs and outputs must be there, see [`CudaDevice::io_address`].
+    pub fn twin(
+        &self,
+        template: &Template,
+        lane: usize,
+        range: RangeId,
+        constants: &Constants,
+        first: &[u8],
+    ) -> Result<Program, DeviceError> {
+        let made = self.beside_captures(|| {
+            self.place_constants(constants, first)?;
+            for content in template.of.constants.iter().skip(1) {
+                self.place_constants(constants, content)?;
+            }
+            let (scratch, workspace) = template.of.lane_has;
+            self.lane(lane)?.scratch().grow(scratch)?;
+            self.lane(lane)?.workspace().grow(workspace)?;
+            let places = self.places(lane, range, constants)?;
+            let parts = template.of.drawing.parts.iter().zip(&template.differs);
+            let parts = parts.map(|((drawn, groups, counts), differs)| {
+                let copy = drawn.copy()?;
+                let nodes = drawn.nodes()?;
+                for (node, differs) in differs {
+                    self.change(copy.of_original(nodes[*node])?, differs, &places, range)?;
+                }
+                Ok(Part { graph: Graph::of(&self.shared.context, &copy, counts.of_plain())?, groups: *groups })
+            });
+            Ok(Program::new(parts.collect::<Result<_, DeviceError>>()?, lane))
+        });
+        self.shared.noted(made)
+    }
+
+    /// Makes a node of a copy one of the twin's.
+    fn change(
+        &self,
+        node: cu::CUgraphNode,
+        differs: &Differs,
+        places: &Places,
+        range: RangeId,
+    ) -> Result<(), DeviceError> {
+        match differs {
+            Differs::Words(words) => {
+                let Node::Kernel(mut call) = drawn::read_node(node)? else {
+                    return Err(DeviceError::Invalid("a kernel's copy is no kernel"));
+                };
+                for word in words {
+                    let bytes = &mut call.arguments[word.argument][word.offset..word.offset + WORD];
+                    bytes.copy_from_slice(&places.address(word.place)?.to_ne_bytes());
+                }
+                // SAFETY: the node is a kernel of a graph that the caller has; the places are the model's and its lane's,
+                // which stay for as long as its program.
+                unsafe { drawn::set_arguments(node, &mut call.arguments) }
+            }
+            Differs::Group(group) => {
+                let event = self.shared.books()?.event(&self.shared.context, range, *group)?;
+                // SAFETY: the node is a wait of a graph that the caller has.
+                unsafe { drawn::set_event(node, &event) }
+            }
+        }
+    }
+
+    /// Takes memory for constants and writes it.
+    pub fn place_constants(&self, constants: &Constants, content: &[u8]) -> Result<usize, DeviceError> {
+        let address = self.for_constants(constants, || self.allocate(content.len()))?;
+        self.shared.noted(self.shared.context.write(address as u64, content))?;
+        Ok(address)
+    }
+
+    fn captured(&self, drawing: Drawing, range: RangeId, constants: &Constants) -> Result<Captured, DeviceError> {
+        let content = drawing.parts.iter().map(|(drawn, ..)| drawn.read()).collect::<Result<_, _>>()?;
+        let places = self.places(drawing.lane, range, constants)?;
+        let events = self.shared.books()?.ranges.get(range)?.events.clone();
+        let kept = self.memory.kept(constants.owner());
+        let most: u64 = kept.iter().map(|(_, len)| len).sum();
+        if most > CONSTANTS_COPIED_MAX as u64 {
+            return Err(DeviceError::Invalid("its constants are too large to be copied"));
+        }
+        let read = |&(address, len): &(u64, u64)| {
+            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+            self.beside_captures(|| self.shared.context.read(address, &mut bytes)).map(|()| bytes)
+        };
+        let constants = self.shared.noted(kept.iter().map(read).collect())?;
+        let lane = self.lane(drawing.lane)?;
+        let lane_has = (lane.scratch().peak(), lane.workspace().mapped());
+        Ok(Captured { drawing, content, places, events, constants, lane_has })
+    }
+
+    /// The weights' range, what the lane has, and the constants.
+    fn places(&self, lane: usize, range: RangeId, constants: &Constants) -> Result<Places, DeviceError> {
+        let weights = {
+            let mut books = self.shared.books()?;
+            let found = books.ranges.get(range)?;
+            (found.addresses.base(), found.addresses.len() as u64)
+        };
+        let lane = self.lane(lane)?;
+        let mut places = vec![weights, lane.io_stretch()];
+        places.extend([lane.scratch().stretch(), lane.workspace().stretch()]);
+        places.extend(self.memory.kept(constants.owner()));
+        Ok(Places(places))
+    }
+}
+
+/// Finds all that differs between two programs of a kind; an error where that is more than places.
+fn compare(one: &Captured, other: &Captured) -> Result<Vec<Vec<(usize, Differs)>>, String> {
+    let is_plain = |captured: &Captured| captured.drawing.parts.iter().all(|(.., counts)| counts.is_plain());
+    if !is_plain(one) || !is_plain(other) {
+        return Err("a program copies from host memory".to_owned());
+    }
+    if one.constants.get(1..) != other.constants.get(1..) {
+        return Err("constants differ that the graph does not name".to_owned());
+    }
+    let groups = |captured: &Captured| captured.drawing.parts.iter().map(|&(_, groups, _)| groups).collect::<Vec<_>>();
+    if groups(one) != groups(other) {
+        return Err("programs have other parts".to_owned());
+    }
+    let parts = one.content.iter().zip(&other.content).enumerate();
+    parts.map(|(number, pair)| compare_part(one, other, pair).map_err(|why| format!("part {number}: {why}"))).collect()
+}
+
+fn compare_part(
+    one: &Captured,
+    other: &Captured,
+    (a, b): (&Content, &Content),
+) -> Result<Vec<(usize, Differs)>, String> {
+    if a.nodes.len() != b.nodes.len() || a.edges != b.edges {
+        return Err("graphs have another form".to_owned());
+    }
+    let group = |captured: &Captured, event: usize| captured.events.iter().position(|of| of.raw().addr() == event);
+    let mut differs = Vec::new();
+    for (number, nodes) in a.nodes.iter().zip(&b.nodes).enumerate() {
+        match nodes {
+            (Node::Empty, Node::Empty) => {}
+            (Node::Wait(a), Node::Wait(b)) => match (group(one, *a), group(other, *b)) {
+                (Some(a), Some(b)) if a == b => {
+                    differs.push((number, Differs::Group(u32::try_from(a).map_err(|e| e.to_string())?)));
+                }
+                _ => return Err(format!("node {number} waits for something else")),
+            },
+            (Node::Kernel(a), Node::Kernel(b)) => {
+                if !a.is_like(b) {
+                    return Err(format!("node {number} is another kernel"));
+                }
+                let arguments = (&a.arguments[..], &b.arguments[..]);
+                let words = compare_arguments(arguments, (&one.places, &other.places));
+                let words = words.map_err(|why| format!("node {number}: {why}"))?;
+                if !words.is_empty() {
+                    differs.push((number, Differs::Words(words)));
+                }
+            }
+            _ => return Err(format!("node {number} is neither a kernel nor a wait")),
+        }
+    }
+    Ok(differs)
+}
+
+fn compare_arguments((a, b): (&[Vec<u8>], &[Vec<u8>]), (from, to): (&Places, &Places)) -> Result<Vec<Word>, String> {
+    let mut words = Vec::new();
+    for (argument, (a, b)) in a.iter().zip(b).enumerate() {
+        let (whole, rest) = a.as_chunks::<WORD>();
+        let (other, other_rest) = b.as_chunks::<WORD>();
+        if rest != other_rest || whole.len() != other.len() {
+            return Err(format!("argument {argument} differs in what is no address"));
+        }
+        for (number, (a, b)) in whole.iter().zip(other).enumerate().filter(|(_, (a, b))| a != b) {
+            let place = from.find(u64::from_ne_bytes(*a));
+            let place = place.filter(|_| place == to.find(u64::from_ne_bytes(*b)));
+            let place =
+                place.ok_or_else(|| format!("argument {argument} differs in what is no address of the model's"))?;
+            words.push(Word { argument, offset: number * WORD, place });
+        }
+    }
+    Ok(words)
+}
+
+impl fmt::Debug for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let nodes = self.differs.iter().map(Vec::len).sum::<usize>();
+        f.debug_struct("Template").field("parts", &self.differs.len()).field("differs", &nodes).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn argument(words: &[u64], rest: &[u8]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_ne_bytes()).chain(rest.iter().copied()).collect()
+    }
+
+    #[test]
+    fn words_that_differ_are_places_where_they_lie_alike_in_both() {
+        let from = Places(vec![(0x1000, 0x100), (0x8000, 0x1000)]);
+        let to = Places(vec![(0x4000, 0x100), (0x20000, 0x1000)]);
+        let a = [argument(&[0x1010, 7, 0x8ff8], &[1]), argument(&[], &[9, 9])];
+        let b = [argument(&[0x4010, 7, 0x20ff8], &[1]), argument(&[], &[9, 9])];
+        let words = compare_arguments((&a, &b), (&from, &to)).expect("only places differ");
+        let word = |argument, offset, place| Word { argument, offset, place };
+        assert_eq!(words, [word(0, 0, (0, 0x10)), word(0, 16, (1, 0xff8))]);
+        let third = Places(vec![(0x70_0000, 0x100), (0x90_0000, 0x1000)]);
+        let moved: Vec<_> = words.iter().map(|word| third.address(word.place)).collect();
+        assert_eq!(moved, [Ok(0x70_0010), Ok(0x90_0ff8)]);
+    }
+
+    #[test]
+    fn what_differs_and_is_no_place_keeps_a_kind_apart() {
+        let from = Places(vec![(0x1000, 0x100), (0x8000, 0x1000)]);
+        let to = Places(vec![(0x4000, 0x100), (0x20000, 0x1000)]);
+        let differ = |a: Vec<u8>, b: Vec<u8>| compare_arguments((&[a], &[b]), (&from, &to)).is_err();
+        assert!(differ(argument(&[3], &[]), argument(&[4], &[])), "a number");
+        assert!(differ(argument(&[0x1010], &[]), argument(&[0x4018], &[])), "another place");
+        assert!(differ(argument(&[0x1010], &[]), argument(&[0x20010], &[])), "another stretch");
+        assert!(differ(argument(&[0x1100], &[]), argument(&[0x4100], &[])), "behind the end");
+        assert!(differ(argument(&[], &[1]), argument(&[], &[2])), "less than a word");
+        assert!(differ(argument(&[1], &[]), argument(&[1], &[1])), "another size");
+    }
+
+    #[test]
+    fn a_word_that_looks_like_a_place_and_is_the_same_in_both_stays() {
+        let (from, to) = (Places(vec![(0x1000, 0x100)]), Places(vec![(0x4000, 0x100)]));
+        let same = [argument(&[0x1010], &[])];
+        assert_eq!(compare_arguments((&same, &same), (&from, &to)), Ok(vec![]));
+    }
+
+    #[test]
+    fn the_kind_that_was_used_the_longest_time_ago_goes() {
+        let kinds = Kinds::default();
+        let key = |number: usize| {
+            let mut key = KindKey::default();
+            key[..WORD].copy_from_slice(&number.to_ne_bytes());
+            key
+        };
+        for number in 0..KINDS_MAX {
+            kinds.keep(key(number), Known::Apart);
+        }
+        kinds.with(&key(0), |known| assert!(known.is_some()));
+        kinds.keep(key(KINDS_MAX), Known::Apart);
+        let is_known = |number| kinds.with(&key(number), |known| known.is_some());
+        assert!(is_known(0) && !is_known(1) && is_known(KINDS_MAX));
+        assert_eq!(kinds.0.lock().expect("nobody panicked").known.len(), KINDS_MAX);
+    }
+}

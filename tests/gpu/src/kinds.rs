@@ -1,0 +1,129 @@
+//! Models bound by their kind, without a session: how long that takes, and whether they answer as when they have one.
+//!
+//! Each model has variants here whose weights and small constants are their own. On one GPU there are two devices: one binds all
+//! by sessions, the other one by their kind from the third on. What both answer must be the same, bit for bit.
+
+use std::{fs, path::Path, sync::Arc, time::Instant};
+
+use faaswap_device::{
+    Device,
+    cuda::{CudaConfig, CudaDevice},
+};
+use faaswap_engine::{
+    Prepared,
+    manifest::{MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE},
+    onnx::{self, ModelProto},
+};
+use faaswap_protocol::{Bytes, DType};
+use faaswap_simulation::random::Random;
+use prost::Message;
+use serde_json::json;
+
+use crate::{
+    Result, figures, many,
+    model::{self, Asked},
+    record::{Record, Records, Target},
+    stats::median,
+};
+
+/// Of each model.
+const VARIANTS: u64 = 6;
+/// Those that a kind is learnt from.
+const LEARNT_FROM: u64 = 2;
+/// Device memory beside the weights.
+const SPARE: Bytes = Bytes::mib(64);
+
+pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
+    let runtime = model::runtime()?;
+    let folder = models.join("prepared");
+    if !folder.exists() {
+        let start = Instant::now();
+        figures::prepare_all(&model::found(models)?, &folder);
+        println!("prepared in {:.0} s", start.elapsed().as_secs_f64());
+    }
+    let (mut records, mut told, mut all_wrong) = (Vec::new(), Vec::new(), 0);
+    println!("model                  by session ms  by kind ms  twins  wrong");
+    for (name, prepared) in model::prepared(&folder)? {
+        let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + SPARE.get()));
+        let open = |twins| -> Result<Arc<dyn Device>> {
+            Ok(CudaDevice::open(&CudaConfig { memory, lanes: 2, twins, ..model::config(0)? })?)
+        };
+        let (apart, together) = (open(false)?, open(true)?);
+        let folder = tempfile::tempdir()?;
+        let (mut by_session, mut by_kind, mut twins, mut wrong) = (Vec::new(), Vec::new(), 0_u64, 0_u64);
+        let mut kept = Vec::new();
+        for number in 0..VARIANTS {
+            let variant = variant(&prepared, number, folder.path())?;
+            let bind = |device: &Arc<dyn Device>| -> Result<(Asked, f64)> {
+                let start = Instant::now();
+                let asked = Asked::new(&runtime, &variant, device)?;
+                Ok((asked, start.elapsed().as_secs_f64() * 1e3))
+            };
+            let ((one, one_ms), (other, other_ms)) = (bind(&apart)?, bind(&together)?);
+            let answer = |asked: &Asked| -> Result<Vec<u8>> {
+                asked.swap_in()?;
+                let first = asked.ask()?;
+                let again = asked.ask()?;
+                asked.swap_out()?;
+                Ok(if first == again { first } else { Vec::new() })
+            };
+            let (expected, answered) = (answer(&one)?, answer(&other)?);
+            let seen_before = kept.iter().any(|(_, before): &(Asked, Vec<u8>)| *before == answered);
+            wrong += u64::from(expected != answered || answered.is_empty() || seen_before);
+            if other.bound.is_twin() {
+                twins += 1;
+                by_session.push(one_ms);
+                by_kind.push(other_ms);
+            }
+            kept.push((other, answered));
+        }
+        // What came later must not have changed those before.
+        for (asked, answered) in &kept {
+            asked.swap_in()?;
+            wrong += u64::from(asked.ask()? != *answered);
+            asked.swap_out()?;
+        }
+        let kept_session = prepared.manifest().keep_session.is_some();
+        if twins == 0 {
+            println!("{name:20} none is bound by its kind{}", if kept_session { ": sessions are kept" } else { "" });
+        } else {
+            let (session, kind) = (median(&mut by_session), median(&mut by_kind));
+            println!("{name:20} {session:15.1} {kind:11.1} {twins:6} {wrong:6}");
+            let record = Record::of("bind_by_kind", &name, (kind, "ms"), Some((session, "by a session")), Target::Told);
+            records.push(record.counting(2 * VARIANTS, wrong));
+        }
+        all_wrong += wrong;
+        told.push(json!({"model": name, "twins": twins, "of": VARIANTS - LEARNT_FROM, "kept_session": kept_session, "wrong": wrong}));
+        Records::new(out, "kinds", together.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&records)?;
+        fs::write(out.join("kinds.json"), serde_json::to_vec_pretty(&told)?)?;
+    }
+    if all_wrong > 0 { Err(format!("{all_wrong} answers are wrong").into()) } else { Ok(()) }
+}
+
+/// The model with weights and small constants of its own; 0 is the model itself.
+fn variant(prepared: &Prepared, number: u64, folder: &Path) -> Result<Prepared> {
+    let dir = folder.join(number.to_string());
+    fs::create_dir_all(&dir)?;
+    let mut graph = ModelProto::decode(&fs::read(prepared.graph_path())?[..])?;
+    let mut random = Random::new(number);
+    for tensor in graph.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
+        let (width, byte, bit) = match onnx::dtype_of(tensor.data_type()) {
+            Some(DType::F32) => (4, 2, 0x01),
+            Some(DType::F16) => (2, 0, 0x08),
+            Some(_) | None => continue,
+        };
+        let Some(raw) = tensor.raw_data.as_ref().filter(|raw| number > 0 && raw.len() >= 16 * width) else { continue };
+        let mut raw = raw.to_vec();
+        for block in raw.chunks_mut(64 * width) {
+            let pattern = random.bits();
+            for (i, float) in block.chunks_exact_mut(width).enumerate() {
+                float[byte] ^= if pattern >> i & 1 == 1 { bit } else { 0 };
+            }
+        }
+        tensor.raw_data = Some(raw.into());
+    }
+    fs::write(dir.join(MODEL_FILE), graph.encode_to_vec())?;
+    fs::copy(prepared.graph_path().with_file_name(MANIFEST_FILE), dir.join(MANIFEST_FILE))?;
+    fs::write(dir.join(WEIGHTS_FILE), many::variant(prepared, number)?.as_slice())?;
+    Ok(Prepared::open(&dir)?)
+}
