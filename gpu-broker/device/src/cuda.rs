@@ -145,13 +145,16 @@ pub fn count() -> Result<i32, DeviceError> {
     driver::count()
 }
 
+/// Address and length.
+type Stretch = (u64, u64);
+
 /// Memory other than the pool: arenas, by purpose.
 pub(crate) struct Memory {
     /// Those for programs, then those for binding, then the device's own.
     lanes: Vec<Lane>,
     binding: usize,
     kernels: Kernels,
-    constants: Mutex<(Arena, HashMap<u64, Vec<u64>>)>,
+    constants: Mutex<(Arena, HashMap<u64, Vec<Stretch>>)>,
     owners: AtomicU64,
     /// Whether this GPU reads registered memory at the host's addresses.
     reads_registered: bool,
@@ -162,16 +165,15 @@ impl Memory {
         self.owners.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Stretches of an owner's constants, in the order in which they were taken: address and length.
-    fn kept(&self, owner: u64) -> Vec<(u64, u64)> {
-        let (arena, owners) = &*self.constants.lock().unwrap_or_else(PoisonError::into_inner);
-        let addresses = owners.get(&owner).into_iter().flatten();
-        addresses.map(|&address| (address, arena.len_at(address) as u64)).collect()
+    /// Stretches of an owner's constants, in the order in which they were taken.
+    fn kept(&self, owner: u64) -> Vec<Stretch> {
+        let (_, owners) = &*self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        owners.get(&owner).cloned().unwrap_or_default()
     }
 
     fn give_up(&self, owner: u64) {
         let (arena, owners) = &mut *self.constants.lock().unwrap_or_else(PoisonError::into_inner);
-        for address in owners.remove(&owner).into_iter().flatten() {
+        for (address, _) in owners.remove(&owner).into_iter().flatten() {
             arena.give(address);
         }
     }
@@ -283,7 +285,7 @@ impl CudaDevice {
             Purpose::Constants(owner) => {
                 let (arena, owners) = &mut *self.memory.constants.lock().unwrap_or_else(PoisonError::into_inner);
                 let address = arena.take(len)?;
-                owners.entry(owner).or_default().push(address);
+                owners.entry(owner).or_default().push((address, len as u64));
                 address
             }
             Purpose::Scratch(lane) => self.memory.lanes[lane].scratch().take(len)?,

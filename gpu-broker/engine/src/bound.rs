@@ -253,9 +253,8 @@ impl Bound {
             let constants = cuda.constants();
             let made = cuda.bind(range, |binding| {
                 let stream = cuda.stream(binding)?;
-                let own = kind.as_ref().filter(|kind| !kind.table.is_empty());
                 let place = |kind: &Kind| cuda.beside_captures(|| cuda.place_constants(&constants, &kind.bytes));
-                let own = own.map(|kind| place(kind).map(|base| (kind, base))).transpose()?;
+                let own = kind.as_ref().map(|kind| place(kind).map(|base| (kind, base))).transpose()?;
                 cuda.for_constants(&constants, || {
                     cuda.beside_captures(|| self.make_session(runtime, prepared, (target, Some(stream)), own))
                 })?;
@@ -303,8 +302,9 @@ impl Bound {
     /// The kind of a model that others could be bound by, or that could be bound by others; `None` where it has no program that
     /// outlives its session.
     fn kind(&self, prepared: &Prepared) -> Result<Option<Kind>, EngineError> {
-        let stands_alone = self.manifest.keep_session.is_none() && IoLayout::of(&self.manifest.signature).is_ok();
-        if stands_alone && self.range.is_some() { Kind::of(prepared).map(Some) } else { Ok(None) }
+        let told = self.manifest.keep_session.is_none() && self.manifest.bind_apart.is_none();
+        let has_kind = told && IoLayout::of(&self.manifest.signature).is_ok() && self.range.is_some();
+        if has_kind { Kind::of(prepared).map(Some) } else { Ok(None) }
     }
 
     /// Makes the program of its kind's; false where that cannot be, so that a session has to.

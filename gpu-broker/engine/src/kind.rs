@@ -154,6 +154,7 @@ mod tests {
             ort_version: "1.2.3".to_owned(),
             target: Target::Cuda(CudaTarget::new(0)),
             keep_session: None,
+            bind_apart: None,
             has_convolutions: true,
             signature: Signature { inputs: Vec::new(), outputs: Vec::new() },
             weights_bytes: Bytes::ZERO,

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::{CudaTarget, EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 7;
+pub const MANIFEST_VERSION: u32 = 8;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -63,6 +63,9 @@ pub struct Manifest {
     pub target: Target,
     /// Why the model's program does not outlive its session on a GPU; `None` where it was seen to.
     pub keep_session: Option<String>,
+    /// Why each model of its kind needs a session to be bound on a GPU; `None` where a program that was made of two others of
+    /// the kind was seen to answer right.
+    pub bind_apart: Option<String>,
     /// Whether it has convolutions: only these have layouts to choose from.
     pub has_convolutions: bool,
     /// What the model takes and gives.
@@ -233,6 +236,7 @@ mod tests {
             ort_version: "1.2.3".to_owned(),
             target: Target::Cuda(CudaTarget::new(0)),
             keep_session: None,
+            bind_apart: None,
             has_convolutions: true,
             signature: Signature { inputs: Vec::new(), outputs: Vec::new() },
             weights_bytes: Bytes::new(16),

@@ -87,7 +87,7 @@ fn main() -> ExitCode {
         ["stress", models, out] => many::stress(models.as_ref(), out.as_ref(), stress_plan()),
         ["lanes", models, out] => many::lanes(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"], 3),
         ["kinds", models, out] => kinds::run(models.as_ref(), out.as_ref()),
-        ["peers", models, out] => peers::run(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"]),
+        ["peers", models, out] => peers::run(models.as_ref(), out.as_ref(), &["bert_large-fp32", "resnet50-fp32"]),
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),
         ["one", models, name] => fault::one(models.as_ref(), name),
         ["beside", models, name, how] => fault::beside(models.as_ref(), name, how),

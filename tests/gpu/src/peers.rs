@@ -43,17 +43,19 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
     }
     let runtime = model::runtime()?;
     let ordinals: Vec<u32> = (0..u32::try_from(count)?).collect();
-    // The contexts stay from the first model to the last: libraries do not stand their going.
-    let open = |&ordinal: &u32| -> Result<_> {
-        Ok(CudaDevice::open(&CudaConfig { memory: Some(SPARE), lanes: 1, ..model::config(ordinal)? })?)
+    let all = model::prepared(&models.join("prepared"))?;
+    let chosen: Vec<_> = names.iter().filter_map(|name| all.iter().find(|(of, _)| of == name)).collect();
+    let largest = chosen.iter().map(|(_, prepared)| prepared.manifest().weights_bytes.get()).max().unwrap_or(0);
+    let open = |&ordinal: &u32| -> Result<Arc<dyn Device>> {
+        let (memory, peers, detours) = (Some(Bytes::new(largest + SPARE.get())), ordinals.clone(), ordinals.clone());
+        Ok(CudaDevice::open(&CudaConfig { memory, lanes: 1, peers, detours, ..model::config(ordinal)? })?)
     };
-    let _devices = ordinals.iter().map(open).collect::<Result<Vec<_>>>()?;
+    // Opened once, as a broker does.
+    let devices = ordinals.iter().map(open).collect::<Result<Vec<_>>>()?;
     let plain = cuda::measure_links(&ordinals)?.peers[0][1].map(|peer| (peer.rate.0 / 1e9, "plain copy between GPUs"));
     let (mut records, mut kept) = (Vec::new(), Vec::new());
-    for name in names {
-        let all = model::prepared(&models.join("prepared"))?;
-        let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
-        let mut all = Everywhere::open(&runtime, &prepared, &ordinals)?;
+    for (name, prepared) in chosen {
+        let mut all = Everywhere::bind(&runtime, prepared, &devices)?;
         let mut found = all.peer_to_peer(name, plain)?;
         found.extend(all.over_links(name)?);
         found.push(all.all_at_once(name)?);
@@ -73,17 +75,11 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
 }
 
 impl Everywhere {
-    fn open(runtime: &Runtime, prepared: &Prepared, ordinals: &[u32]) -> Result<Self> {
-        let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + SPARE.get()));
-        let open = |ordinal: u32| -> Result<Arc<dyn Device>> {
-            let (peers, detours) = (ordinals.to_vec(), ordinals.to_vec());
-            Ok(CudaDevice::open(&CudaConfig { memory, lanes: 1, peers, detours, ..model::config(ordinal)? })?)
-        };
-        let first = Asked::new(runtime, prepared, &open(0)?)?;
-        let mut all = vec![first];
-        for &ordinal in &ordinals[1..] {
+    fn bind(runtime: &Runtime, prepared: &Prepared, devices: &[Arc<dyn Device>]) -> Result<Self> {
+        let mut all = vec![Asked::new(runtime, prepared, &devices[0])?];
+        for device in &devices[1..] {
             let (weights, inputs) = (Arc::clone(&all[0].weights), Arc::clone(&all[0].inputs));
-            all.push(Asked::with(runtime, prepared, &open(ordinal)?, weights, inputs)?);
+            all.push(Asked::with(runtime, prepared, device, weights, inputs)?);
         }
         all[0].swap_in()?;
         let expected = all[0].ask()?;

@@ -94,11 +94,6 @@ impl Arena {
         (self.addresses.base(), self.addresses.len() as u64)
     }
 
-    /// The length of what was taken at an address; 0 where nothing was.
-    pub(super) fn len_at(&self, address: u64) -> usize {
-        self.offset(address).and_then(|offset| self.books.live.get(&offset)).copied().unwrap_or(0)
-    }
-
     pub(super) fn mapped(&self) -> usize {
         self.mapped.len() * GROW_BY
     }

@@ -229,9 +229,22 @@ impl Context {
         check("cuCtxSynchronize", unsafe { cu::cuCtxSynchronize() })
     }
 
+    /// Whether the driver knows memory at this address, of a device or of the host's that devices reach.
+    pub(super) fn knows(&self, address: u64) -> bool {
+        use cu::CUpointer_attribute as A;
+        let mut kind = 0_u32;
+        let asked = A::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        // SAFETY: the driver writes a number of 32 bits, or says that it knows nothing of the address.
+        let result = unsafe { cu::cuPointerGetAttribute((&raw mut kind).cast(), asked, address) };
+        result == cu::CUresult::CUDA_SUCCESS && kind != 0
+    }
+
     /// Writes device memory and waits until it is there.
     pub(super) fn write(&self, address: u64, from: &[u8]) -> Result<(), DeviceError> {
         self.enter()?;
+        if from.is_empty() {
+            return Ok(());
+        }
         // SAFETY: `from` is a slice of this length; a wrong device address is an error of the driver's.
         check("cuMemcpyHtoD", unsafe { cu::cuMemcpyHtoD_v2(address, from.as_ptr().cast(), from.len()) })
     }

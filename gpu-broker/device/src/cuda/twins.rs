@@ -5,6 +5,8 @@
 //! that differ, and that lie as far into the same stretch of either. A third program is the first with these words for its own
 //! stretches. A kind is left alone where anything else differs, so a word that is no address is never taken for one.
 
+mod alike;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -13,6 +15,7 @@ use std::{
 
 use cudarc::driver::sys as cu;
 
+use self::alike::{Differs, OWN_CONSTANTS, Places, WORD, Word, compare};
 use super::{
     CudaDevice,
     drawn::{self, Content, Node},
@@ -26,48 +29,9 @@ use crate::{DeviceError, RangeId};
 const KINDS_MAX: usize = 128;
 /// Constants of one model beyond this are not copied.
 const CONSTANTS_COPIED_MAX: usize = 16 << 20;
-/// Addresses are words of this size.
-const WORD: usize = size_of::<u64>();
 
 /// What all models of a kind have in common, as their owner hashed it.
 pub type KindKey = [u8; 32];
-
-/// Stretches of addresses that a program is about, in the same order for all of a kind.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Places(Vec<(u64, u64)>);
-
-/// A place: which stretch, and how far into it.
-type Place = (usize, u64);
-
-impl Places {
-    fn find(&self, address: u64) -> Option<Place> {
-        let inside = |&(base, len): &(u64, u64)| address.checked_sub(base).is_some_and(|offset| offset < len);
-        let stretch = self.0.iter().position(inside)?;
-        Some((stretch, address - self.0[stretch].0))
-    }
-
-    fn address(&self, (stretch, offset): Place) -> Result<u64, DeviceError> {
-        let found = self.0.get(stretch).filter(|(_, len)| offset < *len);
-        found.map(|(base, _)| base + offset).ok_or(DeviceError::Invalid("a twin has fewer places than its kind"))
-    }
-}
-
-/// A word of a kernel's arguments that names a place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Word {
-    argument: usize,
-    offset: usize,
-    place: Place,
-}
-
-/// What is another thing in each program of a kind.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Differs {
-    /// These words of a kernel.
-    Words(Vec<Word>),
-    /// The event of this group.
-    Group(u32),
-}
 
 /// A captured program and all that it is about.
 struct Captured {
@@ -76,7 +40,7 @@ struct Captured {
     places: Places,
     /// The events of the weights' groups. They stay, so that no other has their handles.
     events: Vec<Arc<Event>>,
-    /// What each stretch of constants holds.
+    /// What each stretch of constants holds, in the order of `places`.
     constants: Vec<Vec<u8>>,
     /// How much scratch and workspace its lane had.
     lane_has: (usize, usize),
@@ -84,9 +48,14 @@ struct Captured {
 
 /// What twins are made of.
 pub struct Template {
-    of: Captured,
+    drawing: Drawing,
     /// By part and node.
     differs: Vec<Vec<(usize, Differs)>>,
+    /// What those stretches of constants hold that the program names, but for the first.
+    constants: Vec<Vec<u8>>,
+    lane_has: (usize, usize),
+    /// As long as this, no other has these events' handles.
+    _events: Vec<Arc<Event>>,
 }
 
 enum Known {
@@ -128,6 +97,23 @@ impl Kinds {
             oldest.map(|oldest| known.remove(&oldest));
         }
         known.insert(key, (next, *now));
+    }
+}
+
+impl Template {
+    fn of(captured: Captured, mut differs: Vec<Vec<(usize, Differs)>>) -> Self {
+        let (mut constants, mut numbers) = (Vec::new(), HashMap::new());
+        for (_, differs) in differs.iter_mut().flatten() {
+            let Differs::Words(words) = differs else { continue };
+            for Word { place: (stretch, _), .. } in words.iter_mut().filter(|word| word.place.0 > OWN_CONSTANTS) {
+                *stretch = *numbers.entry(*stretch).or_insert_with(|| {
+                    constants.push(captured.constants[*stretch - OWN_CONSTANTS].clone());
+                    OWN_CONSTANTS + constants.len()
+                });
+            }
+        }
+        let Captured { drawing, lane_has, events, .. } = captured;
+        Self { drawing, differs, constants, lane_has, _events: events }
     }
 }
 
@@ -183,13 +169,15 @@ impl CudaDevice {
         let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart)));
         let next = match known {
             None => Known::One(Box::new(captured)),
-            Some(Known::One(first)) if other_lane(first.drawing.lane) => match compare(&first, &captured) {
-                Ok(differs) => Known::Template(Arc::new(Template { of: *first, differs })),
-                Err(why) => {
-                    tracing::info!(why, "models of a kind are bound one by one");
-                    Known::Apart
+            Some(Known::One(first)) if other_lane(first.drawing.lane) => {
+                match compare(&first, &captured, &|address| self.shared.context.knows(address)) {
+                    Ok(differs) => Known::Template(Arc::new(Template::of(*first, differs))),
+                    Err(why) => {
+                        tracing::info!(why, "models of a kind are bound one by one");
+                        Known::Apart
+                    }
                 }
-            },
+            }
             // Another thread was faster.
             Some(known) => known,
         };
@@ -209,14 +197,14 @@ impl CudaDevice {
     ) -> Result<Program, DeviceError> {
         let made = self.beside_captures(|| {
             self.place_constants(constants, first)?;
-            for content in template.of.constants.iter().skip(1) {
+            for content in &template.constants {
                 self.place_constants(constants, content)?;
             }
-            let (scratch, workspace) = template.of.lane_has;
+            let (scratch, workspace) = template.lane_has;
             self.lane(lane)?.scratch().grow(scratch)?;
             self.lane(lane)?.workspace().grow(workspace)?;
             let places = self.places(lane, range, constants)?;
-            let parts = template.of.drawing.parts.iter().zip(&template.differs);
+            let parts = template.drawing.parts.iter().zip(&template.differs);
             let parts = parts.map(|((drawn, groups, counts), differs)| {
                 let copy = drawn.copy()?;
                 let nodes = drawn.nodes()?;
@@ -300,78 +288,6 @@ impl CudaDevice {
     }
 }
 
-/// Finds all that differs between two programs of a kind; an error where that is more than places.
-fn compare(one: &Captured, other: &Captured) -> Result<Vec<Vec<(usize, Differs)>>, String> {
-    let is_plain = |captured: &Captured| captured.drawing.parts.iter().all(|(.., counts)| counts.is_plain());
-    if !is_plain(one) || !is_plain(other) {
-        return Err("a program copies from host memory".to_owned());
-    }
-    if one.constants.get(1..) != other.constants.get(1..) {
-        return Err("constants differ that the graph does not name".to_owned());
-    }
-    let groups = |captured: &Captured| captured.drawing.parts.iter().map(|&(_, groups, _)| groups).collect::<Vec<_>>();
-    if groups(one) != groups(other) {
-        return Err("programs have other parts".to_owned());
-    }
-    let parts = one.content.iter().zip(&other.content).enumerate();
-    parts.map(|(number, pair)| compare_part(one, other, pair).map_err(|why| format!("part {number}: {why}"))).collect()
-}
-
-fn compare_part(
-    one: &Captured,
-    other: &Captured,
-    (a, b): (&Content, &Content),
-) -> Result<Vec<(usize, Differs)>, String> {
-    if a.nodes.len() != b.nodes.len() || a.edges != b.edges {
-        return Err("graphs have another form".to_owned());
-    }
-    let group = |captured: &Captured, event: usize| captured.events.iter().position(|of| of.raw().addr() == event);
-    let mut differs = Vec::new();
-    for (number, nodes) in a.nodes.iter().zip(&b.nodes).enumerate() {
-        match nodes {
-            (Node::Empty, Node::Empty) => {}
-            (Node::Wait(a), Node::Wait(b)) => match (group(one, *a), group(other, *b)) {
-                (Some(a), Some(b)) if a == b => {
-                    differs.push((number, Differs::Group(u32::try_from(a).map_err(|e| e.to_string())?)));
-                }
-                _ => return Err(format!("node {number} waits for something else")),
-            },
-            (Node::Kernel(a), Node::Kernel(b)) => {
-                if !a.is_like(b) {
-                    return Err(format!("node {number} is another kernel"));
-                }
-                let arguments = (&a.arguments[..], &b.arguments[..]);
-                let words = compare_arguments(arguments, (&one.places, &other.places));
-                let words = words.map_err(|why| format!("node {number}: {why}"))?;
-                if !words.is_empty() {
-                    differs.push((number, Differs::Words(words)));
-                }
-            }
-            _ => return Err(format!("node {number} is neither a kernel nor a wait")),
-        }
-    }
-    Ok(differs)
-}
-
-fn compare_arguments((a, b): (&[Vec<u8>], &[Vec<u8>]), (from, to): (&Places, &Places)) -> Result<Vec<Word>, String> {
-    let mut words = Vec::new();
-    for (argument, (a, b)) in a.iter().zip(b).enumerate() {
-        let (whole, rest) = a.as_chunks::<WORD>();
-        let (other, other_rest) = b.as_chunks::<WORD>();
-        if rest != other_rest || whole.len() != other.len() {
-            return Err(format!("argument {argument} differs in what is no address"));
-        }
-        for (number, (a, b)) in whole.iter().zip(other).enumerate().filter(|(_, (a, b))| a != b) {
-            let place = from.find(u64::from_ne_bytes(*a));
-            let place = place.filter(|_| place == to.find(u64::from_ne_bytes(*b)));
-            let place =
-                place.ok_or_else(|| format!("argument {argument} differs in what is no address of the model's"))?;
-            words.push(Word { argument, offset: number * WORD, place });
-        }
-    }
-    Ok(words)
-}
-
 impl fmt::Debug for Template {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nodes = self.differs.iter().map(Vec::len).sum::<usize>();
@@ -382,44 +298,6 @@ impl fmt::Debug for Template {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn argument(words: &[u64], rest: &[u8]) -> Vec<u8> {
-        words.iter().flat_map(|word| word.to_ne_bytes()).chain(rest.iter().copied()).collect()
-    }
-
-    #[test]
-    fn words_that_differ_are_places_where_they_lie_alike_in_both() {
-        let from = Places(vec![(0x1000, 0x100), (0x8000, 0x1000)]);
-        let to = Places(vec![(0x4000, 0x100), (0x20000, 0x1000)]);
-        let a = [argument(&[0x1010, 7, 0x8ff8], &[1]), argument(&[], &[9, 9])];
-        let b = [argument(&[0x4010, 7, 0x20ff8], &[1]), argument(&[], &[9, 9])];
-        let words = compare_arguments((&a, &b), (&from, &to)).expect("only places differ");
-        let word = |argument, offset, place| Word { argument, offset, place };
-        assert_eq!(words, [word(0, 0, (0, 0x10)), word(0, 16, (1, 0xff8))]);
-        let third = Places(vec![(0x70_0000, 0x100), (0x90_0000, 0x1000)]);
-        let moved: Vec<_> = words.iter().map(|word| third.address(word.place)).collect();
-        assert_eq!(moved, [Ok(0x70_0010), Ok(0x90_0ff8)]);
-    }
-
-    #[test]
-    fn what_differs_and_is_no_place_keeps_a_kind_apart() {
-        let from = Places(vec![(0x1000, 0x100), (0x8000, 0x1000)]);
-        let to = Places(vec![(0x4000, 0x100), (0x20000, 0x1000)]);
-        let differ = |a: Vec<u8>, b: Vec<u8>| compare_arguments((&[a], &[b]), (&from, &to)).is_err();
-        assert!(differ(argument(&[3], &[]), argument(&[4], &[])), "a number");
-        assert!(differ(argument(&[0x1010], &[]), argument(&[0x4018], &[])), "another place");
-        assert!(differ(argument(&[0x1010], &[]), argument(&[0x20010], &[])), "another stretch");
-        assert!(differ(argument(&[0x1100], &[]), argument(&[0x4100], &[])), "behind the end");
-        assert!(differ(argument(&[], &[1]), argument(&[], &[2])), "less than a word");
-        assert!(differ(argument(&[1], &[]), argument(&[1], &[1])), "another size");
-    }
-
-    #[test]
-    fn a_word_that_looks_like_a_place_and_is_the_same_in_both_stays() {
-        let (from, to) = (Places(vec![(0x1000, 0x100)]), Places(vec![(0x4000, 0x100)]));
-        let same = [argument(&[0x1010], &[])];
-        assert_eq!(compare_arguments((&same, &same), (&from, &to)), Ok(vec![]));
-    }
 
     #[test]
     fn the_kind_that_was_used_the_longest_time_ago_goes() {

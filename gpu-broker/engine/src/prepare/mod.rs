@@ -82,15 +82,14 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: Signature, work: &Pat
     write_manifest(&job.out_dir, &manifest)?;
     if on_gpu && reference.is_some() {
         // This may end the process, and with it the GPU's context: then the manifest above stands.
-        match verify::outlives_its_session(
-            runtime,
-            &Prepared::untried(&job.out_dir, manifest.clone())?,
-            reference.as_ref(),
-        ) {
-            Ok(()) => manifest.keep_session = None,
-            Err(why) => manifest.keep_session = Some(why),
-        }
+        let untried = |manifest: &Manifest| Prepared::untried(&job.out_dir, manifest.clone());
+        manifest.keep_session = verify::outlives_its_session(runtime, &untried(&manifest)?, reference.as_ref()).err();
         write_manifest(&job.out_dir, &manifest)?;
+        if manifest.keep_session.is_none() {
+            // As above.
+            manifest.bind_apart = verify::binds_by_kind(runtime, &untried(&manifest)?, reference.as_ref()).err();
+            write_manifest(&job.out_dir, &manifest)?;
+        }
     }
     Ok(manifest)
 }
@@ -126,6 +125,7 @@ fn rewrite(
         target: job.target,
         has_convolutions,
         keep_session: on_gpu.then(|| "its program was not seen to outlive its session".to_owned()),
+        bind_apart: on_gpu.then(|| "no program of its kind was seen to be made of others".to_owned()),
         signature,
         weights_bytes: Bytes::new(weights_bytes),
         groups,

@@ -32,6 +32,8 @@ const TOLERANCE_ON_GPU: f64 = 1e-2;
 const TIMED_RUNS: usize = 25;
 /// How often a program is run again after others have come and gone.
 const CHURN: usize = 3;
+/// Lanes where programs are made of others: two, for a kind is learnt from two of them.
+const KIND_LANES: usize = 2;
 
 /// Made-up inputs and what the original model answers to them.
 pub(super) struct Reference {
@@ -133,6 +135,12 @@ pub(super) fn try_prepared(
 
 /// A device of its own, just large enough.
 fn device_for(prepared: &Prepared) -> Result<Arc<dyn Device>, DeviceError> {
+    // What is tried there are sessions.
+    device_with(prepared, (1, false))
+}
+
+/// The same with so many lanes, where programs may be made of others.
+fn device_with(prepared: &Prepared, (lanes, twins): (usize, bool)) -> Result<Arc<dyn Device>, DeviceError> {
     let weights = prepared.manifest().weights_bytes;
     let capacity = |chunk: Bytes| weights.checked_round_up(chunk).and_then(|b| b.checked_add(chunk)).unwrap_or(weights);
     Ok(match prepared.manifest().target {
@@ -143,9 +151,7 @@ fn device_for(prepared: &Prepared) -> Result<Arc<dyn Device>, DeviceError> {
         Target::Cuda(cuda) => {
             let ordinal = u32::try_from(cuda.ordinal).map_err(|_| DeviceError::Invalid("there is no such GPU"))?;
             let memory = Some(capacity(cuda::CHUNK_DEFAULT));
-            // What is tried here are sessions.
-            let config = CudaConfig { memory, lanes: 1, twins: false, ..CudaConfig::new("prepare", ordinal) };
-            CudaDevice::open(&config)?
+            CudaDevice::open(&CudaConfig { memory, lanes, twins, ..CudaConfig::new("prepare", ordinal) })?
         }
     })
 }
@@ -160,24 +166,58 @@ pub(super) fn outlives_its_session(
     let text = |e: EngineError| e.to_string();
     let reference = reference.ok_or("there was nothing to try it with")?;
     let device = device_for(prepared).map_err(|e| e.to_string())?;
-    let mut manifest = Manifest::clone(prepared.manifest());
-    manifest.keep_session = None;
-    let alone = Prepared::untried(prepared.dir(), manifest).map_err(text)?;
+    let alone = with(prepared, |manifest| manifest.keep_session = None).map_err(text)?;
     let bound = Bound::new(runtime, &alone, &device).map_err(text)?;
     if let Some(why) = bound.kept_session() {
         return Err(why.to_owned());
     }
     for _ in 0..CHURN {
         drop(Bound::new(runtime, &alone, &device).map_err(text)?);
-        let swapped = swap_in(&bound, prepared, &device).map_err(|e| e.to_string())?;
-        let outputs = ask(&bound, reference).map_err(|e| e.to_string())?;
-        if let Some(swapped) = swapped {
-            swapped.recv().unwrap_or(Err(DeviceError::Lost)).map_err(|e| e.to_string())?;
-        }
-        compare(&outputs, reference, prepared)?;
-        swap_out(&bound, &device).map_err(|e| e.to_string())?;
+        answers(&bound, (prepared, &device), reference)?;
     }
     Ok(())
+}
+
+/// Sees whether a program that is made of two others of the model's kind answers right, when those are gone.
+pub(super) fn binds_by_kind(
+    runtime: &Runtime,
+    prepared: &Prepared,
+    reference: Option<&Reference>,
+) -> Result<(), String> {
+    let text = |e: EngineError| e.to_string();
+    let reference = reference.ok_or("there was nothing to try it with")?;
+    let device = device_with(prepared, (KIND_LANES, true)).map_err(|e| e.to_string())?;
+    let of_a_kind = with(prepared, |manifest| manifest.bind_apart = None).map_err(text)?;
+    let bind = || Bound::new(runtime, &of_a_kind, &device).map_err(text);
+    drop([bind()?, bind()?]);
+    // In each lane, for each has memory of its own.
+    let twins = [bind()?, bind()?];
+    if !twins.iter().all(Bound::is_twin) {
+        return Err("its programs differ in more than places".to_owned());
+    }
+    twins.iter().try_for_each(|twin| answers(twin, (prepared, &device), reference))
+}
+
+/// The same prepared model with another word about it.
+fn with(prepared: &Prepared, change: impl FnOnce(&mut Manifest)) -> Result<Prepared, EngineError> {
+    let mut manifest = Manifest::clone(prepared.manifest());
+    change(&mut manifest);
+    Prepared::untried(prepared.dir(), manifest)
+}
+
+/// Brings the weights, asks meanwhile, and compares.
+fn answers(
+    bound: &Bound,
+    (prepared, device): (&Prepared, &Arc<dyn Device>),
+    reference: &Reference,
+) -> Result<(), String> {
+    let swapped = swap_in(bound, prepared, device).map_err(|e| e.to_string())?;
+    let outputs = ask(bound, reference).map_err(|e| e.to_string())?;
+    if let Some(swapped) = swapped {
+        swapped.recv().unwrap_or(Err(DeviceError::Lost)).map_err(|e| e.to_string())?;
+    }
+    compare(&outputs, reference, prepared)?;
+    swap_out(bound, device).map_err(|e| e.to_string())
 }
 
 type Done = mpsc::Receiver<Result<(), DeviceError>>;
