@@ -229,14 +229,14 @@ impl Context {
         check("cuCtxSynchronize", unsafe { cu::cuCtxSynchronize() })
     }
 
-    /// Whether the driver knows memory at this address, of a device or of the host's that devices reach.
-    pub(super) fn knows(&self, address: u64) -> bool {
+    /// Whether there is memory of a device at this address.
+    pub(super) fn is_device_memory(&self, address: u64) -> bool {
         use cu::CUpointer_attribute as A;
         let mut kind = 0_u32;
         let asked = A::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
         // SAFETY: the driver writes a number of 32 bits, or says that it knows nothing of the address.
         let result = unsafe { cu::cuPointerGetAttribute((&raw mut kind).cast(), asked, address) };
-        result == cu::CUresult::CUDA_SUCCESS && kind != 0
+        result == cu::CUresult::CUDA_SUCCESS && kind == cu::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32
     }
 
     /// Writes device memory and waits until it is there.

@@ -3,7 +3,7 @@
 //! Models of one kind differ in their weights alone. Their programs are the same kernels in the same order; what differs is
 //! where things lie. Two programs that were captured, of two models and in two lanes, tell which words are such places: those
 //! that differ, and that lie as far into the same stretch of either. A third program is the first with these words for its own
-//! stretches. A kind is left alone where anything else differs, so a word that is no address is never taken for one.
+//! stretches. A kind is left alone where anything else differs that could be an address ([`alike`]).
 
 mod alike;
 
@@ -25,6 +25,8 @@ use super::{
 };
 use crate::{DeviceError, RangeId};
 
+/// Pairs of programs that are compared until a kind is left alone. What lies between arguments may mislead.
+const COMPARED_MAX: u32 = 4;
 /// Most kinds that are known of a device.
 const KINDS_MAX: usize = 128;
 /// Constants of one model beyond this are not copied.
@@ -59,7 +61,8 @@ pub struct Template {
 }
 
 enum Known {
-    One(Box<Captured>),
+    /// The last that was captured, and how many others it and those before it were compared with in vain.
+    One(Box<Captured>, u32),
     Template(Arc<Template>),
     /// Its programs differ in more than places, and where.
     Apart,
@@ -122,7 +125,7 @@ impl CudaDevice {
     pub fn template(&self, key: &KindKey) -> Option<Arc<Template>> {
         self.kinds.as_ref()?.with(key, |known| match known {
             Some(Known::Template(template)) => Some(Arc::clone(template)),
-            Some(Known::One(_) | Known::Apart) | None => None,
+            Some(Known::One(..) | Known::Apart) | None => None,
         })
     }
 
@@ -131,7 +134,7 @@ impl CudaDevice {
         let next = || self.next_lane.fetch_add(1, Ordering::Relaxed) % self.lanes();
         let lane = next();
         let is_taken = |kinds: &Kinds, key: &KindKey| {
-            kinds.with(key, |known| matches!(known, Some(Known::One(first)) if first.drawing.lane == lane))
+            kinds.with(key, |known| matches!(known, Some(Known::One(first, _)) if first.drawing.lane == lane))
         };
         match (&self.kinds, key) {
             (Some(kinds), Some(key)) if is_taken(kinds, key) => next(),
@@ -153,7 +156,7 @@ impl CudaDevice {
         let other_lane = |other: usize| other != lane || self.lanes() == 1;
         let wanted = kinds.with(&key, |known| match known {
             None => true,
-            Some(Known::One(first)) => other_lane(first.drawing.lane),
+            Some(Known::One(first, _)) => other_lane(first.drawing.lane),
             Some(Known::Template(_) | Known::Apart) => false,
         });
         if !wanted {
@@ -168,13 +171,17 @@ impl CudaDevice {
         };
         let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart)));
         let next = match known {
-            None => Known::One(Box::new(captured)),
-            Some(Known::One(first)) if other_lane(first.drawing.lane) => {
-                match compare(&first, &captured, &|address| self.shared.context.knows(address)) {
+            None => Known::One(Box::new(captured), 0),
+            Some(Known::One(first, tried)) if other_lane(first.drawing.lane) => {
+                match compare(&first, &captured, &|address| self.shared.context.is_device_memory(address)) {
                     Ok(differs) => Known::Template(Arc::new(Template::of(*first, differs))),
-                    Err(why) => {
+                    Err(why) if tried + 1 >= COMPARED_MAX => {
                         tracing::info!(why, "models of a kind are bound one by one");
                         Known::Apart
+                    }
+                    Err(why) => {
+                        tracing::debug!(why, "two programs of a kind differ; others are tried");
+                        Known::One(Box::new(captured), tried + 1)
                     }
                 }
             }

@@ -29,6 +29,8 @@ use crate::{Result, model};
 /// How long registering may take, for each function; and how long at least.
 const REGISTERED_WITHIN_EACH: Duration = Duration::from_millis(700);
 const REGISTERED_WITHIN: Duration = Duration::from_secs(60);
+/// How long is waited until all are bound to all devices; they are served meanwhile.
+const BOUND_WITHIN: Duration = Duration::from_secs(60);
 /// How often it is looked whether all are bound to all devices.
 const BOUND_LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Largest difference to a plain session's output, beside the largest value; TF32 and fp16 have 10 bits of fraction.
@@ -114,7 +116,7 @@ impl Stage {
         if registered.ready == 0 {
             return Err(format!("no function could be registered: {}", broker.log_tail()).into());
         }
-        bound_everywhere(&broker, Instant::now() + within)?;
+        bound_everywhere(&broker, Instant::now() + within.min(BOUND_WITHIN))?;
         let metrics = broker.metrics()?;
         let how = |how: &str| -> f64 {
             let all = metrics.all("faaswap_bindings_total").filter(|(labels, _)| labels.contains(how));

@@ -5,6 +5,8 @@ use crate::DeviceError;
 
 /// Addresses are words of this size.
 pub(super) const WORD: usize = size_of::<u64>();
+/// Numbers in arguments are below that, lower halves of addresses seldom.
+const SMALL_NUMBERS: u64 = 1 << 20;
 /// So many differences are told where they keep a kind apart.
 const DIFFERENCES_TOLD: usize = 4;
 /// The first stretch of constants in [`Places`]: the model's own. Those behind it are the kind's.
@@ -47,12 +49,13 @@ pub(super) enum Differs {
     Group(u32),
 }
 
-/// Finds all that differs between two programs of a kind; an error where that is more than places. `knows` says whether there is
+/// Finds all that differs between two programs of a kind; an error where that is more than places. `is_memory` says whether there is
+/// a device's
 /// memory at an address.
 pub(super) fn compare(
     one: &Captured,
     other: &Captured,
-    knows: &dyn Fn(u64) -> bool,
+    is_memory: &dyn Fn(u64) -> bool,
 ) -> Result<Vec<Vec<(usize, Differs)>>, String> {
     let is_plain = |captured: &Captured| captured.drawing.parts.iter().all(|(.., counts)| counts.is_plain());
     if !is_plain(one) || !is_plain(other) {
@@ -64,7 +67,7 @@ pub(super) fn compare(
     }
     let parts = one.content.iter().zip(&other.content).enumerate();
     parts
-        .map(|(number, pair)| compare_part(one, other, pair, knows).map_err(|why| format!("part {number}: {why}")))
+        .map(|(number, pair)| compare_part(one, other, pair, is_memory).map_err(|why| format!("part {number}: {why}")))
         .collect()
 }
 
@@ -72,7 +75,7 @@ fn compare_part(
     one: &Captured,
     other: &Captured,
     (a, b): (&Content, &Content),
-    knows: &dyn Fn(u64) -> bool,
+    is_memory: &dyn Fn(u64) -> bool,
 ) -> Result<Vec<(usize, Differs)>, String> {
     if a.nodes.len() != b.nodes.len() || a.edges != b.edges {
         return Err("graphs have another form".to_owned());
@@ -90,7 +93,7 @@ fn compare_part(
             (Node::Kernel(a), Node::Kernel(b)) => {
                 let arguments = (&a.arguments[..], &b.arguments[..]);
                 let alike = |a, b| are_alike((a, &one.constants), (b, &other.constants));
-                let words = compare_arguments(arguments, (&one.places, &other.places), &alike, knows);
+                let words = compare_arguments(arguments, (&one.places, &other.places), &alike, is_memory);
                 words.map(|words| (!words.is_empty()).then_some(Differs::Words(words)))
             }
             _ => Err("it is neither a kernel nor a wait".to_owned()),
@@ -123,12 +126,12 @@ fn are_alike((here, constants): (Place, &[Vec<u8>]), (there, others): (Place, &[
 }
 
 /// Words that differ and are places. Others that differ are left as they are where they cannot be addresses: what lies between
-/// the fields of a kernel's argument is whatever was there before, and addresses of the host's own memory are no good to a GPU.
+/// the fields of a kernel's argument is whatever was there before, often half of an address.
 fn compare_arguments(
     (a, b): (&[Vec<u8>], &[Vec<u8>]),
     (from, to): (&Places, &Places),
     alike: &dyn Fn(Place, Place) -> bool,
-    knows: &dyn Fn(u64) -> bool,
+    is_memory: &dyn Fn(u64) -> bool,
 ) -> Result<Vec<Word>, String> {
     let mut words = Vec::new();
     for (argument, (a, b)) in a.iter().zip(b).enumerate() {
@@ -136,15 +139,17 @@ fn compare_arguments(
             return Err(format!("argument {argument} has another size"));
         }
         for offset in (0..a.len()).step_by(WORD).filter(|&at| word(a, at) != word(b, at)) {
-            let values = (word(a, offset), word(b, offset));
-            let places = (values.0.and_then(|a| from.find(a)), values.1.and_then(|b| to.find(b)));
-            match places {
-                (Some(place), Some(same)) if alike(place, same) => words.push(Word { argument, offset, place }),
-                (None, None) if !has_address(a, offset, from, knows) && !has_address(b, offset, to, knows) => {}
+            let (here, there) = (word(a, offset), word(b, offset));
+            let has_address = |at| is_address(a, at, from, is_memory) && is_address(b, at, to, is_memory);
+            let (place, other) = (here.and_then(|a| from.find(a)), there.and_then(|b| to.find(b)));
+            match (place, other) {
+                (Some(place), Some(other)) if alike(place, other) => words.push(Word { argument, offset, place }),
+                _ if (is_small_number(here, there) || (place, other) == (None, None) && !has_address(offset))
+                    && !aside(offset).any(has_address) => {}
                 _ => {
+                    let (len, values) = (a.len(), (here, there));
                     return Err(format!(
-                        "argument {argument}, {} bytes long, differs at {offset}: {values:x?}, {places:x?}",
-                        a.len()
+                        "argument {argument}, {len} bytes, differs at {offset}: {values:x?}, {place:x?}, {other:x?}"
                     ));
                 }
             }
@@ -162,11 +167,21 @@ fn word(argument: &[u8], offset: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(bytes))
 }
 
-/// Whether an address of any memory begins in the word at an offset or in half of the one before.
-fn has_address(argument: &[u8], offset: usize, places: &Places, knows: &dyn Fn(u64) -> bool) -> bool {
-    let halves = [offset.checked_sub(WORD / 2), Some(offset), offset.checked_add(WORD / 2)];
-    let words = halves.into_iter().flatten().filter_map(|offset| word(argument, offset));
-    words.into_iter().any(|word| word != 0 && (places.find(word).is_some() || knows(word)))
+/// Whether two words are the same small number in their lower halves, with whatever was there before in their upper ones. Of
+/// addresses that differ, the lower halves do.
+fn is_small_number(a: Option<u64>, b: Option<u64>) -> bool {
+    let lower = |word: u64| word & u64::from(u32::MAX);
+    matches!((a, b), (Some(a), Some(b)) if lower(a) == lower(b) && lower(a) < SMALL_NUMBERS)
+}
+
+/// Where an address could begin that has a part of the word at an offset, but for there.
+fn aside(offset: usize) -> impl Iterator<Item = usize> {
+    offset.checked_sub(WORD / 2).into_iter().chain([offset + WORD / 2])
+}
+
+/// Whether the address of some memory begins there.
+fn is_address(argument: &[u8], at: usize, places: &Places, is_memory: &dyn Fn(u64) -> bool) -> bool {
+    word(argument, at).is_some_and(|word| places.find(word).is_some() || is_memory(word))
 }
 
 #[cfg(test)]
@@ -183,7 +198,7 @@ mod tests {
     fn compared(a: &[Vec<u8>], b: &[Vec<u8>]) -> Result<Vec<Word>, String> {
         let from = Places(vec![(0x1000, 0x100), (0x8000, 0x1000)]);
         let to = Places(vec![(0x4000, 0x100), (0x20000, 0x1000)]);
-        compare_arguments((a, b), (&from, &to), &|a, b| a == b, &|address| address == OTHER)
+        compare_arguments((a, b), (&from, &to), &|a, b| a == b, &|address| (OTHER..OTHER + 16).contains(&address))
     }
 
     #[test]
@@ -205,11 +220,11 @@ mod tests {
         assert!(differ(argument(&[0x1010], &[]), argument(&[0x20010], &[])), "another stretch");
         assert!(differ(argument(&[0x1010], &[]), argument(&[0x4100], &[])), "behind the end");
         assert!(differ(argument(&[0x1010], &[]), argument(&[5], &[])), "an address and a number");
-        assert!(differ(argument(&[OTHER], &[]), argument(&[5], &[])), "memory of others");
+        assert!(differ(argument(&[OTHER], &[]), argument(&[OTHER + 1], &[])), "memory of others");
         assert!(differ(argument(&[1], &[]), argument(&[1], &[1])), "another size");
         let half = |address: u64| [&[0; 4][..], &address.to_ne_bytes()[..], &[0; 4]].concat();
         assert!(differ(half(0x1010), half(0x4010)), "an address between two words");
-        assert!(differ(argument(&[], &half(OTHER)), argument(&[], &half(1))), "memory of others between two words");
+        assert!(differ(argument(&[], &half(OTHER)), argument(&[], &half(OTHER + 1))), "memory of others there");
     }
 
     #[test]
@@ -220,6 +235,15 @@ mod tests {
         let [a, b] = leftovers;
         let words = compared(&[a], &[b]).expect("neither is an address");
         assert_eq!(words, [Word { argument: 0, offset: 8, place: (0, 0x10) }]);
+        let beside = |upper: u64, lower: u64| [argument(&[upper << 32 | lower], &[])];
+        for (a, b) in [(0x7fab, 0x7fa6), (0, 0x7fa6), (OTHER >> 4, 1)] {
+            assert_eq!(compared(&beside(a, 3), &beside(b, 3)), Ok(vec![]), "half of an address beside a small number");
+        }
+        assert_eq!(
+            compared(&[argument(&[OTHER], &[])], &[argument(&[5], &[])]),
+            Ok(vec![]),
+            "no address in one of them"
+        );
     }
 
     #[test]
