@@ -47,6 +47,8 @@ TITLES = {
     "predicted_p98": "p98 there, beside the simulator's",
     "predicted_swaps": "Swap-ins per second there, beside the simulator's",
     "predicted_link_load": "Load of the links there, beside the simulator's",
+    "scale_requests": "Requests per second, 95% of functions compliant, by number of devices",
+    "scale_compliant": "Functions compliant at the published rates, by number of devices",
     "soak_requests": "Requests per second of the long run",
     "soak_device_memory_growth": "Device memory grown in the long run",
     "soak_broker_memory_growth": "The broker's memory grown in the long run",

@@ -56,6 +56,26 @@ fn functions_under_load_on_two_devices_answer_right_or_are_refused() {
 }
 
 #[test]
+fn one_device_and_both_serve_the_same_functions_one_after_the_other() {
+    let (_folder, out, said) = run("scale", &["--seconds", "3", "--steps", "0"]);
+    let found = json(&out.join("scale.json"));
+    assert_eq!((&found["outputs_wrong"], &found["functions"]), (&0.into(), &FUNCTIONS.into()), "{said}");
+    let by_devices = found["by_devices"].as_array().unwrap();
+    assert_eq!(by_devices.iter().map(|of| of["devices"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for of in by_devices {
+        assert!(of["steps"][0]["outputs_checked"].as_u64().unwrap() > 0, "{said}");
+        assert_eq!(of["steps"][0]["failed"], 0, "{said}");
+    }
+    let records = json(&out.join("records/scale.json"));
+    let both = records.as_array().unwrap().iter().find(|record| record["model"] == "2 devices").unwrap();
+    assert_eq!(
+        (&both["figure"], &both["reference_name"]),
+        (&"scale_requests".into(), &"one device".into()),
+        "{records}"
+    );
+}
+
+#[test]
 fn a_device_that_fails_under_load_stays_away_until_there_is_nothing_to_do() {
     let (_folder, out, said) = run("lose", &["--seconds", "14"]);
     let found = json(&out.join("lose.json"));

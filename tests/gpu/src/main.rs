@@ -11,6 +11,7 @@
 //!     faaswap-gpu tiers OUT                  weights from disk, alone and while they are swapped in
 //!     faaswap-gpu open MODELS OUT            a model with an open batch
 //!     faaswap-gpu density MODELS OUT         many functions on a whole broker, at rising rates
+//!     faaswap-gpu scale MODELS OUT           the same with one device, two, and more, each with the same functions
 //!     faaswap-gpu soak MODELS OUT            the same at one rate, and what memory was taken meanwhile
 //!     faaswap-gpu front MODELS OUT           what a sidecar and the broker add to what the device takes
 //!     faaswap-gpu lose MODELS OUT            one device fails under load
@@ -40,7 +41,7 @@ use std::{error::Error, process::ExitCode};
 
 const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | kinds MODELS OUT | \
                      peers MODELS OUT | fault MODELS | links OUT | tiers OUT | open MODELS OUT | front MODELS OUT | lose MODELS OUT | \
-                     density MODELS OUT | soak MODELS OUT | tiny-models MODELS | prepare-model | \
+                     density MODELS OUT | scale MODELS OUT | soak MODELS OUT | tiny-models MODELS | prepare-model | \
                      broker";
 
 /// Functions of all prepared models in turn, on less memory than the weights take; shorter where variables say so.
@@ -98,6 +99,9 @@ fn main() -> ExitCode {
         ["tiny-models", models] => faaswap_tests::models::write_tiny(models.as_ref()).map_err(Into::into),
         ["density", models, out, ref more @ ..] => {
             node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::density::run)
+        }
+        ["scale", models, out, ref more @ ..] => {
+            node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::scale::run)
         }
         ["soak", models, out, ref more @ ..] => {
             node::Options::read(models.as_ref(), out.as_ref(), more).and_then(node::soak::run)

@@ -102,9 +102,10 @@ fn carry(
     counted: (u64, u64),
     until: Instant,
 ) -> Result<Carried> {
-    let steps = search(stage, live, is_first, until)?;
-    let good = steps.iter().filter(|(step, _)| step.compliant_share() >= COMPLIANT_SHARE);
-    let best = good.max_by(|a, b| a.0.rate.total_cmp(&b.0.rate));
+    let options = &stage.options;
+    let from = From { rate: options.rate, hold: if is_first { options.hold } else { 0 }, then: options.then };
+    let steps = search(stage, live, from, until)?;
+    let best = most_carried(&steps);
     let share_of_optimum = best.map(|(_, value)| {
         let bound = |name: &str| value["predicted"]["optimum"][name].as_f64().unwrap_or(f64::NAN);
         bound("links_by_rates").max(bound("devices"))
@@ -133,26 +134,41 @@ fn carry(
     })
 }
 
+/// Where a search begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct From {
+    pub(super) rate: f64,
+    /// Length of the first step, where that is longer.
+    pub(super) hold: u64,
+    /// Rate of the second step, where the first is carried and it is higher.
+    pub(super) then: Option<f64>,
+}
+
+/// The step with the highest rate that was carried.
+pub(super) fn most_carried(steps: &[(Step, Value)]) -> Option<&(Step, Value)> {
+    let good = steps.iter().filter(|(step, _)| step.compliant_share() >= COMPLIANT_SHARE);
+    good.max_by(|a, b| a.0.rate.total_cmp(&b.0.rate))
+}
+
 /// Raises the rate until too many functions miss their objective, then halves the interval.
-fn search(stage: &Stage, live: &mut Live, is_first: bool, until: Instant) -> Result<Vec<(Step, Value)>> {
+pub(super) fn search(stage: &Stage, live: &mut Live, from: From, until: Instant) -> Result<Vec<(Step, Value)>> {
     let options = &stage.options;
     let (mut steps, mut good, mut bad) = (Vec::new(), None::<f64>, None::<f64>);
-    let mut rate = options.rate;
+    let mut rate = from.rate;
     let enough = Duration::from_secs(options.seconds) + STEP_SPARE;
     for _ in 0..=options.steps {
         if !steps.is_empty() && until.saturating_duration_since(Instant::now()) < enough {
             println!("  no time for another rate");
             break;
         }
-        let holds = is_first && steps.is_empty();
-        let seconds = if holds { options.hold.max(options.seconds) } else { options.seconds };
+        let seconds = if steps.is_empty() { from.hold.max(options.seconds) } else { options.seconds };
         let (step, value) = live.step(stage, (rate, seconds), |_, _, _| {})?;
         match step.compliant_share() >= COMPLIANT_SHARE {
             true => good = Some(rate),
             false => bad = Some(rate),
         }
         steps.push((step, value));
-        let second = options.then.filter(|_| steps.len() == 1);
+        let second = from.then.filter(|_| steps.len() == 1);
         rate = match (good, bad) {
             (Some(_), None) if second.is_some_and(|second| second > rate) => second.unwrap_or(rate),
             (Some(good), Some(bad)) if bad / good < NEAR => break,

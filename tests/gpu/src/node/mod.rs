@@ -11,6 +11,7 @@ pub(crate) mod front;
 pub(crate) mod lose;
 mod options;
 mod predict;
+pub(crate) mod scale;
 pub(crate) mod soak;
 mod stage;
 mod step;

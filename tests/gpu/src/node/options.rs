@@ -82,6 +82,14 @@ impl Devices {
         }
     }
 
+    /// The same with fewer of them.
+    pub(crate) fn with(self, count: usize) -> Self {
+        match self {
+            Self::Gpus(_) => Self::Gpus(count),
+            Self::Hosts { link_mib, .. } => Self::Hosts { count, link_mib },
+        }
+    }
+
     /// The unit in which their memory is given out.
     pub(crate) fn chunk(self) -> Bytes {
         match self {
