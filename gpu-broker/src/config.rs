@@ -130,6 +130,8 @@ pub struct Settings {
     pub gpu_fallback: bool,
     /// Whether fp32 products on GPUs may be computed in TF32, as PyTorch's convolutions are, where a function does not say.
     pub tf32: bool,
+    /// Whether GPUs bind further models of a kind without a session.
+    pub bind_by_kind: bool,
     /// One swap-in in so many is read back from its device and compared; 0 for none.
     pub verify_every: u64,
     /// Who decides what runs where.
@@ -203,6 +205,7 @@ impl Settings {
             gpu_memory: from.optional_bytes("gpu_memory"),
             gpu_fallback: from.choice("gpu_fallback", false, &SWITCH),
             tf32: from.choice("tf32", true, &SWITCH),
+            bind_by_kind: from.choice("bind_by_kind", true, &SWITCH),
             verify_every: from.count("verify_every", VERIFY_EVERY, 0..=usize::MAX) as u64,
             policy: from.choice("policy", PolicyKind::Faaswap, &POLICIES.map(|policy| (policy.name(), policy))),
             prefetch: from.choice("prefetch", true, &SWITCH),

@@ -120,6 +120,7 @@ fn open_gpu(
         chunk: device.chunk.unwrap_or(default.chunk),
         lanes: usize::from(device.lanes),
         peers: peers.to_vec(),
+        twins: settings.bind_by_kind,
         ..default
     })
 }

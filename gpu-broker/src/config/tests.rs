@@ -43,10 +43,11 @@ fn devices_are_read_in_order() {
 
 #[test]
 fn gpus_are_named_by_number_and_not_mixed_with_the_host() {
-    let text = "policy = \"torpor\"\ngpu_memory = \"20GiB\"\ntf32 = false\n[[device]]\nkind = \"gpu\"\n[[device]]\nkind = \"gpu\"\ngpu = 3\n\
+    let text = "policy = \"torpor\"\ngpu_memory = \"20GiB\"\ntf32 = false\nbind_by_kind = \"off\"\n[[device]]\nkind = \"gpu\"\n[[device]]\nkind = \"gpu\"\ngpu = 3\n\
                 lanes = 8\nmemory = \"60GiB\"\nchunk = \"8MiB\"";
     let settings = load(text, &[("FAASWAP_GPU_MEMORY", "25GiB")]).expect("valid");
     assert_eq!((settings.gpu_memory, settings.tf32), (Some(Bytes::mib(25 << 10)), false));
+    assert!(!settings.bind_by_kind && load("", &[]).expect("valid").bind_by_kind);
     assert_eq!(settings.policy, PolicyKind::Torpor);
     assert_eq!(settings.devices[0], DeviceSettings::gpu(0));
     let kind = DeviceKind::Gpu { ordinal: 3, reserve: cuda::RESERVE_DEFAULT };
