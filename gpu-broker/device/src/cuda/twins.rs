@@ -103,6 +103,13 @@ impl Kinds {
     }
 }
 
+impl Captured {
+    /// Whether they have no addresses in common, so that what differs between them tells all that is theirs.
+    fn is_apart_from(&self, other: &Self) -> bool {
+        !self.places.overlaps(&other.places, self.drawing.lane == other.drawing.lane)
+    }
+}
+
 impl Template {
     fn of(captured: Captured, mut differs: Vec<Vec<(usize, Differs)>>) -> Self {
         let (mut constants, mut numbers) = (Vec::new(), HashMap::new());
@@ -172,7 +179,7 @@ impl CudaDevice {
         let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart)));
         let next = match known {
             None => Known::One(Box::new(captured), 0),
-            Some(Known::One(first, tried)) if other_lane(first.drawing.lane) => {
+            Some(Known::One(first, tried)) if other_lane(first.drawing.lane) && first.is_apart_from(&captured) => {
                 match compare(&first, &captured, &|address| self.shared.context.is_device_memory(address)) {
                     Ok(differs) => Known::Template(Arc::new(Template::of(*first, differs))),
                     Err(why) if tried + 1 >= COMPARED_MAX => {
@@ -185,7 +192,7 @@ impl CudaDevice {
                     }
                 }
             }
-            // Another thread was faster.
+            // Another thread was faster, or the first model is gone and this one is where it was.
             Some(known) => known,
         };
         kinds.keep(key, next);

@@ -191,14 +191,13 @@ pub(super) fn binds_by_kind(
     let device = device_with(prepared, (KIND_LANES, true)).map_err(|e| e.to_string())?;
     let of_a_kind = with(prepared, |manifest| manifest.bind_apart = None).map_err(text)?;
     let bind = || Bound::new(runtime, &of_a_kind, &device).map_err(text);
-    // One in each lane, for each has memory of its own. Those that they are made of go.
-    let mut twins = Vec::new();
-    for _ in 0..KIND_BOUND_MAX {
-        twins.extend(Some(bind()?).filter(Bound::is_twin));
-        if twins.len() == KIND_LANES {
-            break;
-        }
+    // One in each lane, for each has memory of its own. Those that they are made of go once they are made.
+    let (mut twins, mut others) = (Vec::new(), Vec::new());
+    while twins.len() < KIND_LANES && twins.len() + others.len() < KIND_BOUND_MAX {
+        let bound = bind()?;
+        if bound.is_twin() { twins.push(bound) } else { others.push(bound) }
     }
+    drop(others);
     if twins.len() < KIND_LANES {
         return Err("its programs differ in more than places".to_owned());
     }

@@ -12,6 +12,9 @@ const DIFFERENCES_TOLD: usize = 4;
 /// The first stretch of constants in [`Places`]: the model's own. Those behind it are the kind's.
 pub(super) const OWN_CONSTANTS: usize = 4;
 
+/// The stretches in [`Places`] that belong to a lane.
+const LANE: std::ops::Range<usize> = 1..OWN_CONSTANTS;
+
 /// Stretches of addresses that a program is about, in the same order for all of a kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Places(pub(super) Vec<(u64, u64)>);
@@ -24,6 +27,18 @@ impl Places {
         let inside = |&(base, len): &(u64, u64)| address.checked_sub(base).is_some_and(|offset| offset < len);
         let stretch = self.0.iter().position(inside)?;
         Some((stretch, address - self.0[stretch].0))
+    }
+
+    /// Whether any of its addresses, but for those of a lane where that is the same, are of the other's too. A place that is in
+    /// both at the same address could not be told from what is no place.
+    pub(super) fn overlaps(&self, other: &Self, same_lane: bool) -> bool {
+        let own = |places: &Self| -> Vec<(u64, u64)> {
+            let all = places.0.iter().enumerate();
+            all.filter(|(number, _)| !(same_lane && LANE.contains(number))).map(|(_, stretch)| *stretch).collect()
+        };
+        let theirs = own(other);
+        let meet = |&(a, a_len): &(u64, u64), &(b, b_len): &(u64, u64)| a < b + b_len.max(1) && b < a + a_len.max(1);
+        own(self).iter().any(|stretch| theirs.iter().any(|other| meet(stretch, other)))
     }
 
     pub(super) fn address(&self, (stretch, offset): Place) -> Result<u64, DeviceError> {
@@ -49,9 +64,8 @@ pub(super) enum Differs {
     Group(u32),
 }
 
-/// Finds all that differs between two programs of a kind; an error where that is more than places. `is_memory` says whether there is
-/// a device's
-/// memory at an address.
+/// Finds all that differs between two programs of a kind; an error where that is more than places. `is_memory` says whether there
+/// is memory of a device at an address.
 pub(super) fn compare(
     one: &Captured,
     other: &Captured,
@@ -143,7 +157,9 @@ fn compare_arguments(
             let has_address = |at| is_address(a, at, from, is_memory) && is_address(b, at, to, is_memory);
             let (place, other) = (here.and_then(|a| from.find(a)), there.and_then(|b| to.find(b)));
             match (place, other) {
-                (Some(place), Some(other)) if alike(place, other) => words.push(Word { argument, offset, place }),
+                (Some(place), Some(other)) if alike(place, other) && offset + WORD <= a.len() => {
+                    words.push(Word { argument, offset, place });
+                }
                 _ if (is_small_number(here, there) || (place, other) == (None, None) && !has_address(offset))
                     && !aside(offset).any(has_address) => {}
                 _ => {
@@ -244,6 +260,26 @@ mod tests {
             Ok(vec![]),
             "no address in one of them"
         );
+    }
+
+    #[test]
+    fn programs_at_the_same_addresses_cannot_be_compared() {
+        let places = |weights: u64, lane: u64, own: u64| {
+            Places(vec![
+                (weights, 0x100),
+                (lane, 0x100),
+                (lane + 0x100, 0x100),
+                (lane + 0x200, 0x100),
+                (own, 0),
+                (own + 8, 8),
+            ])
+        };
+        let one = places(0x1000, 0x2000, 0x5000);
+        assert!(!one.overlaps(&places(0x1100, 0x3000, 0x6000), false));
+        assert!(one.overlaps(&places(0x10ff, 0x3000, 0x6000), false), "weights");
+        assert!(one.overlaps(&places(0x1100, 0x3000, 0x5000), false), "constants, also of nothing");
+        assert!(one.overlaps(&places(0x1100, 0x2100, 0x6000), false), "another lane's");
+        assert!(!one.overlaps(&places(0x1100, 0x2000, 0x6000), true), "the same lane's");
     }
 
     #[test]
