@@ -82,6 +82,8 @@ pub(crate) struct WithGpu {
 #[derive(Debug, Serialize)]
 struct HostLinkReport {
     from_host: Option<f64>,
+    /// While all other GPUs are copied to; measured where there are more than two.
+    from_host_with_all: Option<f64>,
     beside: Vec<BesideReport>,
 }
 
@@ -114,7 +116,12 @@ impl HostLinkReport {
             }
         };
         let others = (0..links.gpus.len()).filter(|there| *there != here);
-        Some(Self { from_host: links.alone[here].map(|rate| rate.0), beside: others.map(beside).collect() })
+        let with_all = links.crowded[here].map(|rate| rate.0);
+        Some(Self {
+            from_host: links.alone[here].map(|rate| rate.0),
+            from_host_with_all: with_all,
+            beside: others.map(beside).collect(),
+        })
     }
 }
 
@@ -231,13 +238,14 @@ mod tests {
     fn a_link_shows_what_was_measured_from_its_own_side() {
         let mut links = LinkMap::blank(vec![at(1), at(3)]);
         (links.alone[0], links.alone[1]) = (Some(Rate(50.0)), Some(Rate(52.0)));
+        links.crowded[0] = Some(Rate(20.0));
         (links.together[0][1], links.together[1][0]) = (Some(Rate(26.0)), Some(Rate(27.0)));
         links.peers[1][0] = Some(PeerLink { rate: Rate(400.0), direct: true });
         let name = |pci: PciAddress| (pci == at(3)).then_some("cuda1");
         let report = serde_json::to_value(HostLinkReport::new(at(1), &links, name)).unwrap();
         let beside = json!({"gpu": "0000:03:00.0", "device": "cuda1", "from_host": 26.0, "contends": true,
                             "from_gpu": 400.0, "from_gpu_direct": true});
-        assert_eq!(report, json!({"from_host": 50.0, "beside": [beside]}));
+        assert_eq!(report, json!({"from_host": 50.0, "from_host_with_all": 20.0, "beside": [beside]}));
         assert!(HostLinkReport::new(at(2), &links, name).is_none(), "it was not measured");
     }
 

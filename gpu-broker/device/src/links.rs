@@ -42,6 +42,8 @@ pub struct LinkMap {
     pub alone: Vec<Option<Rate>>,
     /// `together[a][b]`: what `a` gets from host memory while `b` copies too.
     pub together: Vec<Vec<Option<Rate>>>,
+    /// From host memory while all others copy too; measured where there are more than two.
+    pub crowded: Vec<Option<Rate>>,
     /// `peers[from][to]`.
     pub peers: Vec<Vec<Option<PeerLink>>>,
 }
@@ -50,7 +52,8 @@ impl LinkMap {
     /// A map of which nothing is measured.
     pub fn blank(gpus: Vec<PciAddress>) -> Self {
         let n = gpus.len();
-        Self { gpus, alone: vec![None; n], together: vec![vec![None; n]; n], peers: vec![vec![None; n]; n] }
+        let (alone, crowded) = (vec![None; n], vec![None; n]);
+        Self { gpus, alone, together: vec![vec![None; n]; n], crowded, peers: vec![vec![None; n]; n] }
     }
 
     /// The share of its speed that link `a` keeps while `b` is used.

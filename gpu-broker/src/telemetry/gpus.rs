@@ -158,6 +158,7 @@ fn links(map: &LinkMap, encoder: &mut DescriptorEncoder) -> Result<(), fmt::Erro
         let labels = |from: String, beside: String| ByLink { gpu: gpu.to_string(), from, beside };
         let alone = map.alone[at].map(|rate| (labels("host".to_owned(), String::new()), rate));
         known.extend(alone);
+        known.extend(map.crowded[at].map(|rate| (labels("host".to_owned(), "all".to_owned()), rate)));
         for (there, other) in map.gpus.iter().enumerate() {
             let beside = map.together[at][there].map(|rate| (labels("host".to_owned(), other.to_string()), rate));
             let peer = map.peers[there][at].map(|peer| (labels(other.to_string(), String::new()), peer.rate));
@@ -248,11 +249,13 @@ mod tests {
         let mut map = LinkMap::blank(vec![gpu(1).pci, gpu(2).pci]);
         map.alone[0] = Some(Rate(5e10));
         map.together[0][1] = Some(Rate(2.5e10));
+        map.crowded[0] = Some(Rate(2e10));
         map.peers[1][0] = Some(PeerLink { rate: Rate(4e11), direct: true });
         let text = text(Vec::new(), map);
         for line in [
             "faaswap_gpu_link_bytes_per_second{gpu=\"0000:01:00.0\",from=\"host\",beside=\"\"} 50000000000.0",
             "faaswap_gpu_link_bytes_per_second{gpu=\"0000:01:00.0\",from=\"host\",beside=\"0000:02:00.0\"} 25000000000.0",
+            "faaswap_gpu_link_bytes_per_second{gpu=\"0000:01:00.0\",from=\"host\",beside=\"all\"} 20000000000.0",
             "faaswap_gpu_link_bytes_per_second{gpu=\"0000:01:00.0\",from=\"0000:02:00.0\",beside=\"\"} 400000000000.0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");

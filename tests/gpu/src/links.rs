@@ -23,7 +23,8 @@ pub(crate) fn run(out: &Path) -> Result<()> {
     let map = cuda::measure_links(&ordinals)?;
     let gbps = |rate: &Option<faaswap_device::links::Rate>| rate.map(|rate| rate.0 / 1e9);
     for (a, gpu) in map.gpus.iter().enumerate() {
-        println!("{gpu}: {:.1} GB/s from host memory", gbps(&map.alone[a]).unwrap_or(f64::NAN));
+        let crowded = gbps(&map.crowded[a]).map_or(String::new(), |rate| format!(", {rate:.1} while all copy"));
+        println!("{gpu}: {:.1} GB/s from host memory{crowded}", gbps(&map.alone[a]).unwrap_or(f64::NAN));
         for b in (0..map.gpus.len()).filter(|b| *b != a) {
             let together = gbps(&map.together[a][b]).unwrap_or(f64::NAN);
             let (peer, direct) = map.peers[a][b].map_or((f64::NAN, false), |peer| (peer.rate.0 / 1e9, peer.direct));
@@ -69,8 +70,9 @@ pub(crate) fn run(out: &Path) -> Result<()> {
         .collect();
     let gpus: Vec<_> = map.gpus.iter().map(ToString::to_string).collect();
     let alone: Vec<_> = map.alone.iter().map(gbps).collect();
+    let crowded: Vec<_> = map.crowded.iter().map(gbps).collect();
     let text = serde_json::to_vec_pretty(&json!({
-        "gpus": gpus, "alone_gbps": alone, "together_gbps": table(&map.together), "peers": peers,
+        "gpus": gpus, "alone_gbps": alone, "crowded_gbps": crowded, "together_gbps": table(&map.together), "peers": peers,
         "groups": map.groups(), "seen": seen, "pairs": pairs,
     }))?;
     Ok(fs::write(out.join("links.json"), text)?)

@@ -55,6 +55,11 @@ impl NodeSpec {
     pub fn charge(&self, weights: Bytes) -> Bytes {
         weights.checked_round_up(self.chunk).unwrap_or(weights)
     }
+
+    /// Whether these are all of its devices, and more than a pair: what they share is what all host links carry at once.
+    pub(crate) fn is_all_of_many(&self, devices: &[usize]) -> bool {
+        devices.len() > 2 && devices.len() == self.devices.len()
+    }
 }
 
 const GB: u64 = 1_000_000_000;

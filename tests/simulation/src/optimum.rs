@@ -47,8 +47,11 @@ pub fn bound(node: &NodeSpec, models: &[ModelSpec], workload: &Workload) -> Boun
 /// Bytes a second over all host links at once.
 fn link_speed(node: &NodeSpec) -> f64 {
     let alone: f64 = node.devices.iter().map(|device| ratio(device.link, 1)).sum();
-    let shared: f64 = node.shared.iter().map(|(_, total)| ratio(*total, 1)).sum();
-    if node.shared.is_empty() { alone } else { shared.min(alone) }
+    // What all share bounds what pairs do.
+    let (all, pairs): (Vec<_>, Vec<_>) = node.shared.iter().partition(|(devices, _)| node.is_all_of_many(devices));
+    let shared: f64 = pairs.iter().map(|(_, total)| ratio(*total, 1)).sum();
+    let speed = if pairs.is_empty() { alone } else { shared.min(alone) };
+    all.iter().fold(speed, |speed, (_, total)| speed.min(ratio(*total, 1)))
 }
 
 fn missed_bytes(node: &NodeSpec, models: &[ModelSpec], workload: &Workload) -> u64 {

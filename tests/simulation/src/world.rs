@@ -145,7 +145,8 @@ impl World<'_> {
             self.tell(Event::DeviceAdded { device: id, capacity: device.capacity, lanes: device.lanes });
             self.tell(Event::LinkMeasured { link: Link::Host { to: id }, bytes_per_s: device.link });
         }
-        for (devices, total) in &node.shared {
+        // What all links carry at once is not told: policies did no better with it.
+        for (devices, total) in node.shared.iter().filter(|(devices, _)| !node.is_all_of_many(devices)) {
             for (&to, &beside) in devices.iter().flat_map(|a| devices.iter().map(move |b| (a, b))) {
                 if to != beside {
                     let (to, beside) = (device_id(to), device_id(beside));

@@ -99,7 +99,7 @@ pub fn measure_links(ordinals: &[u32]) -> Result<LinkMap, DeviceError> {
     measured.map(|()| map)
 }
 
-/// Host links first, since every swap uses them; then pairs, then GPU to GPU.
+/// Host links first, since every swap uses them; then pairs, then all, then GPU to GPU.
 fn measure(ends: &[End], host: &Pinned, map: &mut LinkMap) -> Result<(), DeviceError> {
     let until = Instant::now() + PROBE_WITHIN;
     let in_time = || Instant::now() < until;
@@ -115,6 +115,10 @@ fn measure(ends: &[End], host: &Pinned, map: &mut LinkMap) -> Result<(), DeviceE
     for (a, b) in pairs(ends.len()).filter(|(a, b)| a < b).take_while(|_| in_time()) {
         let both = kept("two host links", two_at_once(&ends[a], &ends[b], host))?;
         (map.together[a][b], map.together[b][a]) = both.unzip();
+    }
+    if ends.len() > 2 && in_time() {
+        let all = kept("all host links", all_at_once(ends, host))?;
+        map.crowded = all.map_or(vec![None; ends.len()], |rates| rates.into_iter().map(Some).collect());
     }
     for (from, to) in pairs(ends.len()).take_while(|_| in_time()) {
         map.peers[from][to] = kept("a link between GPUs", between(&ends[from], &ends[to]))?;
@@ -152,6 +156,13 @@ fn two_at_once(a: &End, b: &End, host: &Pinned) -> Result<(Rate, Rate), DeviceEr
     b.begin_from_host(host)?;
     let (one, other) = (a.finish(), b.finish());
     Ok((one?, other?))
+}
+
+fn all_at_once(ends: &[End], host: &Pinned) -> Result<Vec<Rate>, DeviceError> {
+    ends.iter().try_for_each(|end| end.begin_from_host(host))?;
+    // Each is waited for, also where one has failed.
+    let all: Vec<_> = ends.iter().map(End::finish).collect();
+    all.into_iter().collect()
 }
 
 fn between(from: &End, to: &End) -> Result<PeerLink, DeviceError> {

@@ -109,9 +109,11 @@ impl Links {
         let devices = devices.as_array().map(Vec::as_slice).unwrap_or_default();
         let place = |name: &Value| devices.iter().position(|device| device["name"] == *name);
         let (mut alone, mut together, mut peers) = (Vec::new(), BTreeMap::new(), Vec::new());
+        let mut crowded = Vec::new();
         for (at, device) in devices.iter().enumerate() {
             let link = &device["link"];
             alone.push(link["from_host"].as_f64().unwrap_or(0.0));
+            crowded.extend(link["from_host_with_all"].as_f64());
             for beside in link["beside"].as_array().into_iter().flatten() {
                 let Some(other) = place(&beside["device"]) else { continue };
                 beside["from_host"].as_f64().map(|speed| together.insert((at, other), speed));
@@ -121,14 +123,22 @@ impl Links {
         if alone.iter().any(|speed| *speed <= 0.0) {
             return Err("the broker does not tell the speed of each GPU's link".into());
         }
-        Ok(Self { shared: shared(&alone, &together), alone, peers })
+        let mut shared = shared(&alone, &together);
+        let all: f64 = crowded.iter().sum();
+        if crowded.len() == alone.len() && all < alone.iter().sum::<f64>() * SHARED_BELOW {
+            shared.push(((0..alone.len()).collect(), all));
+        }
+        Ok(Self { shared, alone, peers })
     }
 
     /// What all links carry together.
     pub(crate) fn total(&self) -> f64 {
-        let in_a_pair: Vec<usize> = self.shared.iter().flat_map(|(pair, _)| pair.clone()).collect();
+        // What all share stands beside the pairs; of two links, what both share is a pair.
+        let (all, pairs): (Vec<_>, Vec<_>) = self.shared.iter().partition(|(links, _)| links.len() > 2);
+        let in_a_pair: Vec<usize> = pairs.iter().flat_map(|(pair, _)| pair.clone()).collect();
         let single = self.alone.iter().enumerate().filter(|(at, _)| !in_a_pair.contains(at)).map(|(_, speed)| speed);
-        single.sum::<f64>() + self.shared.iter().map(|(_, speed)| speed).sum::<f64>()
+        let sum = single.sum::<f64>() + pairs.iter().map(|(_, speed)| speed).sum::<f64>();
+        all.iter().fold(sum, |sum, (_, speed)| sum.min(*speed))
     }
 
     pub(crate) fn json(&self) -> Value {
