@@ -140,36 +140,11 @@ fn is_constant(tensor: &TensorProto) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use faaswap_protocol::{Bytes, Signature};
-
     use super::*;
     use crate::{
-        manifest::MANIFEST_VERSION,
+        manifest::tests::manifest,
         onnx::{AttributeProto, NodeProto, ValueInfoProto},
     };
-
-    fn manifest() -> Manifest {
-        Manifest {
-            version: MANIFEST_VERSION,
-            ort_version: "1.2.3".to_owned(),
-            target: Target::Cuda(CudaTarget::new(0)),
-            keep_session: None,
-            bind_apart: None,
-            has_convolutions: true,
-            signature: Signature { inputs: Vec::new(), outputs: Vec::new() },
-            weights_bytes: Bytes::ZERO,
-            groups: Vec::new(),
-            initializers: Vec::new(),
-            await_count: 0,
-            await_types: Vec::new(),
-            await_before_run: None,
-            by_rows: false,
-            inputs_in_place: Vec::new(),
-            outputs_in_place: Vec::new(),
-            trial_run_us: None,
-            trial_max_abs_diff: None,
-        }
-    }
 
     /// An initializer of so many floats, each with these bits.
     fn floats(name: &str, count: i64, bits: u8) -> TensorProto {

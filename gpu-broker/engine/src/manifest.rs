@@ -220,10 +220,11 @@ impl Prepared {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn manifest() -> Manifest {
+    /// One that holds, of two weights.
+    pub(crate) fn manifest() -> Manifest {
         let weight = |name: &str, offset, len: u8| Initializer {
             name: name.to_owned(),
             element: 1,
