@@ -15,7 +15,7 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId, Stream,
-    cuda::{Constants, Registered, RunTimes, Template},
+    cuda::{Constants, Registered, RunTimes},
 };
 use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape};
 use faaswap_slab::Region;
@@ -241,15 +241,23 @@ impl Bound {
     ) -> Result<(), EngineError> {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         let range = self.range();
-        let kind = self.kind(prepared)?;
+        let io = IoLayout::of(&self.manifest.signature);
+        let stands_alone = self.manifest.keep_session.is_none() && self.manifest.bind_apart.is_none();
+        // Only programs that outlive their session have a kind.
+        let kind = (stands_alone && io.is_ok() && range.is_some()).then(|| Kind::of(prepared)).transpose()?;
         let lane = cuda.next_lane(kind.as_ref().map(|kind| &kind.key));
-        if let Some(kind) = &kind
+        if let (Some(kind), Ok(io), Some(range)) = (&kind, &io, range)
             && let Some(template) = cuda.template(&kind.key)
-            && self.make_twin(device, &template, (kind, lane))
         {
-            return Ok(());
+            match Programs::twin(device, &template, io.clone(), (lane, range), &kind.bytes) {
+                Ok(programs) => {
+                    (self.programs, self.is_twin) = (Some(programs), true);
+                    return Ok(());
+                }
+                Err(error) => tracing::warn!(%error, "a model cannot be bound by its kind"),
+            }
         }
-        let made = IoLayout::of(&self.manifest.signature).and_then(|io| {
+        let made = io.and_then(|io| {
             let constants = cuda.constants();
             let made = cuda.bind(range, |binding| {
                 let stream = cuda.stream(binding)?;
@@ -297,27 +305,6 @@ impl Bound {
             }
         }
         Ok(())
-    }
-
-    /// The kind of a model that others could be bound by, or that could be bound by others; `None` where it has no program that
-    /// outlives its session.
-    fn kind(&self, prepared: &Prepared) -> Result<Option<Kind>, EngineError> {
-        let told = self.manifest.keep_session.is_none() && self.manifest.bind_apart.is_none();
-        let has_kind = told && IoLayout::of(&self.manifest.signature).is_ok() && self.range.is_some();
-        if has_kind { Kind::of(prepared).map(Some) } else { Ok(None) }
-    }
-
-    /// Makes the program of its kind's; false where that cannot be, so that a session has to.
-    fn make_twin(&mut self, device: &Arc<dyn Device>, template: &Template, (kind, lane): (&Kind, usize)) -> bool {
-        let (Ok(io), Some(range)) = (IoLayout::of(&self.manifest.signature), self.range()) else { return false };
-        match Programs::twin(device, template, io, (lane, range), &kind.bytes) {
-            Ok(programs) => {
-                self.programs = Some(programs);
-                self.is_twin = true;
-            }
-            Err(error) => tracing::warn!(%error, "a model cannot be bound by its kind"),
-        }
-        self.is_twin
     }
 
     /// What a program of this session needs to be known of the model.

@@ -8,12 +8,11 @@ use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes as Buffer;
 use faaswap_device::cuda::KindKey;
-use faaswap_protocol::DType;
 use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    CudaTarget, EngineError, Manifest, Prepared, Target,
+    EngineError, Manifest, Prepared,
     limits::WEIGHT_ALIGN,
     manifest::Initializer,
     onnx::{self, GraphProto, ModelProto, TensorProto},
@@ -81,10 +80,7 @@ impl Kind {
                 bytes.extend_from_slice(&raw);
             }
         }
-        let target = match manifest.target {
-            Target::Cpu => Target::Cpu,
-            Target::Cuda(target) => Target::Cuda(CudaTarget { ordinal: 0, ..target }),
-        };
+        let target = manifest.target_of_any();
         let told = (manifest.version, &manifest.ort_version, target, manifest.weights_bytes, &manifest.groups);
         let told = (told, &manifest.initializers, &manifest.signature, manifest.await_before_run);
         let mut hash = Sha256::new();
@@ -130,18 +126,17 @@ fn forget_all_of(body: &GraphProto, held: &mut HashMap<&str, bool>) {
 }
 
 fn is_constant(tensor: &TensorProto) -> bool {
-    let is_float =
-        matches!(onnx::dtype_of(tensor.data_type()), Some(DType::F16 | DType::Bf16 | DType::F32 | DType::F64));
     let elements = tensor.dims.iter().try_fold(1_i64, |all, dim| all.checked_mul(*dim));
     let len = onnx::data_len(tensor.data_type(), &tensor.dims);
     let is_whole = tensor.raw_data.as_ref().is_some_and(|raw| Some(raw.len() as u64) == len);
-    is_float && is_whole && elements.is_some_and(|elements| elements >= ELEMENTS_MIN)
+    onnx::is_float(tensor.data_type()) && is_whole && elements.is_some_and(|elements| elements >= ELEMENTS_MIN)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
+        CudaTarget, Target,
         manifest::tests::manifest,
         onnx::{AttributeProto, NodeProto, ValueInfoProto},
     };

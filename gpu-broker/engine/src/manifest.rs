@@ -107,15 +107,18 @@ impl Manifest {
         self.trial_run_us.map_or(u64::MAX, |us| us.saturating_mul(percent) / 100)
     }
 
+    /// The target, whichever GPU of its kind it was.
+    pub(crate) fn target_of_any(&self) -> Target {
+        match self.target {
+            Target::Cpu => Target::Cpu,
+            Target::Cuda(target) => Target::Cuda(CudaTarget { ordinal: 0, ..target }),
+        }
+    }
+
     /// Names what lies in the weights, and in which order: two prepared models of one digest have the same name only where
     /// their weights are the same, byte for byte. What was measured of them does not count.
     pub fn weights_name(&self) -> String {
-        let target = match self.target {
-            Target::Cpu => Target::Cpu,
-            // Which GPU of a kind it was does not matter.
-            Target::Cuda(target) => Target::Cuda(CudaTarget { ordinal: 0, ..target }),
-        };
-        let told = (self.version, &self.ort_version, target, self.weights_bytes, &self.initializers);
+        let told = (self.version, &self.ort_version, self.target_of_any(), self.weights_bytes, &self.initializers);
         let text = serde_json::to_vec(&told).expect("numbers and names can be written");
         let hash = Sha256::digest(&text);
         hash[..WEIGHTS_NAME_BYTES].iter().map(|byte| format!("{byte:02x}")).collect()

@@ -53,6 +53,11 @@ pub fn dtype_of(element: i32) -> Option<DType> {
     DType::ALL.into_iter().find(|&dtype| element_of(dtype) == element)
 }
 
+/// Whether it is the number of a floating-point type that requests can carry.
+pub fn is_float(element: i32) -> bool {
+    matches!(dtype_of(element), Some(DType::F16 | DType::Bf16 | DType::F32 | DType::F64))
+}
+
 /// What ONNX calls an element type, for messages.
 pub fn element_name(element: i32) -> String {
     match (dtype_of(element), element) {

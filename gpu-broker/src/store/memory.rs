@@ -222,7 +222,7 @@ impl Home {
         if self.memory.books().files.get_mut(&self.key).filter(left).is_none() {
             return false;
         }
-        // To make weights ready takes hundreds of milliseconds, and whoever wants others does not wait for that.
+        // To make weights ready takes long where they are many: whoever wants others does not wait for it.
         let opened =
             HostWeights::open(&self.memory.dir.join(&self.key)).inspect(|weights| (self.memory.ready)(weights));
         let mut books = self.memory.books();

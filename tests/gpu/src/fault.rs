@@ -3,7 +3,7 @@
 
 use std::{
     path::Path,
-    sync::{Arc, mpsc},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -87,8 +87,7 @@ pub(crate) fn beside(models: &Path, name: &str, how: &str) -> Result<()> {
             thread::sleep(COPIES_AFTER);
             let (from, to) = (held.bound.range().ok_or("no weights")?, asked.bound.range().ok_or("no weights")?);
             asked.swap_out()?;
-            let (tell, done) = mpsc::channel();
-            let report = Box::new(move |result| drop(tell.send(result)));
+            let (report, done) = model::reporter();
             let weights = Arc::clone(&asked.weights);
             other.swap_in_from((failing.as_ref(), from), to, weights, asked.bound.groups(), report)?;
             done.recv()??;

@@ -11,17 +11,17 @@ use faaswap_device::{
 };
 use faaswap_engine::{
     Prepared,
-    manifest::{MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE},
-    onnx::{self, ModelProto},
+    manifest::{Initializer, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE},
+    onnx::ModelProto,
 };
-use faaswap_protocol::{Bytes, DType};
-use faaswap_simulation::random::Random;
+use faaswap_protocol::Bytes;
 use prost::Message;
 use serde_json::json;
 
 use crate::{
     Result, figures, many,
     model::{self, Asked},
+    node,
     record::{Record, Records, Target},
     stats::median,
 };
@@ -30,6 +30,8 @@ use crate::{
 const VARIANTS: u64 = 6;
 /// Those that a kind is learnt from.
 const LEARNT_FROM: u64 = 2;
+/// Smaller constants are left as they are: they may be about shapes, and are of the kind.
+const ELEMENTS_MIN: i64 = 16;
 /// Device memory beside the weights.
 const SPARE: Bytes = Bytes::mib(64);
 
@@ -105,21 +107,14 @@ fn variant(prepared: &Prepared, number: u64, folder: &Path) -> Result<Prepared> 
     let dir = folder.join(number.to_string());
     fs::create_dir_all(&dir)?;
     let mut graph = ModelProto::decode(&fs::read(prepared.graph_path())?[..])?;
-    let mut random = Random::new(number);
-    for tensor in graph.graph.iter_mut().flat_map(|graph| &mut graph.initializer) {
-        let (width, byte, bit) = match onnx::dtype_of(tensor.data_type()) {
-            Some(DType::F32) => (4, 2, 0x01),
-            Some(DType::F16) => (2, 0, 0x08),
-            Some(_) | None => continue,
-        };
-        let Some(raw) = tensor.raw_data.as_ref().filter(|raw| number > 0 && raw.len() >= 16 * width) else { continue };
-        let mut raw = raw.to_vec();
-        for block in raw.chunks_mut(64 * width) {
-            let pattern = random.bits();
-            for (i, float) in block.chunks_exact_mut(width).enumerate() {
-                float[byte] ^= if pattern >> i & 1 == 1 { bit } else { 0 };
-            }
-        }
+    let tensors = graph.graph.iter_mut().flat_map(|graph| &mut graph.initializer).enumerate();
+    for (at, tensor) in tensors.filter(|(_, tensor)| number > 0 && tensor.dims.iter().product::<i64>() >= ELEMENTS_MIN)
+    {
+        let Some(raw) = &tensor.raw_data else { continue };
+        let (mut raw, len) = (raw.to_vec(), raw.len() as u64);
+        let (name, element, dims) = (tensor.name().to_owned(), tensor.data_type(), tensor.dims.clone());
+        let pattern = number << u32::BITS | at as u64;
+        node::turn(&mut raw, 0, &[Initializer { name, element, dims, offset: 0, len }], pattern)?;
         tensor.raw_data = Some(raw.into());
     }
     fs::write(dir.join(MODEL_FILE), graph.encode_to_vec())?;

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use faaswap_device::{Device, DeviceError, HostWeights, SwapReport, cuda::CudaConfig};
+use faaswap_device::{Device, DeviceError, HostWeights, OnDone, SwapReport, cuda::CudaConfig};
 use faaswap_engine::{
     Bound, CudaTarget, Input, InputData, Place, Prepared, Runtime, RuntimeOptions, Target,
     prepare::{self, PrepareJob},
@@ -134,6 +134,12 @@ pub(crate) fn difference(dtype: DType, ours: &[u8], theirs: &[u8]) -> f64 {
     worst.fold(0.0, |most, x| if x.is_nan() { f64::INFINITY } else { most.max(x) }) / largest
 }
 
+/// What a device calls when something is done, and where that is heard.
+pub(crate) fn reporter<T: Send + 'static>() -> (OnDone<T>, mpsc::Receiver<std::result::Result<T, DeviceError>>) {
+    let (tell, done) = mpsc::channel();
+    (Box::new(move |result| drop(tell.send(result))), done)
+}
+
 /// A bound model with its weights and the inputs that it is asked with.
 pub(crate) struct Asked {
     pub(crate) bound: Bound,
@@ -172,9 +178,8 @@ impl Asked {
 
     /// Begins a swap-in; the receiver hears of its end.
     pub(crate) fn begin_swap_in(&self) -> Result<mpsc::Receiver<std::result::Result<SwapReport, DeviceError>>> {
-        let (tell, done) = mpsc::channel();
+        let (report, done) = reporter();
         let range = self.bound.range().ok_or("no weights")?;
-        let report = Box::new(move |result| drop(tell.send(result)));
         self.device.swap_in(range, Arc::clone(&self.weights), self.bound.groups(), report)?;
         Ok(done)
     }
@@ -184,9 +189,9 @@ impl Asked {
     }
 
     pub(crate) fn swap_out(&self) -> Result<()> {
-        let (tell, done) = mpsc::channel();
+        let (report, done) = reporter();
         let range = self.bound.range().ok_or("no weights")?;
-        self.device.swap_out(range, Box::new(move |result| drop(tell.send(result))))?;
+        self.device.swap_out(range, report)?;
         Ok(done.recv()??)
     }
 

@@ -1,10 +1,10 @@
 //! Several GPUs: a model that one holds is brought to another from there and runs there while it comes, one heavy model comes over
 //! several GPUs' links at once, and every GPU swaps at once.
 
-use std::{path::Path, sync::Arc, sync::mpsc, time::Instant};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use faaswap_device::{
-    Device, SwapReport,
+    Device,
     cuda::{self, CudaConfig, CudaDevice},
 };
 use faaswap_engine::{Prepared, Runtime};
@@ -102,7 +102,7 @@ impl Everywhere {
         for _ in 0..ROUNDS {
             let (holder, asked) = (&self.all[0], &self.all[1]);
             let (from, to) = (holder.bound.range().ok_or("no weights")?, asked.bound.range().ok_or("no weights")?);
-            let (tell, done) = reporter();
+            let (tell, done) = model::reporter();
             let start = Instant::now();
             let (weights, groups) = (Arc::clone(&asked.weights), asked.bound.groups());
             asked.device.swap_in_from((holder.device.as_ref(), from), to, weights, groups, tell)?;
@@ -134,7 +134,7 @@ impl Everywhere {
                 let asked = &self.all[1];
                 let others: Vec<&dyn Device> =
                     helpers[..links].iter().map(|&other| self.all[other].device.as_ref()).collect();
-                let (tell, done) = reporter();
+                let (tell, done) = model::reporter();
                 let to = asked.bound.range().ok_or("no weights")?;
                 let (weights, groups) = (Arc::clone(&asked.weights), asked.bound.groups());
                 asked.device.swap_in_over(&others, to, weights, groups, tell)?;
@@ -184,11 +184,4 @@ impl Everywhere {
 /// The goals are about one model.
 fn goal(name: &str, most: f64) -> Target {
     if name.starts_with(HEAVY) { Target::AtMost(most) } else { Target::Told }
-}
-
-type Ended = std::result::Result<SwapReport, faaswap_device::DeviceError>;
-
-fn reporter() -> (faaswap_device::OnDone<SwapReport>, mpsc::Receiver<Ended>) {
-    let (tell, done) = mpsc::channel();
-    (Box::new(move |result| drop(tell.send(result))), done)
 }

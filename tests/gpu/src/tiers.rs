@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::Write,
     path::Path,
-    sync::{Arc, mpsc},
+    sync::Arc,
     thread,
     time::Instant,
 };
@@ -17,7 +17,7 @@ use faaswap_device::{
 use faaswap_protocol::Bytes;
 
 use crate::{
-    Result,
+    Result, model,
     record::{Record, Records, Target},
     stats::median,
 };
@@ -136,7 +136,7 @@ fn follow(
 fn wait<T: Send + 'static>(
     ask: impl FnOnce(faaswap_device::OnDone<T>) -> std::result::Result<(), DeviceError>,
 ) -> Result<T> {
-    let (tell, done) = mpsc::channel();
-    ask(Box::new(move |result| drop(tell.send(result))))?;
+    let (report, done) = model::reporter();
+    ask(report)?;
     Ok(done.recv()??)
 }

@@ -10,7 +10,10 @@ use std::{
     sync::Arc,
 };
 
-use super::driver::{Addresses, Context, Physical};
+use super::{
+    Stretch,
+    driver::{Addresses, Context, Physical},
+};
 use crate::DeviceError;
 
 /// Memory is added to an arena in pieces of this size.
@@ -90,7 +93,7 @@ impl Arena {
     }
 
     /// All of its addresses: base and length.
-    pub(super) fn stretch(&self) -> (u64, u64) {
+    pub(super) fn stretch(&self) -> Stretch {
         (self.addresses.base(), self.addresses.len() as u64)
     }
 

@@ -1,6 +1,6 @@
-//! A second way to this GPU: over another one's link to the host, and from there over NVLink.
+//! A further way to this GPU: over another one's link to the host, and from there over NVLink.
 //!
-//! One heavy model comes in nearly half the time when every other group takes the detour. The other GPU lends a few slots
+//! One heavy model comes in nearly half the time when every other group takes the detour; there may be detours over several GPUs. The other GPU lends a few slots
 //! of its memory; a piece goes into one, from there to its place, and the slot is used again.
 
 use std::sync::Arc;

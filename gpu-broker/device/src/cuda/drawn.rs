@@ -192,6 +192,10 @@ pub(super) fn read_node(node: cu::CUgraphNode) -> Result<Node, DeviceError> {
         // SAFETY: the argument has this size, and its bytes are the node's.
         arguments.push(unsafe { std::slice::from_raw_parts(bytes, size) }.to_vec());
     }
+    if arguments.is_empty() {
+        // The driver does not tell them.
+        return Ok(Node::Other);
+    }
     Ok(Node::Kernel(Call { function: [p.func.addr(), p.kern.addr()], shape, arguments }))
 }
 

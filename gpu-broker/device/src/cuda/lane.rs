@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    CudaDevice,
+    CudaDevice, Stretch,
     arena::{self, Arena, Purpose, with_purpose},
     driver::{Context, Pinned},
     kernels::Work,
@@ -76,7 +76,7 @@ impl Lane {
     }
 
     /// Where inputs and outputs may lie: base and length.
-    pub(super) fn io_stretch(&self) -> (u64, u64) {
+    pub(super) fn io_stretch(&self) -> Stretch {
         (self.io_base, IO_BYTES_MAX as u64)
     }
 

@@ -17,7 +17,7 @@ use cudarc::driver::sys as cu;
 
 use self::alike::{Differs, OWN_CONSTANTS, Places, WORD, Word, compare};
 use super::{
-    CudaDevice,
+    CudaDevice, Stretch,
     drawn::{self, Content, Node},
     lane::Constants,
     program::{Drawing, Part, Program},
@@ -64,7 +64,7 @@ enum Known {
     /// The last that was captured, and how many others it and those before it were compared with in vain.
     One(Box<Captured>, u32),
     Template(Arc<Template>),
-    /// Its programs differ in more than places, and where.
+    /// Its programs differ in more than places, or cannot be kept.
     Apart,
 }
 
@@ -277,7 +277,7 @@ impl CudaDevice {
         if most > CONSTANTS_COPIED_MAX as u64 {
             return Err(DeviceError::Invalid("its constants are too large to be copied"));
         }
-        let read = |&(address, len): &(u64, u64)| {
+        let read = |&(address, len): &Stretch| {
             let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
             self.beside_captures(|| self.shared.context.read(address, &mut bytes)).map(|()| bytes)
         };

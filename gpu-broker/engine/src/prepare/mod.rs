@@ -80,14 +80,14 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: Signature, work: &Pat
     let manifest = rewrite(model, runtime, job, signature, work)?;
     let mut manifest = try_out(runtime, job, manifest, reference.as_ref())?;
     write_manifest(&job.out_dir, &manifest)?;
-    if on_gpu && reference.is_some() {
+    if on_gpu && let Some(reference) = &reference {
         // This may end the process, and with it the GPU's context: then the manifest above stands.
         let untried = |manifest: &Manifest| Prepared::untried(&job.out_dir, manifest.clone());
-        manifest.keep_session = verify::outlives_its_session(runtime, &untried(&manifest)?, reference.as_ref()).err();
+        manifest.keep_session = verify::outlives_its_session(runtime, &untried(&manifest)?, reference).err();
         write_manifest(&job.out_dir, &manifest)?;
         if manifest.keep_session.is_none() {
             // As above.
-            manifest.bind_apart = verify::binds_by_kind(runtime, &untried(&manifest)?, reference.as_ref()).err();
+            manifest.bind_apart = verify::binds_by_kind(runtime, &untried(&manifest)?, reference).err();
             write_manifest(&job.out_dir, &manifest)?;
         }
     }

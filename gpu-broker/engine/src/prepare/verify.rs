@@ -163,11 +163,9 @@ fn device_with(prepared: &Prepared, (lanes, twins): (usize, bool)) -> Result<Arc
 pub(super) fn outlives_its_session(
     runtime: &Runtime,
     prepared: &Prepared,
-    reference: Option<&Reference>,
+    reference: &Reference,
 ) -> Result<(), String> {
-    let text = |e: EngineError| e.to_string();
-    let reference = reference.ok_or("there was nothing to try it with")?;
-    let device = device_for(prepared).map_err(|e| e.to_string())?;
+    let device = device_for(prepared).map_err(text)?;
     let alone = with(prepared, |manifest| manifest.keep_session = None).map_err(text)?;
     let bound = Bound::new(runtime, &alone, &device).map_err(text)?;
     if let Some(why) = bound.kept_session() {
@@ -180,21 +178,14 @@ pub(super) fn outlives_its_session(
     Ok(())
 }
 
-/// Sees whether a program that is made of two others of the model's kind answers right, when those are gone.
-pub(super) fn binds_by_kind(
-    runtime: &Runtime,
-    prepared: &Prepared,
-    reference: Option<&Reference>,
-) -> Result<(), String> {
-    let text = |e: EngineError| e.to_string();
-    let reference = reference.ok_or("there was nothing to try it with")?;
-    let device = device_with(prepared, (KIND_LANES, true)).map_err(|e| e.to_string())?;
+/// Sees whether programs that are made of two others of the model's kind answer right, when those are gone.
+pub(super) fn binds_by_kind(runtime: &Runtime, prepared: &Prepared, reference: &Reference) -> Result<(), String> {
+    let device = device_with(prepared, (KIND_LANES, true)).map_err(text)?;
     let of_a_kind = with(prepared, |manifest| manifest.bind_apart = None).map_err(text)?;
-    let bind = || Bound::new(runtime, &of_a_kind, &device).map_err(text);
     // One in each lane, for each has memory of its own. Those that they are made of go once they are made.
     let (mut twins, mut others) = (Vec::new(), Vec::new());
     while twins.len() < KIND_LANES && twins.len() + others.len() < KIND_BOUND_MAX {
-        let bound = bind()?;
+        let bound = Bound::new(runtime, &of_a_kind, &device).map_err(text)?;
         if bound.is_twin() { twins.push(bound) } else { others.push(bound) }
     }
     drop(others);
@@ -211,19 +202,24 @@ fn with(prepared: &Prepared, change: impl FnOnce(&mut Manifest)) -> Result<Prepa
     Prepared::untried(prepared.dir(), manifest)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "made for map_err")]
+fn text(error: impl ToString) -> String {
+    error.to_string()
+}
+
 /// Brings the weights, asks meanwhile, and compares.
 fn answers(
     bound: &Bound,
     (prepared, device): (&Prepared, &Arc<dyn Device>),
     reference: &Reference,
 ) -> Result<(), String> {
-    let swapped = swap_in(bound, prepared, device).map_err(|e| e.to_string())?;
-    let outputs = ask(bound, reference).map_err(|e| e.to_string())?;
+    let swapped = swap_in(bound, prepared, device).map_err(text)?;
+    let outputs = ask(bound, reference).map_err(text)?;
     if let Some(swapped) = swapped {
-        swapped.recv().unwrap_or(Err(DeviceError::Lost)).map_err(|e| e.to_string())?;
+        swapped.recv().unwrap_or(Err(DeviceError::Lost)).map_err(text)?;
     }
     compare(&outputs, reference, prepared)?;
-    swap_out(bound, device).map_err(|e| e.to_string())
+    swap_out(bound, device).map_err(text)
 }
 
 type Done = mpsc::Receiver<Result<(), DeviceError>>;

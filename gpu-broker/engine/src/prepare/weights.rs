@@ -11,7 +11,6 @@ use std::{
 };
 
 use bytes::Bytes as Buffer;
-use faaswap_protocol::DType;
 
 use super::head;
 use crate::{
@@ -35,7 +34,9 @@ pub(super) fn extract(
     hoist(graph);
     let handed_out: HashSet<&str> = graph.output.iter().map(|value| value.name()).collect();
     let mut late: HashMap<String, usize> = (graph.initializer.iter().enumerate())
-        .filter(|(_, tensor)| can_move(tensor) && (!on_gpu || is_float(tensor)) && !handed_out.contains(tensor.name()))
+        .filter(|(_, tensor)| {
+            can_move(tensor) && (!on_gpu || onnx::is_float(tensor.data_type())) && !handed_out.contains(tensor.name())
+        })
         .map(|(i, tensor)| (tensor.name().to_owned(), i))
         .collect();
     let mut order = Vec::with_capacity(late.len());
@@ -58,10 +59,6 @@ fn can_move(tensor: &TensorProto) -> bool {
     let has_bytes = tensor.raw_data.is_some() || matches!(tensor.external(), Ok(Some(_)));
     let len = (tensor.data_type() < 23).then(|| onnx::data_len(tensor.data_type(), &tensor.dims)).flatten();
     has_bytes && len.is_some_and(|len| len >= WEIGHT_BYTES_MIN)
-}
-
-fn is_float(tensor: &TensorProto) -> bool {
-    matches!(onnx::dtype_of(tensor.data_type()), Some(DType::F16 | DType::Bf16 | DType::F32 | DType::F64))
 }
 
 /// Takes the indices of `late` out in the order in which nodes use them; bodies are used where their node stands.

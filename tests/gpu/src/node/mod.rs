@@ -18,3 +18,4 @@ mod step;
 mod variants;
 
 pub(crate) use options::Options;
+pub(crate) use variants::turn;

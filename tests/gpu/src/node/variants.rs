@@ -188,7 +188,7 @@ fn write_one(folders: &Folders, store: &Store, base: &Base, design: &Design, ori
 }
 
 /// Turns a bit of floats in a piece of the weights that begins at `at`; nothing else is touched.
-fn turn(piece: &mut [u8], at: usize, initializers: &[Initializer], variant: u64) -> Result<()> {
+pub(crate) fn turn(piece: &mut [u8], at: usize, initializers: &[Initializer], variant: u64) -> Result<()> {
     let end = at + piece.len();
     for weight in initializers {
         let (width, byte, bit) = match faaswap_engine::onnx::dtype_of(weight.element) {

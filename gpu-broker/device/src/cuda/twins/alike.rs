@@ -1,6 +1,6 @@
 //! Compares two programs of a kind: what differs between them, and whether all of that is places.
 
-use super::{Captured, Content, Node};
+use super::{Captured, Content, Node, Stretch};
 use crate::DeviceError;
 
 /// Addresses are words of this size.
@@ -17,14 +17,14 @@ const LANE: std::ops::Range<usize> = 1..OWN_CONSTANTS;
 
 /// Stretches of addresses that a program is about, in the same order for all of a kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Places(pub(super) Vec<(u64, u64)>);
+pub(super) struct Places(pub(super) Vec<Stretch>);
 
 /// A place: which stretch, and how far into it.
 pub(super) type Place = (usize, u64);
 
 impl Places {
     fn find(&self, address: u64) -> Option<Place> {
-        let inside = |&(base, len): &(u64, u64)| address.checked_sub(base).is_some_and(|offset| offset < len);
+        let inside = |&(base, len): &Stretch| address.checked_sub(base).is_some_and(|offset| offset < len);
         let stretch = self.0.iter().position(inside)?;
         Some((stretch, address - self.0[stretch].0))
     }
@@ -32,12 +32,12 @@ impl Places {
     /// Whether any of its addresses, but for those of a lane where that is the same, are of the other's too. A place that is in
     /// both at the same address could not be told from what is no place.
     pub(super) fn overlaps(&self, other: &Self, same_lane: bool) -> bool {
-        let own = |places: &Self| -> Vec<(u64, u64)> {
+        let own = |places: &Self| -> Vec<Stretch> {
             let all = places.0.iter().enumerate();
             all.filter(|(number, _)| !(same_lane && LANE.contains(number))).map(|(_, stretch)| *stretch).collect()
         };
         let theirs = own(other);
-        let meet = |&(a, a_len): &(u64, u64), &(b, b_len): &(u64, u64)| a < b + b_len.max(1) && b < a + a_len.max(1);
+        let meet = |&(a, a_len): &Stretch, &(b, b_len): &Stretch| a < b + b_len.max(1) && b < a + a_len.max(1);
         own(self).iter().any(|stretch| theirs.iter().any(|other| meet(stretch, other)))
     }
 

@@ -8,7 +8,6 @@ use std::{
 };
 
 use bytes::Bytes as Buffer;
-use faaswap_protocol::DType;
 use prost::Message;
 use sha2::{Digest, Sha256};
 
@@ -32,11 +31,9 @@ pub(super) struct Original {
 
 /// Whether a tensor counts as weights, in an original or in a prepared graph.
 pub(super) fn is_weight(tensor: &TensorProto) -> bool {
-    let is_float =
-        matches!(onnx::dtype_of(tensor.data_type()), Some(DType::F16 | DType::Bf16 | DType::F32 | DType::F64));
     let has_bytes = tensor.raw_data.is_some() || matches!(tensor.external(), Ok(Some(_)));
     let elements = tensor.dims.iter().try_fold(1_i64, |n, dim| n.checked_mul(*dim));
-    is_float && has_bytes && elements.is_some_and(|n| n >= ELEMENTS_MIN)
+    onnx::is_float(tensor.data_type()) && has_bytes && elements.is_some_and(|n| n >= ELEMENTS_MIN)
 }
 
 /// Takes a tensor's data away, wherever it lies.
