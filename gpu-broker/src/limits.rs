@@ -6,8 +6,10 @@ use faaswap_protocol::Bytes;
 
 /// Most connections at a time; the next one is closed at once.
 pub const CONNECTIONS_MAX: usize = 8192;
-/// Most connections that have not said hello; the oldest of them makes room.
+/// Most connections that have not said hello; the oldest of them makes room, once it has had time for it.
 pub const HALF_OPEN_MAX: usize = 256;
+/// How long that is. The next connection waits meanwhile: after a restart all sidecars of a node come at once.
+pub const HELLO_UNDISTURBED: Duration = Duration::from_millis(100);
 /// How long a connection may take to say hello.
 pub const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// Longest message before the hello.

@@ -17,12 +17,14 @@ use std::{
     io::Read,
     os::fd::OwnedFd,
     path::Path,
+    thread,
+    time::Duration,
 };
 
 use common::{Broker, Client, Stream, digest, model::Linear, spec, wait_for};
 use faaswap_protocol::{
-    Bytes, CallId, DType, FunctionId, ModelDigest, ModelFile, Refusal, RequestId, Shape, Span, TensorSlice, ToBroker,
-    Transport, limits::WIRE_VERSION,
+    Bytes, CallId, DType, FromBroker, FunctionId, ModelDigest, ModelFile, Refusal, RequestId, Shape, Span, TensorSlice,
+    ToBroker, Transport, limits::WIRE_VERSION, wire,
 };
 use prost::Message;
 
@@ -107,7 +109,7 @@ fn good_frames_with_one_byte_changed_never_harm_the_broker() {
         client.register_file("fuzzed", &file).unwrap();
         for round in 0..20 {
             let mut frame = Vec::new();
-            faaswap_protocol::wire::encode(&infer(round), 0, &mut frame).unwrap();
+            wire::encode(&infer(round), 0, &mut frame).unwrap();
             let at = usize::try_from(random.next()).unwrap() % frame.len();
             frame[at] ^= 1 << (random.next() % 8);
             if client.send_bytes(&frame).is_err() {
@@ -227,6 +229,25 @@ fn ten_thousand_half_open_connections_push_out_each_other_and_nobody_else() {
 }
 
 #[test]
+fn more_that_come_at_once_than_may_be_strangers_all_say_hello() {
+    let scene = Scene::new();
+    let hello = ToBroker::Hello { version: WIRE_VERSION, transport: Transport::Inline, agent: String::new() };
+    // All connect before the first of them says a word, as the sidecars of a node do once its broker has started anew. If
+    // this thread is held up meanwhile, another try.
+    let mut frame = Vec::new();
+    wire::encode(&hello, 0, &mut frame).unwrap();
+    let all_served = (0..10).any(|_| {
+        let mut all: Vec<_> = (0..400).map(|_| Client::unix(&scene.broker)).collect();
+        thread::sleep(Duration::from_millis(20));
+        // Those that were cut off cannot be written to.
+        all.iter_mut().for_each(|one| drop(one.send_bytes(&frame)));
+        let is_welcome = |one: &mut Client| matches!(one.try_hear(), Some((FromBroker::Welcome { .. }, _)));
+        all.iter_mut().all(is_welcome)
+    });
+    assert!(all_served);
+}
+
+#[test]
 fn a_stalled_reader_is_cut_off() {
     let mut scene = Scene::new();
     let file = scene.model.write(scene.broker.dir.path());
@@ -307,10 +328,7 @@ fn uploads_that_are_not_what_they_say_are_refused() {
     client.say(&ToBroker::Upload { call: CallId(77), model: wrong, files }, &[]);
     let heard = client.hear();
     assert!(
-        matches!(
-            &heard,
-            faaswap_protocol::FromBroker::CallRefused { call: CallId(77), refusal: Refusal::UploadFailed { .. } }
-        ),
+        matches!(&heard, FromBroker::CallRefused { call: CallId(77), refusal: Refusal::UploadFailed { .. } }),
         "{heard:?}"
     );
     assert!(client.is_served(), "a refused upload does not end the connection");

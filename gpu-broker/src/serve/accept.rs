@@ -15,20 +15,22 @@ use tokio::{
     net::{TcpListener, UnixListener},
     sync::Notify,
     task::{JoinHandle, spawn_local},
-    time::sleep,
+    time::{Instant, sleep},
 };
 
 use super::{ServeError, connection};
 use crate::{
     config::Settings,
     core::{Core, Owner},
-    limits::{CONNECTIONS_MAX, HALF_OPEN_MAX},
+    limits::{CONNECTIONS_MAX, HALF_OPEN_MAX, HELLO_UNDISTURBED},
     socket::Socket,
     telemetry::Telemetry,
 };
 
 /// How long to wait after an accept failed: descriptors may have run out.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(100);
+/// How often it is looked whether somebody has said hello, while all places are taken.
+const PLACE_LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// The open sockets.
 pub(super) struct Listeners {
@@ -97,8 +99,8 @@ fn bind_unix(path: &Path, mode: u32) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// A connection that has not said hello; told to go when its place is needed.
-pub(super) type Stranger = Weak<Notify>;
+/// A connection that has not said hello, and since when; told to go when its place is needed.
+type Stranger = (Weak<Notify>, Instant);
 
 /// What lets connections in.
 struct Door {
@@ -110,28 +112,40 @@ struct Door {
 }
 
 impl Door {
-    fn enter(&self, socket: Socket, owner: Owner) {
+    /// Takes a place among the strangers. Where all are taken, the oldest has a little time to say hello.
+    async fn place(&self) -> Rc<Notify> {
+        let evict = Rc::new(Notify::new());
+        loop {
+            let oldest_may_stay = {
+                let mut strangers = self.strangers.borrow_mut();
+                // Those who have said hello, or have gone, hold no place any more.
+                while strangers.front().is_some_and(|(first, _)| first.strong_count() == 0) {
+                    strangers.pop_front();
+                }
+                if strangers.len() >= HALF_OPEN_MAX {
+                    strangers.retain(|(stranger, _)| stranger.strong_count() > 0);
+                }
+                let oldest = strangers.front().filter(|_| strangers.len() >= HALF_OPEN_MAX);
+                let may_stay = oldest.map(|(_, since)| HELLO_UNDISTURBED.saturating_sub(since.elapsed()));
+                if may_stay.is_none_or(|left| left.is_zero()) {
+                    if let Some(oldest) = may_stay.and_then(|_| strangers.pop_front()?.0.upgrade()) {
+                        oldest.notify_one();
+                    }
+                    strangers.push_back((Rc::downgrade(&evict), Instant::now()));
+                    return evict;
+                }
+                may_stay.unwrap_or_default()
+            };
+            sleep(oldest_may_stay.min(PLACE_LOOK_EVERY)).await;
+        }
+    }
+
+    async fn enter(&self, socket: Socket, owner: Owner) {
         if Rc::strong_count(&self.open) > CONNECTIONS_MAX {
             tracing::warn!(limit = CONNECTIONS_MAX, "connection refused: too many are open");
             return;
         }
-        let evict = Rc::new(Notify::new());
-        {
-            let mut strangers = self.strangers.borrow_mut();
-            // Those who have said hello, or have gone, hold no place any more.
-            while strangers.front().is_some_and(|first| first.strong_count() == 0) {
-                strangers.pop_front();
-            }
-            if strangers.len() >= HALF_OPEN_MAX {
-                strangers.retain(|stranger| stranger.strong_count() > 0);
-            }
-            if strangers.len() >= HALF_OPEN_MAX
-                && let Some(oldest) = strangers.pop_front().and_then(|oldest| oldest.upgrade())
-            {
-                oldest.notify_one();
-            }
-            strangers.push_back(Rc::downgrade(&evict));
-        }
+        let evict = self.place().await;
         let (core, telemetry, open) = (Rc::clone(&self.core), Arc::clone(&self.telemetry), Rc::clone(&self.open));
         spawn_local(async move {
             connection::serve(core, &telemetry, socket, owner, evict).await;
@@ -144,7 +158,7 @@ async fn accept_unix(listener: UnixListener, door: Rc<Door>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => match stream.peer_cred() {
-                Ok(peer) => door.enter(Socket::Unix(stream), Owner::User(peer.uid())),
+                Ok(peer) => door.enter(Socket::Unix(stream), Owner::User(peer.uid())).await,
                 Err(error) => tracing::warn!(%error, "a peer's user id cannot be told"),
             },
             Err(error) => pause(&error).await,
@@ -160,7 +174,7 @@ async fn accept_tcp(listener: TcpListener, door: Rc<Door>) {
                     tracing::debug!(%error, "a connection went at once");
                     continue;
                 }
-                door.enter(Socket::Tcp(stream), Owner::Remote);
+                door.enter(Socket::Tcp(stream), Owner::Remote).await;
             }
             Err(error) => pause(&error).await,
         }
