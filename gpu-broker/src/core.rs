@@ -333,6 +333,14 @@ impl Core {
         self.trace.end();
     }
 
+    /// Leaves what is on devices, and pinned for them, to the system, which takes all of it when this process is replaced. To
+    /// give it back would be a call for each of many thousand things, and on a lost device each of them fails.
+    pub(crate) fn leave_devices_behind(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.models));
+        std::mem::forget(Arc::clone(&self.loader.memory));
+        self.devices.iter().for_each(|entry| std::mem::forget(Arc::clone(&entry.device)));
+    }
+
     /// What is done every second.
     pub(crate) fn keep_house(&mut self) {
         self.take_ended();

@@ -3,16 +3,21 @@
 //! Runs beside the loop, a few at a time; the loop hears of the end.
 
 use std::{
+    collections::HashMap,
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU8, AtomicUsize, Ordering},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes as Buffer;
-use faaswap_device::Device;
+use faaswap_device::{
+    Device,
+    cuda::{KINDS_MAX, KindKey},
+};
 use faaswap_engine::{Bound, EngineError, Prepared, Runtime};
 use faaswap_protocol::{Bytes, Detail, ModelDigest, ModelFile, Refusal};
 use faaswap_scheduler::DeviceId;
@@ -25,7 +30,7 @@ use tokio::{
 use crate::{
     core::{Loaded, charge, device_id},
     lane::BoundModel,
-    store::{Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files, memory_key},
+    store::{Home, Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files, memory_key},
     turns::{Turns, Wanted},
     variant::{Machine, Variant},
 };
@@ -69,8 +74,29 @@ pub(crate) struct Loader {
     pub(crate) loads: Turns,
     /// Counts models: each is bound to another device first.
     pub(crate) opened: AtomicUsize,
+    pub(crate) begun: Mutex<Begun>,
     /// Making room in the store, and filling it, is for one at a time.
     pub(crate) room: Mutex<()>,
+}
+
+/// Where models of each kind are bound first, as long as no device knows the kind.
+#[derive(Debug, Default)]
+pub(crate) struct Begun(HashMap<KindKey, DeviceId>);
+
+impl Begun {
+    /// The device for a kind, of these, which are not none: for a new one that with the fewest.
+    fn of(&mut self, kind: KindKey, devices: &[DeviceId]) -> DeviceId {
+        if let Some(first) = self.0.get(&kind).filter(|first| devices.contains(first)) {
+            return *first;
+        }
+        if self.0.len() >= KINDS_MAX {
+            self.0.clear();
+        }
+        let kinds = |device: &DeviceId| self.0.values().filter(|first| *first == device).count();
+        let fewest = devices.iter().copied().min_by_key(kinds).unwrap_or(devices[0]);
+        self.0.insert(kind, fewest);
+        fewest
+    }
 }
 
 /// A device and its name in the scheduler.
@@ -92,20 +118,41 @@ impl Loader {
         let prepared = Prepared::open(self.store_for(model).prepared_dir(&model.digest)).map_err(rejected)?;
         let manifest = Arc::clone(prepared.manifest());
         let weights = manifest.weights_bytes;
-        let mut fitting = self.fitting(weights)?;
-        let first = self.opened.fetch_add(1, Ordering::Relaxed) % fitting.len();
-        fitting.rotate_left(first);
+        let fitting = self.in_order(&prepared, self.fitting(weights)?).map_err(rejected)?;
         let key = memory_key(&model.digest, &manifest);
         let home = self.memory.home(&key, &prepared.weights_path(), weights).map_err(|error| match error {
             MemoryError::Full { needed, left } => Refusal::HostMemoryFull { needed, left },
             MemoryError::Busy | MemoryError::Map(_) => Refusal::HostMemoryFull { needed: weights, left: Bytes::ZERO },
         })?;
-        if let Err(error) = home.warm() {
-            tracing::warn!(%error, "weights stay on disk until they are asked for");
-        }
-        let (bound, unbound) = self.bind_first(model, &prepared, fitting)?;
+        // What is bound needs no weights: they come meanwhile.
+        let (bound, unbound) = thread::scope(|scope| {
+            let warming = scope.spawn(|| warm(&home));
+            let bound = self.bind_first(model, &prepared, fitting);
+            warming.join().map_err(|_| Refusal::Draining).and(bound)
+        })?;
         let signature = Arc::new(manifest.signature.clone());
         Ok((Loaded { bound: vec![bound], home, signature, weights, by_rows: manifest.by_rows }, unbound))
+    }
+
+    /// Devices in the order in which a model is bound to them: another one first for each, but for one that knows the model's kind.
+    /// Where none does, models of a kind begin with the same: a device learns a kind from two sessions, which take a hundred
+    /// times as long as what it makes of them for all others.
+    fn in_order(&self, prepared: &Prepared, mut devices: Vec<OnDevice>) -> Result<Vec<OnDevice>, EngineError> {
+        let next = self.opened.fetch_add(1, Ordering::Relaxed) % devices.len();
+        devices.rotate_left(next);
+        let has_kinds = devices.len() > 1 && devices[0].1.as_cuda().is_some();
+        let Some(kind) = (if has_kinds { prepared.kind_key()? } else { None }) else { return Ok(devices) };
+        let knows = |(_, device): &OnDevice| device.as_cuda().and_then(|cuda| cuda.knows(&kind));
+        let knowing = devices.iter().position(|device| knows(device) == Some(true));
+        let first = knowing.or_else(|| {
+            let all: Vec<_> = devices.iter().map(|(id, _)| *id).collect();
+            let first = self.begun.lock().unwrap_or_else(PoisonError::into_inner).of(kind, &all);
+            devices.iter().position(|device| device.0 == first && knows(device).is_some())
+        });
+        if let Some(first) = first {
+            devices[..=first].rotate_right(1);
+        }
+        Ok(devices)
     }
 
     /// Binds to the first of these devices that is not lost; gives those behind it back.
@@ -127,7 +174,10 @@ impl Loader {
     }
 
     fn bind(&self, model: &Variant, prepared: &Prepared, (id, device): OnDevice) -> Result<OnDeviceBound, EngineError> {
+        let begun = Instant::now();
         let made = Bound::new(&self.runtime, prepared, &device)?;
+        let (took, is_twin) = (begun.elapsed(), made.is_twin());
+        tracing::debug!(model = ?model.digest, device = %device.info().name, ?took, is_twin, "bound");
         Ok((id, Arc::new(BoundModel::new(model.digest, made, device))))
     }
 
@@ -143,6 +193,15 @@ impl Loader {
         }
         Ok(fitting)
     }
+}
+
+/// Brings weights to host memory.
+fn warm(home: &Home) {
+    let begun = Instant::now();
+    if let Err(error) = home.warm() {
+        tracing::warn!(%error, "weights stay on disk until they are asked for");
+    }
+    tracing::debug!(took = ?begun.elapsed(), ?home, "weights are in host memory");
 }
 
 /// A model on a device, by the device's name in the scheduler.
@@ -241,4 +300,26 @@ async fn take_parts(mut upload: Upload, mut parts: mpsc::Receiver<Buffer>) -> Re
     }
     let finished = spawn_blocking(move || upload.finish()).await;
     finished.map_err(|_| refuse("it was interrupted"))?.map_err(Refusal::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_begin_where_there_are_fewest_and_stay_there() {
+        let mut begun = Begun::default();
+        let kind = |number: usize| {
+            let mut key = KindKey::default();
+            key[..8].copy_from_slice(&number.to_ne_bytes());
+            key
+        };
+        let all = [2, 0, 1].map(DeviceId);
+        let firsts: Vec<_> = (0..6).map(|number| begun.of(kind(number), &all).0).collect();
+        assert_eq!(firsts, [2, 0, 1, 2, 0, 1]);
+        assert_eq!(begun.of(kind(1), &[DeviceId(1), DeviceId(0)]), DeviceId(0), "in another order");
+        assert_eq!(begun.of(kind(1), &[DeviceId(1)]), DeviceId(1), "that device is lost");
+        (0..2 * KINDS_MAX).for_each(|number| assert!(all.contains(&begun.of(kind(number), &all))));
+        assert!(begun.0.len() <= KINDS_MAX);
+    }
 }

@@ -139,6 +139,9 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
         tracing::warn!(within = ?settings.drain_within, "requests were cut off at the end of the drain");
     }
     core.borrow_mut().close_all();
+    if end == End::Anew {
+        core.borrow_mut().leave_devices_behind();
+    }
     accepting.remove_socket();
     Ok(end)
 }
@@ -174,6 +177,7 @@ fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Open
         uploads: Semaphore::new(UPLOADS_MAX),
         loads: Turns::new(LOADS_MAX),
         opened: AtomicUsize::new(0),
+        begun: Default::default(),
         room: std::sync::Mutex::new(()),
     })
 }

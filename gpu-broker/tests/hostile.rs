@@ -341,7 +341,7 @@ fn what_a_function_may_not_be_is_refused() {
     let file = scene.model.write(scene.broker.dir.path());
     let mut client = Client::greeted(&scene.broker);
     let mut zero = spec("zero", digest(&file));
-    zero.slo.deadline = std::time::Duration::ZERO;
+    zero.slo.deadline = Duration::ZERO;
     let mut percentile = spec("percentile", digest(&file));
     percentile.slo.percentile = 10_000;
     for bad in [zero, percentile] {

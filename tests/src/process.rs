@@ -1,6 +1,7 @@
 //! Real processes that cannot outlive the test: logs in a file, killed when dropped or when we are told to stop.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -19,6 +20,8 @@ use crate::{Result, Trouble};
 pub const POLL_EVERY: Duration = Duration::from_millis(10);
 /// Lines of a log that are shown when something went wrong.
 const LOG_LINES_SHOWN: usize = 40;
+/// How much programs log is for whoever starts the tests to say.
+const LOG: &str = "FAASWAP_LOG";
 /// What shells report for a program that Ctrl-C has ended.
 const EXIT_INTERRUPTED: i32 = 130;
 
@@ -40,13 +43,14 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a program. It inherits no `FAASWAP_` variable; its output goes to `<name>.log` in the folder, behind what
+    /// Starts a program. It inherits no `FAASWAP_` variable but that about its log; its output goes to `<name>.log` in the folder, behind what
     /// an earlier process of that name has written.
     pub fn start(name: &str, program: &Path, folder: &Path, arrange: impl FnOnce(&mut Command)) -> Result<Self> {
         let log = folder.join(format!("{name}.log"));
         let output = File::options().create(true).append(true).open(&log)?;
         let mut command = Command::new(program);
-        for (key, _) in std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("FAASWAP_")) {
+        let is_setting = |key: &OsStr| key.to_string_lossy().starts_with("FAASWAP_") && key != LOG;
+        for (key, _) in std::env::vars_os().filter(|(key, _)| is_setting(key)) {
             command.env_remove(key);
         }
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);

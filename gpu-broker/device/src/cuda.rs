@@ -65,7 +65,7 @@ pub use self::{
     program::{Drawing, Program, RunTimes},
     registered::Registered,
     shared::SWAPS_QUEUED_MAX,
-    twins::{KindKey, Template},
+    twins::{KINDS_MAX, KindKey, Template},
 };
 use crate::{
     DeviceError, DeviceInfo, Group, OnDone, RangeId, Stream, SwapReport,

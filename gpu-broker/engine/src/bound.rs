@@ -96,7 +96,8 @@ pub struct RunOutput {
 type AskPlace<'f> = dyn FnMut(u16, DType, &Shape, Bytes) -> Result<Place, Refusal> + 'f;
 
 /// ONNX Runtime enters the domains of custom operators in a table of the process, and two sessions made at once stumble
-/// over each other there.
+/// over each other there (microsoft/onnxruntime#22663). That is so for the first ones; but on GPUs sessions that are made at once
+/// also hold each other up, and it takes longer in all.
 static MAKING: Mutex<()> = Mutex::new(());
 
 /// A prepared model on one device.
@@ -242,11 +243,9 @@ impl Bound {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         let range = self.range();
         let io = IoLayout::of(&self.manifest.signature);
-        let stands_alone = self.manifest.keep_session.is_none() && self.manifest.bind_apart.is_none();
-        // Only programs that outlive their session have a kind.
-        let kind = (stands_alone && io.is_ok() && range.is_some()).then(|| Kind::of(prepared)).transpose()?;
-        let lane = cuda.next_lane(kind.as_ref().map(|kind| &kind.key));
-        if let (Some(kind), Ok(io), Some(range)) = (&kind, &io, range)
+        let kind = prepared.kind()?;
+        let lane = cuda.next_lane(kind.map(|kind| &kind.key));
+        if let (Some(kind), Ok(io), Some(range)) = (kind, &io, range)
             && let Some(template) = cuda.template(&kind.key)
         {
             match Programs::twin(device, &template, io.clone(), (lane, range), &kind.bytes) {
@@ -262,7 +261,7 @@ impl Bound {
             let made = cuda.bind(range, |binding| {
                 let stream = cuda.stream(binding)?;
                 let place = |kind: &Kind| cuda.beside_captures(|| cuda.place_constants(&constants, &kind.bytes));
-                let own = kind.as_ref().map(|kind| place(kind).map(|base| (kind, base))).transpose()?;
+                let own = kind.map(|kind| place(kind).map(|base| (kind, base))).transpose()?;
                 cuda.for_constants(&constants, || {
                     cuda.beside_captures(|| self.make_session(runtime, prepared, (target, Some(stream)), own))
                 })?;

@@ -6,15 +6,15 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
-use faaswap_device::Group;
+use faaswap_device::{Group, cuda::KindKey};
 use faaswap_protocol::{Bytes, DType, Signature};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{CudaTarget, EngineError, Target, limits::MANIFEST_BYTES_MAX, onnx};
+use crate::{CudaTarget, EngineError, Target, kind::Kind, limits::MANIFEST_BYTES_MAX, onnx, program::IoLayout};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
 pub const MANIFEST_VERSION: u32 = 8;
@@ -165,6 +165,8 @@ impl Manifest {
 pub struct Prepared {
     dir: PathBuf,
     manifest: Arc<Manifest>,
+    /// Once it was asked for.
+    kind: OnceLock<Option<Arc<Kind>>>,
 }
 
 impl Prepared {
@@ -186,14 +188,14 @@ impl Prepared {
             let reason = format!("the weights are {len} bytes, not {}", manifest.weights_bytes.get());
             return Err(EngineError::NotPrepared { path: weights, reason });
         }
-        Ok(Self { dir, manifest: Arc::new(manifest) })
+        Ok(Self { dir, manifest: Arc::new(manifest), kind: OnceLock::new() })
     }
 
     /// A model that was just written and is not believed yet.
     pub(crate) fn untried(dir: &Path, manifest: Manifest) -> Result<Self, EngineError> {
         let refuse = |reason| EngineError::NotPrepared { path: dir.to_owned(), reason };
         manifest.check().map_err(refuse)?;
-        Ok(Self { dir: dir.to_owned(), manifest: Arc::new(manifest) })
+        Ok(Self { dir: dir.to_owned(), manifest: Arc::new(manifest), kind: OnceLock::new() })
     }
 
     /// The folder.
@@ -204,6 +206,25 @@ impl Prepared {
     /// What is known of the model.
     pub fn manifest(&self) -> &Arc<Manifest> {
         &self.manifest
+    }
+
+    /// Its kind; `None` where its program does not outlive its session, so that it has none.
+    pub(crate) fn kind(&self) -> Result<Option<&Kind>, EngineError> {
+        if self.kind.get().is_none() {
+            let Manifest { keep_session, bind_apart, weights_bytes, signature, .. } = &*self.manifest;
+            let stands_alone = keep_session.is_none() && bind_apart.is_none() && *weights_bytes > Bytes::ZERO;
+            let has_kind = stands_alone && IoLayout::of(signature).is_ok();
+            let kind = has_kind.then(|| Kind::of(self)).transpose()?.map(Arc::new);
+            // Another thread may have been faster, with the same.
+            let _ = self.kind.set(kind);
+        }
+        Ok(self.kind.get().and_then(Option::as_deref))
+    }
+
+    /// What is the same for all models that differ from it in their weights alone, on a GPU; `None` where it has to be bound by a
+    /// session of its own.
+    pub fn kind_key(&self) -> Result<Option<KindKey>, EngineError> {
+        Ok(self.kind()?.map(|kind| kind.key))
     }
 
     /// The flat weights.

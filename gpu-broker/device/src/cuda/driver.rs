@@ -6,7 +6,10 @@
 use std::{
     ffi::c_void,
     ptr,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use cudarc::driver::sys as cu;
@@ -39,7 +42,12 @@ pub(super) fn check(call: &'static str, result: cu::CUresult) -> Result<(), Devi
         return Err(DeviceError::OutOfMemory { needed: Bytes::ZERO, free: Bytes::ZERO });
     }
     if sticky.contains(&result) {
-        tracing::error!(call, ?result, "the device is lost");
+        // Each call fails from now on, and one line says it.
+        static TOLD: AtomicBool = AtomicBool::new(false);
+        match TOLD.swap(true, Ordering::Relaxed) {
+            false => tracing::error!(call, ?result, "a device is lost"),
+            true => tracing::debug!(call, ?result, "a device is lost"),
+        }
         return Err(DeviceError::Lost);
     }
     Err(DeviceError::Failed { call, reason: format!("{result:?}") })
@@ -47,8 +55,11 @@ pub(super) fn check(call: &'static str, result: cu::CUresult) -> Result<(), Devi
 
 /// What fails while something is given back can only be told.
 pub(super) fn tell(call: &'static str, result: cu::CUresult) {
-    if let Err(error) = check(call, result) {
-        tracing::warn!(%error, "giving back what the driver has lent failed");
+    match check(call, result) {
+        Ok(()) => {}
+        // It has gone with the device.
+        Err(DeviceError::Lost) => {}
+        Err(error) => tracing::warn!(%error, "giving back what the driver has lent failed"),
     }
 }
 

@@ -28,7 +28,7 @@ use crate::{DeviceError, RangeId};
 /// Pairs of programs that are compared until a kind is left alone. What lies between arguments may mislead.
 const COMPARED_MAX: u32 = 4;
 /// Most kinds that are known of a device.
-const KINDS_MAX: usize = 128;
+pub const KINDS_MAX: usize = 128;
 /// Constants of one model beyond this are not copied.
 const CONSTANTS_COPIED_MAX: usize = 16 << 20;
 
@@ -133,6 +133,15 @@ impl CudaDevice {
         self.kinds.as_ref()?.with(key, |known| match known {
             Some(Known::Template(template)) => Some(Arc::clone(template)),
             Some(Known::One(..) | Known::Apart) | None => None,
+        })
+    }
+
+    /// Whether twins of this kind can be made; `None` where they never can.
+    pub fn knows(&self, key: &KindKey) -> Option<bool> {
+        self.kinds.as_ref()?.with(key, |known| match known {
+            Some(Known::Template(_)) => Some(true),
+            Some(Known::One(..)) | None => Some(false),
+            Some(Known::Apart) => None,
         })
     }
 

@@ -25,7 +25,7 @@ use crate::{
 
 /// When it fails, as a part of the time.
 const FAILS_AT: f64 = 0.5;
-/// Requests that are due within this time of the fault may be under way on the device.
+/// Requests that are due within this time of the fault, once it has come, may be under way on the device.
 const UNDER_WAY: Duration = Duration::from_millis(500);
 
 /// What a group of functions saw after the fault.
@@ -44,7 +44,8 @@ struct After {
 }
 
 impl After {
-    fn note(&mut self, outcome: &Outcome, design: &Design, at: Instant) {
+    /// The fault was asked for at that time, and took so long to come.
+    fn note(&mut self, outcome: &Outcome, design: &Design, (at, took): (Instant, Duration)) {
         let since = (outcome.due + outcome.late + outcome.took).saturating_duration_since(at).as_secs_f64() * 1e3;
         let latency = outcome.late + outcome.took;
         self.asked += 1;
@@ -58,7 +59,7 @@ impl After {
             }
             Ending::Refused(_) => {
                 self.refused += 1;
-                self.refused_later += u64::from(outcome.due > at + UNDER_WAY);
+                self.refused_later += u64::from(outcome.due > at + took + UNDER_WAY);
             }
             Ending::Failed(_) => self.failed += 1,
         }
@@ -113,7 +114,7 @@ pub(crate) fn run(options: Options) -> Result<()> {
     for outcome in outcomes.iter().filter(|outcome| outcome.due + outcome.late + outcome.took > at) {
         let design = &stage.designs[outcome.function];
         let group = if theirs.contains(&design.digest.hex()) { &mut lost } else { &mut others };
-        group.note(outcome, design, at);
+        group.note(outcome, design, (at, took));
     }
     let before: Vec<_> = outcomes.iter().filter(|outcome| outcome.due + outcome.took < at).collect();
     let missed_before = before.iter().filter(|o| o.late + o.took > stage.designs[o.function].deadline).count();
