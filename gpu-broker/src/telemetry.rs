@@ -42,6 +42,13 @@ struct ByDevice {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPart {
+    device: String,
+    /// `waited` for the link; of the time behind that `queueing` copies, and `mapping` memory.
+    part: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByBinding {
     device: String,
     /// `kind`: its program was made of another model's of its kind; else `session`.
@@ -76,6 +83,7 @@ pub struct Telemetry {
     weights_damaged: Level,
     swapped_in: Family<ByDevice, Counter<u64, AtomicU64>>,
     swap_in: Family<ByDevice, Histogram, fn() -> Histogram>,
+    swap_in_parts: Family<ByPart, Counter<f64, AtomicU64>>,
     device_used: Family<ByDevice, Level>,
     device_capacity: Family<ByDevice, Level>,
     shared_runs: Counter,
@@ -130,6 +138,7 @@ impl Telemetry {
             weights_damaged: Level::default(),
             swapped_in: Family::default(),
             swap_in: Family::new_with_constructor(seconds),
+            swap_in_parts: Family::default(),
             device_used: Family::default(),
             device_capacity: Family::default(),
             shared_runs: Counter::default(),
@@ -167,6 +176,8 @@ impl Telemetry {
         r.register("devices_lost", "Devices that failed for good", self.devices_lost.clone());
         r.register_with_unit("swapped_in", "Weights copied to a device", Unit::Bytes, self.swapped_in.clone());
         r.register_with_unit("swap_in", "Time to bring a model to a device", Unit::Seconds, self.swap_in.clone());
+        let parts = "Where that time goes: waited for the link before it; of it, queueing copies and mapping memory";
+        r.register_with_unit("swap_in_parts", parts, Unit::Seconds, self.swap_in_parts.clone());
         r.register_with_unit("device_used", "Device memory charged to models", Unit::Bytes, self.device_used.clone());
         r.register_with_unit("device_capacity", "Device memory in all", Unit::Bytes, self.device_capacity.clone());
         r.register("shared_runs", "Runs that answered several requests", self.shared_runs.clone());
@@ -232,6 +243,11 @@ impl Telemetry {
         self.swaps_in.get_or_create(&device).inc();
         self.swapped_in.get_or_create(&device).inc_by(report.copied.get());
         self.swap_in.get_or_create(&device).observe(report.took.as_secs_f64());
+        let parts = [("waited", report.waited), ("queueing", report.queueing), ("mapping", report.mapping)];
+        for (part, took) in parts {
+            let of = ByPart { device: device.device.clone(), part };
+            self.swap_in_parts.get_or_create(&of).inc_by(took.as_secs_f64());
+        }
     }
 
     pub(crate) fn swapped_out(&self, device: &str) {

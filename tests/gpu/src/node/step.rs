@@ -10,7 +10,7 @@ use faaswap_simulation::{
 use serde_json::{Value, json};
 
 use super::{
-    broker::{Broker, processor_seconds},
+    broker::{Broker, Metrics, processor_seconds},
     fleet::{Answered, Ending, Fleet, Outcome},
     variants::Design,
 };
@@ -51,9 +51,48 @@ pub(crate) struct Step {
     /// Bytes and models that came to the devices in it.
     pub(crate) swapped_bytes: f64,
     pub(crate) swaps: f64,
+    /// Where the time of a swap goes.
+    pub(crate) swap: SwapTimes,
     /// Processors that broker and clients were using.
     pub(crate) broker_cores: f64,
     pub(crate) client_cores: f64,
+}
+
+/// Means of swaps, in seconds: from the start of its work to the last byte; before that, waiting for the link; and of it, queueing
+/// copies and mapping memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SwapTimes {
+    pub(crate) took: f64,
+    pub(crate) waited: f64,
+    pub(crate) queueing: f64,
+    pub(crate) mapping: f64,
+}
+
+impl SwapTimes {
+    /// Sums of all swaps since the broker's start.
+    fn read(metrics: &Metrics) -> Self {
+        let part = |part: &str| {
+            let all = metrics.all("faaswap_swap_in_parts_seconds_total").filter(|(labels, _)| labels.contains(part));
+            all.map(|(_, seconds)| seconds).sum()
+        };
+        let took = metrics.sum("faaswap_swap_in_seconds_sum");
+        Self { took, waited: part("waited"), queueing: part("queueing"), mapping: part("mapping") }
+    }
+
+    /// Means of so many swaps, from sums before and after them.
+    fn means(from: Self, to: Self, swaps: f64) -> Self {
+        let mean = |of: fn(&Self) -> f64| if swaps > 0.0 { (of(&to) - of(&from)) / swaps } else { 0.0 };
+        Self {
+            took: mean(|of| of.took),
+            waited: mean(|of| of.waited),
+            queueing: mean(|of| of.queueing),
+            mapping: mean(|of| of.mapping),
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({"took_ms": self.took * 1e3, "waited_ms": self.waited * 1e3, "queueing_ms": self.queueing * 1e3, "mapping_ms": self.mapping * 1e3})
+    }
 }
 
 /// The value below which so many of a thousand lie.
@@ -94,6 +133,7 @@ struct Counters {
     at: Instant,
     bytes: f64,
     swaps: f64,
+    swap: SwapTimes,
     broker: f64,
     clients: f64,
 }
@@ -105,6 +145,7 @@ impl Counters {
             at: Instant::now(),
             bytes: metrics.sum("faaswap_swapped_in_bytes_total"),
             swaps: metrics.sum("faaswap_swaps_in_total"),
+            swap: SwapTimes::read(&metrics),
             broker: broker.processor_seconds()?,
             clients: processor_seconds("self")?,
         })
@@ -143,6 +184,7 @@ pub(crate) fn run(
     step.failed += unsent as u64;
     step.seconds = (Duration::from_nanos(workload.span) - warm).as_secs_f64();
     (step.swapped_bytes, step.swaps) = ((to.bytes - from.bytes) / seconds, (to.swaps - from.swaps) / seconds);
+    step.swap = SwapTimes::means(from.swap, to.swap, to.swaps - from.swaps);
     step.broker_cores = (to.broker - from.broker) / seconds;
     step.client_cores = (to.clients - from.clients) / seconds;
     for all in [&mut step.latencies, &mut step.resident, &mut step.swapped, &mut step.sent_late] {
@@ -243,7 +285,7 @@ impl Step {
             "lane_beside_copy": {"count": self.swapped.len(), "p50_ms": permille(&self.swapped, 500), "p98_ms": permille(&self.swapped, 980)},
             "sent_late_p50_ms": permille(&self.sent_late, 500), "sent_late_p99_ms": permille(&self.sent_late, 990),
             "clients_keep_up": self.clients_keep_up(), "broker_cores": self.broker_cores, "client_cores": self.client_cores,
-            "swaps_per_s": self.swaps, "swapped_gb_per_s": self.swapped_bytes / 1e9, "link_load": self.link_load(links),
+            "swaps_per_s": self.swaps, "swap": self.swap.json(), "swapped_gb_per_s": self.swapped_bytes / 1e9, "link_load": self.link_load(links),
             "outputs_checked": self.checked, "outputs_wrong": self.wrong, "refused": self.refused, "failed": self.failed,
             "complaints": self.complaints,
         })
@@ -270,6 +312,13 @@ impl Step {
             self.checked,
             self.refused,
             self.failed,
+        );
+        println!(
+            "    a swap takes {:.2} ms behind {:.2} ms of waiting; mapping {:.2} ms of it, queueing {:.2} ms",
+            self.swap.took * 1e3,
+            self.swap.waited * 1e3,
+            self.swap.mapping * 1e3,
+            self.swap.queueing * 1e3
         );
         if !self.clients_keep_up() {
             println!(
