@@ -35,6 +35,8 @@ pub struct DeviceSpec {
     pub lanes: u16,
     /// Its host link alone, bytes a second.
     pub link: u64,
+    /// What a swap-in takes of the link beyond its bytes.
+    pub per_swap: Nanos,
 }
 
 /// One node.
@@ -96,7 +98,7 @@ pub fn paper_models() -> Vec<ModelSpec> {
 
 /// The paper's node: `gpus` V100s of which 25 GB each hold weights, in pairs behind a switch, with NVLinks of two speeds.
 pub fn paper_node(gpus: usize) -> NodeSpec {
-    let device = DeviceSpec { capacity: Bytes::new(25 * GB), lanes: 1, link: V100_LINK };
+    let device = DeviceSpec { capacity: Bytes::new(25 * GB), lanes: 1, link: V100_LINK, per_swap: 0 };
     let pairs = (0..gpus / 2).map(|pair| (vec![2 * pair, 2 * pair + 1], V100_PAIR)).collect();
     let mut peers = Vec::new();
     for from in 0..gpus {
@@ -134,7 +136,7 @@ pub fn h100_paper_models() -> Vec<ModelSpec> {
 
 /// H100s: 72 GB each hold weights; pairs of links reach 46.8 GB/s each, alone 54.7; 393 GB/s between any two GPUs.
 pub fn h100_node(gpus: usize) -> NodeSpec {
-    let device = DeviceSpec { capacity: Bytes::new(72 * GB), lanes: 4, link: 54_700_000_000 };
+    let device = DeviceSpec { capacity: Bytes::new(72 * GB), lanes: 4, link: 54_700_000_000, per_swap: 0 };
     let pairs = (0..gpus / 2).map(|pair| (vec![2 * pair, 2 * pair + 1], 93_600_000_000)).collect();
     let between = |from| (0..gpus).filter(move |to| *to != from).map(move |to| (from, to, 393 * GB));
     NodeSpec {

@@ -71,7 +71,7 @@ impl Reading {
     fn hear(&mut self, now: Moment, event: Event) {
         match event {
             Event::DeviceAdded { device, capacity, lanes } if !self.devices.iter().any(|(id, _)| *id == device) => {
-                self.devices.push((device, DeviceSpec { capacity, lanes, link: LINK_UNKNOWN }));
+                self.devices.push((device, DeviceSpec { capacity, lanes, link: LINK_UNKNOWN, per_swap: 0 }));
             }
             Event::LinkMeasured { link, bytes_per_s } => match link {
                 Link::Host { to } => drop(self.alone.insert(to, bytes_per_s)),

@@ -96,6 +96,27 @@ fn no_policy_copies_less_than_the_bound() {
     }
 }
 
+/// On machines where each swap takes something beyond its bytes, requests whose models come one by one take as much longer.
+#[test]
+fn what_a_swap_takes_beyond_its_bytes_is_waited_for() {
+    let models = &catalog::paper_models()[..1];
+    // Two functions in turn, and memory for one of them.
+    let capacity = catalog::paper_node(1).charge(models[0].weights);
+    let workload = workload::adversarial(models, 2, 1, 500 * MS, 20 * SECOND);
+    let mean = |per_swap| {
+        let mut node = catalog::paper_node(1);
+        (node.devices[0].capacity, node.devices[0].per_swap) = (capacity, per_swap);
+        let setting = Setting { noise: 0.0, ..small(PolicyKind::Lru, 1) };
+        let outcome = simulate(&node, models, &workload, &setting);
+        assert!(outcome.devices[0].swaps.0 > 10, "{:?}", outcome.devices[0].swaps);
+        outcome.mean_ms()
+    };
+    let (without, with) = (mean(0), mean(100 * MS));
+    // The copy of 5.9 ms lies behind the run of 25; with what comes on top it does not.
+    let expected = 100.0 + 5.9 - 25.0;
+    assert!((with - without - expected).abs() < 3.0, "{without} and {with}");
+}
+
 /// Runs of several requests pay where a further one costs less than a run; where it does not, nothing is lost by allowing them.
 #[test]
 fn sharing_runs_makes_no_function_miss_what_it_keeps_alone() {

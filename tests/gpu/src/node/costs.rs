@@ -3,12 +3,15 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use faaswap_protocol::Bytes;
-use faaswap_simulation::catalog::{DeviceSpec, ModelSpec, NodeSpec};
+use faaswap_simulation::{
+    catalog::{DeviceSpec, ModelSpec, NodeSpec},
+    figures::{STRAIN, STRAIN_OF_BERT},
+};
 use serde_json::{Value, json};
 
 use super::{
     bases::Base,
-    broker::Broker,
+    broker::{Broker, Metrics},
     fleet::{Ending, Fleet, Outcome},
     options::{Devices, Options},
     variants::Design,
@@ -18,9 +21,6 @@ use crate::{Result, stats::median};
 /// Functions of each model that are asked, and how often when their weights are there.
 const FUNCTIONS: usize = 8;
 const RESIDENT_ASKS: usize = 3;
-/// Slow-down per run beside it where it was not measured: that of the simulator's convolutions and of its BERT.
-const STRAIN: f64 = 0.16;
-const STRAIN_OF_BERT: f64 = 0.40;
 /// Two links together that carry less of what both carry alone share a path.
 const SHARED_BELOW: f64 = 0.95;
 
@@ -71,10 +71,35 @@ fn cost(outcomes: &[Outcome], copy: Duration) -> Cost {
     cost
 }
 
-/// The models as the simulator takes them.
-pub(crate) fn models(bases: &[Base], costs: &[Cost], link: f64) -> Vec<ModelSpec> {
+/// What swaps took until now, beside their bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Swaps {
+    count: f64,
+    bytes: f64,
+    seconds: f64,
+}
+
+impl Swaps {
+    pub(crate) fn read(metrics: &Metrics) -> Self {
+        Self {
+            count: metrics.sum("faaswap_swaps_in_total"),
+            bytes: metrics.sum("faaswap_swapped_in_bytes_total"),
+            seconds: metrics.sum("faaswap_swap_in_seconds_sum"),
+        }
+    }
+
+    /// What each took beyond its bytes, in milliseconds, since this was read; 0 where there was none.
+    pub(crate) fn beyond_ms(self, now: Self, link: f64) -> f64 {
+        let count = now.count - self.count;
+        let beyond = (now.seconds - self.seconds) - (now.bytes - self.bytes) / link;
+        if count > 0.0 { (beyond / count).max(0.0) * 1e3 } else { 0.0 }
+    }
+}
+
+/// The models as the simulator takes them; a swap takes so much of the link beyond its bytes.
+pub(crate) fn models(bases: &[Base], costs: &[Cost], (link, beyond_ms): (f64, f64)) -> Vec<ModelSpec> {
     let spec = |(base, cost): (&Base, &Cost)| {
-        let copy_ms = base.weights().get() as f64 / link * 1e3;
+        let copy_ms = base.weights().get() as f64 / link * 1e3 + beyond_ms;
         let run_ms = if cost.run_ms.is_finite() { cost.run_ms } else { copy_ms };
         let tail_ms = cost.swapped_run_ms.map_or(0.0, |swapped| (swapped - copy_ms.max(run_ms)).max(0.0));
         let strain = if base.name.starts_with("bert") { STRAIN_OF_BERT } else { STRAIN };
@@ -166,13 +191,13 @@ fn shared(alone: &[f64], together: &BTreeMap<(usize, usize), f64>) -> Vec<(Vec<u
 }
 
 /// The node as the simulator takes it.
-pub(crate) fn node(options: &Options, broker: &Broker, links: &Links) -> Result<NodeSpec> {
+pub(crate) fn node(options: &Options, broker: &Broker, links: &Links, beyond_ms: f64) -> Result<NodeSpec> {
     let devices = broker.devices()?;
     let whole = |speed: f64| nanos(speed / 1e6);
     let device = |at: usize| {
         let lanes = devices[at]["lanes"].as_u64().and_then(|lanes| u16::try_from(lanes).ok()).unwrap_or(1);
         let capacity = devices[at]["capacity_bytes"].as_u64().map_or(options.memory, Bytes::new);
-        DeviceSpec { capacity, lanes, link: whole(links.alone[at]) }
+        DeviceSpec { capacity, lanes, link: whole(links.alone[at]), per_swap: nanos(beyond_ms) }
     };
     Ok(NodeSpec {
         devices: (0..options.devices.count()).map(device).collect(),
@@ -212,6 +237,15 @@ pub(crate) fn say(bases: &[Base], costs: &[Cost]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_swaps_take_beyond_their_bytes_is_told_by_the_counters() {
+        let at = |count, bytes, seconds| Swaps { count, bytes, seconds };
+        let link = 50e9;
+        assert!((at(2.0, 1e9, 1.0).beyond_ms(at(12.0, 2e9, 1.04), link) - 2.0).abs() < 1e-9);
+        assert_eq!(at(2.0, 1e9, 1.0).beyond_ms(at(2.0, 1e9, 1.0), link), 0.0, "there was none");
+        assert_eq!(at(2.0, 1e9, 1.0).beyond_ms(at(12.0, 2e9, 1.01), link), 0.0, "they were faster");
+    }
 
     #[test]
     fn links_that_slow_each_other_down_are_paired_once() {

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::{
     bases::{self, Base},
     broker::Broker,
-    costs::{self, Cost, Links},
+    costs::{self, Cost, Links, Swaps},
     fleet::{Ending, Fleet, Outcome, Registered},
     options::Options,
     predict,
@@ -159,9 +159,13 @@ impl Stage {
         let (wrong, compared, answers_alike) = self.compare(&fleet);
         let links = Links::of(&self.options, &broker)?;
         let link = links.alone.first().copied().unwrap_or(f64::NAN);
+        let before = Swaps::read(&broker.metrics()?);
         let costs = costs::measure(&fleet, &self.bases, &self.designs, link);
+        let beyond_ms = before.beyond_ms(Swaps::read(&broker.metrics()?), link);
         costs::say(&self.bases, &costs);
-        let (node, models) = (costs::node(&self.options, &broker, &links)?, costs::models(&self.bases, &costs, link));
+        println!("  a swap takes {beyond_ms:.2} ms beyond its bytes");
+        let node = costs::node(&self.options, &broker, &links, beyond_ms)?;
+        let models = costs::models(&self.bases, &costs, (link, beyond_ms));
         let answered = registered.outcomes.iter().filter_map(|outcome| match &outcome.end {
             Ending::Answered(answered) => Some(answered.right),
             Ending::Refused(_) | Ending::Failed(_) => None,

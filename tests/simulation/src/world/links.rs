@@ -23,6 +23,8 @@ struct Copy {
 #[derive(Clone, Debug, Default)]
 struct Device {
     link: f64,
+    /// Seconds that a copy takes beyond its bytes.
+    per_swap: f64,
     copies: VecDeque<Copy>,
     rate: f64,
     version: u64,
@@ -41,7 +43,11 @@ impl Links {
     #[expect(clippy::cast_precision_loss, reason = "speeds are below 2^53")]
     pub(super) fn new(node: &NodeSpec) -> Self {
         let count = node.devices.len();
-        let device = |spec: &crate::catalog::DeviceSpec| Device { link: spec.link as f64, ..Device::default() };
+        let device = |spec: &crate::catalog::DeviceSpec| Device {
+            link: spec.link as f64,
+            per_swap: spec.per_swap as f64 / 1e9,
+            ..Device::default()
+        };
         let mut peers = vec![vec![0.0; count]; count];
         for &(from, to, speed) in &node.peers {
             peers[from][to] = speed as f64;
@@ -95,6 +101,16 @@ impl Links {
         rate
     }
 
+    /// What a copy takes beyond its bytes, as bytes of the link that it comes over.
+    fn beyond(&self, device: usize, source: Source) -> f64 {
+        let to = &self.devices[device];
+        to.per_swap
+            * match source {
+                Source::Host => to.link,
+                Source::Peer(from) => self.peers[usize::from(from.0)][device],
+            }
+    }
+
     pub(super) fn lose(&mut self, now: Nanos, device: usize) {
         self.advance(now);
         self.devices[device].copies.clear();
@@ -132,7 +148,8 @@ impl World<'_> {
             Source::Peer(_) => work.swaps.1 += 1,
         }
         self.links.advance(self.now);
-        let copy = Copy { model, source, left: bytes, started: None, stuck_until: None };
+        let left = bytes + self.links.beyond(device, source);
+        let copy = Copy { model, source, left, started: None, stuck_until: None };
         self.links.devices[device].copies.push_back(copy);
         self.reschedule_copies();
     }
