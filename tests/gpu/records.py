@@ -31,6 +31,8 @@ TITLES = {
     "four_link_load": "Loading over four GPUs' links",
     "two_swaps_at_once": "A swap on each of two GPUs at once",
     "swaps_on_all_at_once": "A swap on each of more GPUs at once",
+    "mapping_beside_own_copies": "Mapping memory beside copies to the same GPU",
+    "mapping_beside_others_copies": "Mapping memory beside copies to another GPU",
     "open_batch_run": "Run of a model with an open batch, as a program",
     "stress_wrong_outputs": "Wrong outputs under constant eviction",
     "stress_memory_growth": "GPU memory grown under constant eviction",

@@ -21,6 +21,8 @@ use crate::{
 const ROUNDS: usize = 15;
 /// Device memory beside the weights: what does not fill its chunks.
 const SPARE: Bytes = Bytes::mib(64);
+/// Chunks that are mapped at a time: 128 MiB.
+const MAPPED_CHUNKS: usize = 8;
 /// The model that the goals are about.
 const HEAVY: &str = "bert";
 
@@ -59,6 +61,7 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
         let mut found = all.peer_to_peer(name, plain)?;
         found.extend(all.over_links(name)?);
         found.push(all.all_at_once(name)?);
+        found.extend(all.mapping(name)?);
         // The requests of all figures were compared.
         let (checked, wrong) = (all.checked, all.wrong);
         found[0] = found[0].clone().counting(checked, wrong);
@@ -178,6 +181,50 @@ impl Everywhere {
             ("swaps_on_all_at_once", Target::Told)
         };
         Ok(Record::of(figure, name, (slower, "of the time alone"), None, target))
+    }
+}
+
+/// What is copied while memory is mapped on the first GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beside {
+    Nothing,
+    /// A model to that GPU.
+    Itself,
+    /// A model to another one.
+    Another,
+}
+
+impl Everywhere {
+    /// How long it takes on one GPU to put memory behind addresses, make it accessible and take it away, while copies go there, or to
+    /// another GPU of this process.
+    fn mapping(&self, name: &str) -> Result<Vec<Record>> {
+        let cuda = self.all[0].device.as_cuda().ok_or("no GPU")?;
+        let mut all = Vec::new();
+        for beside in [Beside::Nothing, Beside::Itself, Beside::Another] {
+            let mut took = [const { Vec::new() }; 3];
+            for _ in 0..ROUNDS {
+                let copied = match beside {
+                    Beside::Nothing => None,
+                    Beside::Itself => Some(&self.all[0]),
+                    Beside::Another => Some(&self.all[1]),
+                };
+                let done = copied.map(Asked::begin_swap_in).transpose()?;
+                let timed = cuda.time_mapping(cuda::CHUNK_DEFAULT, MAPPED_CHUNKS)?;
+                took.iter_mut().zip(timed).for_each(|(took, time)| took.push(time.as_secs_f64() * 1e3));
+                if let (Some(done), Some(copied)) = (done, copied) {
+                    done.recv()??;
+                    copied.swap_out()?;
+                }
+            }
+            let [map, open, unmap] = took.map(|mut took| median(&mut took));
+            println!(
+                "peers: {name:20} {MAPPED_CHUNKS} chunks beside copies to {beside:?}: mapped in {map:.3} ms, opened in {open:.3}, unmapped in {unmap:.3}"
+            );
+            all.push(map + open + unmap);
+        }
+        let alone = Some((all[0], "beside no copies"));
+        let record = |figure, ms: f64| Record::of(figure, name, (ms, "ms"), alone, Target::Told);
+        Ok(vec![record("mapping_beside_own_copies", all[1]), record("mapping_beside_others_copies", all[2])])
     }
 }
 
