@@ -8,11 +8,13 @@ mod ahead;
 mod arena;
 mod binding;
 mod blocks;
+mod config;
 mod cover;
 mod detour;
 mod device;
 mod drawn;
 mod driver;
+mod host_memory;
 mod kernels;
 mod lane;
 mod link;
@@ -44,7 +46,6 @@ use std::{
 
 use faaswap_protocol::Bytes;
 
-pub(crate) use self::driver::{Context, Registration};
 use self::{
     ahead::{Ahead, Spare},
     arena::{Arena, Purpose},
@@ -60,6 +61,7 @@ use self::{
     twins::Kinds,
 };
 pub use self::{
+    config::{BINDING_DEFAULT, CHUNK_DEFAULT, CudaConfig, RESERVE_DEFAULT, SCRATCH_MAX_DEFAULT},
     lane::{Alone, Constants, IO_ALIGN, IO_BYTES_MAX, Run},
     probe::{PROBE_WITHIN, measure_links},
     program::{Drawing, Program, RunTimes},
@@ -67,6 +69,7 @@ pub use self::{
     shared::SWAPS_QUEUED_MAX,
     twins::{KINDS_MAX, KindKey, Template},
 };
+pub(crate) use self::{driver::Context, host_memory::Registration};
 use crate::{
     DeviceError, DeviceInfo, Group, OnDone, RangeId, Stream, SwapReport,
     range::{State, Step, count_groups},
@@ -74,66 +77,12 @@ use crate::{
 
 /// The CUDA version that a driver must support at least, in the driver's way of writing it.
 pub const DRIVER_CUDA_MIN: i32 = 13_000;
-/// Size of a chunk: mapping costs by the chunk, about 40 us each, and half a chunk is wasted per model.
-pub const CHUNK_DEFAULT: Bytes = Bytes::mib(16);
-/// What is left to constants, scratch, programs and libraries where no amount of memory is named.
-pub const RESERVE_DEFAULT: Bytes = Bytes::mib(8 << 10);
-/// Most scratch memory of one lane.
-pub const SCRATCH_MAX_DEFAULT: Bytes = Bytes::mib(4 << 10);
 /// How long a program that is to be launched looks for its weights' copies to be queued, before it sleeps.
 const QUEUED_LOOKS_FOR: Duration = Duration::from_micros(300);
-/// How many models are bound at once where nothing else is said.
-pub const BINDING_DEFAULT: usize = 2;
 /// Bytes of weights that arrive while a thread wakes up.
 const LATE_BYTES: u64 = 16 << 20;
 /// Most constants of all models.
 const CONSTANTS_MAX: usize = 64 << 30;
-
-/// What a CUDA device shall be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CudaConfig {
-    /// For logs and metrics.
-    pub name: String,
-    /// Which GPU, by the driver's count.
-    pub ordinal: u32,
-    /// Memory for weights; `None` for what is free, less [`CudaConfig::reserve`].
-    pub memory: Option<Bytes>,
-    /// Memory that is left for everything else where `memory` is `None`.
-    pub reserve: Bytes,
-    /// Memory is given out in chunks of this size.
-    pub chunk: Bytes,
-    /// How many programs may run at once.
-    pub lanes: usize,
-    /// How many models may be bound at once: mostly the processor's work, and each has a lane's memory.
-    pub binding: usize,
-    /// Most scratch memory of one lane.
-    pub scratch_max: Bytes,
-    /// Other GPUs, by the driver's count, that may bring weights from this one's memory.
-    pub peers: Vec<u32>,
-    /// Those over whose links this one's weights may come too; each lends 64 MiB for it.
-    pub detours: Vec<u32>,
-    /// Whether programs are made of others of their kind, without a session.
-    pub twins: bool,
-}
-
-impl CudaConfig {
-    /// A GPU with the usual settings.
-    pub fn new(name: impl Into<String>, ordinal: u32) -> Self {
-        Self {
-            name: name.into(),
-            ordinal,
-            memory: None,
-            reserve: RESERVE_DEFAULT,
-            chunk: CHUNK_DEFAULT,
-            lanes: 8,
-            binding: BINDING_DEFAULT,
-            scratch_max: SCRATCH_MAX_DEFAULT,
-            peers: Vec::new(),
-            detours: Vec::new(),
-            twins: true,
-        }
-    }
-}
 
 /// Whether this machine has a CUDA driver, of whatever version.
 pub fn is_present() -> bool {

@@ -3,6 +3,7 @@
 //! Whether the weights are there is the device's and the scheduler's business: Await nodes wait for them, and a run
 //! whose swap-in failed fails. Sizes and places of tensors are checked here, before ONNX Runtime sees them.
 
+mod io;
 mod programmed;
 mod session;
 mod shapes;
@@ -15,13 +16,13 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId, Stream,
-    cuda::{Constants, Registered, RunTimes},
+    cuda::{Constants, RunTimes},
 };
-use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape};
-use faaswap_slab::Region;
+use faaswap_protocol::{Bytes, Detail, Refusal};
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
-use self::shapes::Shapes;
+pub use self::io::{Input, InputData, Place, RunOutput};
+use self::{io::AskPlace, shapes::Shapes};
 use crate::{
     CudaTarget, EngineError, Manifest, Prepared, RunError, Runtime, Target,
     await_op::{self, Waiter},
@@ -29,71 +30,6 @@ use crate::{
     program::{self, IoLayout, Made, Programs},
     raw::{self, Weights},
 };
-
-/// Where an input's bytes are.
-#[derive(Clone, Copy, Debug)]
-pub enum InputData<'a> {
-    /// In memory that the peer can still write.
-    Region(&'a Region),
-    /// The same, perhaps where GPUs read by themselves: in memory that is registered.
-    Registered(&'a Region, &'a Registered),
-    /// In memory of ours.
-    Bytes(&'a [u8]),
-}
-
-impl InputData<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Self::Region(region) | Self::Registered(region, _) => region.len(),
-            Self::Bytes(bytes) => bytes.len(),
-        }
-    }
-}
-
-/// One input of a run.
-#[derive(Clone, Copy, Debug)]
-pub struct Input<'a> {
-    /// Its element type.
-    pub dtype: DType,
-    /// Its dimensions.
-    pub shape: &'a Shape,
-    /// Its bytes.
-    pub data: InputData<'a>,
-}
-
-/// Where an output shall go.
-#[derive(Debug)]
-pub enum Place {
-    /// Into shared memory.
-    Region(Region),
-    /// Into memory of ours, as long as the output.
-    Memory(Vec<u8>),
-}
-
-impl Place {
-    fn len(&self) -> usize {
-        match self {
-            Self::Region(region) => region.len(),
-            Self::Memory(bytes) => bytes.len(),
-        }
-    }
-}
-
-/// One output of a run, in its place.
-#[derive(Debug)]
-pub struct RunOutput {
-    /// Its position in the signature.
-    pub index: u16,
-    /// Its element type.
-    pub dtype: DType,
-    /// Its dimensions.
-    pub shape: Shape,
-    /// Where it is.
-    pub place: Place,
-}
-
-/// Asks where an output of this position, type, shape and size shall go.
-type AskPlace<'f> = dyn FnMut(u16, DType, &Shape, Bytes) -> Result<Place, Refusal> + 'f;
 
 /// ONNX Runtime enters the domains of custom operators in a table of the process, and two sessions made at once stumble
 /// over each other there (microsoft/onnxruntime#22663). That is so for the first ones; but on GPUs sessions that are made at once
@@ -447,15 +383,6 @@ impl Drop for Bound {
             cuda.beside_captures(|| self.session = None);
         }
     }
-}
-
-fn ask_place(place: &mut AskPlace<'_>, index: u16, dtype: DType, shape: &Shape) -> Result<Place, RunError> {
-    let size = shape.size(dtype).map_err(RunError::failed)?;
-    let given = place(index, dtype, shape, size)?;
-    if size.as_len() == Some(given.len()) {
-        return Ok(given);
-    }
-    Err(RunError::failed(format!("output {index} needs {} bytes, its place has {}", size.get(), given.len())))
 }
 
 fn invalid(reason: String) -> Refusal {

@@ -14,7 +14,8 @@ use std::{
 use super::{
     CudaDevice, Stretch,
     arena::{self, Arena, Purpose, with_purpose},
-    driver::{Context, Pinned},
+    driver::Context,
+    host_memory::Pinned,
     kernels::Work,
     program::{Program, RunTimes},
     queue::{Event, Queue},

@@ -10,7 +10,8 @@ use std::{
 };
 
 use super::{
-    driver::{Addresses, Context, Physical, Pinned},
+    driver::{Addresses, Context, Physical},
+    host_memory::Pinned,
     pool::Pool,
     queue::{Event, Queue},
 };

@@ -9,7 +9,8 @@ use std::{
 };
 
 use super::{
-    driver::{Context, Pinned, can_reach},
+    driver::{Context, can_reach},
+    host_memory::Pinned,
     peer::{Access, Plain},
     queue::{Event, Queue},
 };

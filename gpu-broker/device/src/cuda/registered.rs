@@ -5,7 +5,7 @@
 
 use std::{any::Any, fmt, sync::Arc};
 
-use super::{CudaDevice, driver::Registration};
+use super::{CudaDevice, host_memory::Registration};
 use crate::DeviceError;
 
 /// What a kernel copies at a time; it reads whole such units.

@@ -9,7 +9,8 @@ use cudarc::driver::sys as cu;
 
 use super::{
     drawn::{Drawn, kind_of},
-    driver::{Context, Pinned, check},
+    driver::{Context, check},
+    host_memory::Pinned,
     kernels::{Kernels, Work},
 };
 use crate::DeviceError;

@@ -4,7 +4,10 @@ use faaswap_device::cuda::Registered;
 use faaswap_protocol::DType;
 use faaswap_slab::Region;
 
-use super::{AskPlace, Bound, Input, InputData, Place, RunOutput, ask_place};
+use super::{
+    Bound,
+    io::{AskPlace, Input, InputData, Place, RunOutput, ask_place},
+};
 use crate::{
     RunError,
     limits::IN_PLACE_BYTES_MIN,

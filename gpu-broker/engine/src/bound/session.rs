@@ -4,7 +4,10 @@ use std::ffi::CStr;
 
 use faaswap_protocol::Shape;
 
-use super::{AskPlace, Bound, Input, InputData, Place, RunOutput, ask_place};
+use super::{
+    Bound,
+    io::{AskPlace, Input, InputData, Place, RunOutput, ask_place},
+};
 use crate::{
     EngineError, RunError,
     raw::{self, Aligned, Tensor},
