@@ -50,6 +50,7 @@ TITLES = {
     "predicted_swaps": "Swap-ins per second there, beside the simulator's",
     "predicted_link_load": "Load of the links there, beside the simulator's",
     "scale_requests": "Requests per second, 95% of functions compliant, by number of devices",
+    "scale_of_optimum": "That, as a share of what links or devices could carry at most",
     "scale_compliant": "Functions compliant at the published rates, by number of devices",
     "soak_requests": "Requests per second of the long run",
     "soak_device_memory_growth": "Device memory grown in the long run",

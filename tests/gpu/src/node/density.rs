@@ -106,10 +106,7 @@ fn carry(
     let from = From { rate: options.rate, hold: if is_first { options.hold } else { 0 }, then: options.then };
     let steps = search(stage, live, from, until)?;
     let best = most_carried(&steps);
-    let share_of_optimum = best.map(|(_, value)| {
-        let bound = |name: &str| value["predicted"]["optimum"][name].as_f64().unwrap_or(f64::NAN);
-        bound("links_by_rates").max(bound("devices"))
-    });
+    let share_of_optimum = best.map(|(_, value)| of_optimum(value));
     let devices = stage.options.devices.count() as f64;
     let meanwhile = live.registered.latencies();
     let value = json!({
@@ -142,6 +139,12 @@ pub(super) struct From {
     pub(super) hold: u64,
     /// Rate of the second step, where the first is carried and it is higher.
     pub(super) then: Option<f64>,
+}
+
+/// What part of what nobody can do without a step has used, of the links or of the devices, whichever is more.
+pub(super) fn of_optimum(value: &Value) -> f64 {
+    let bound = |name: &str| value["predicted"]["optimum"][name].as_f64().unwrap_or(f64::NAN);
+    bound("links_by_rates").max(bound("devices"))
 }
 
 /// The step with the highest rate that was carried.

@@ -5,7 +5,7 @@ use std::{fs, time::Instant};
 use serde_json::{Value, json};
 
 use super::{
-    density::{From, most_carried, search},
+    density::{From, most_carried, of_optimum, search},
     options::Options,
     stage::Stage,
 };
@@ -24,6 +24,8 @@ struct Carried {
     devices: usize,
     /// Rate, and requests a second, of the most.
     best: Option<(f64, f64)>,
+    /// The part that it used there of what nobody can do without.
+    of_optimum: Option<f64>,
     /// Part of the functions that were compliant at the first rate, where that was the published one.
     first: Option<f64>,
     checked: u64,
@@ -62,7 +64,9 @@ fn carry(stage: &Stage, from: From, until: Instant) -> Result<Carried> {
     let policy = stage.options.policies.first().ok_or("no policy is named")?;
     let mut live = stage.live(policy, false)?;
     let steps = search(stage, &mut live, from, until)?;
-    let best = most_carried(&steps).map(|(step, _)| (step.rate, step.per_second()));
+    let most = most_carried(&steps);
+    let (best, of_optimum) =
+        (most.map(|(step, _)| (step.rate, step.per_second())), most.map(|(_, value)| of_optimum(value)));
     let first = steps.first().filter(|(step, _)| step.rate <= 1.0).map(|(step, _)| step.compliant_share());
     let devices = stage.options.devices.count();
     let told = best.map_or_else(|| "no rate".to_owned(), |(rate, per_s)| format!("x{rate:.2}, {per_s:.1} requests/s"));
@@ -71,7 +75,7 @@ fn carry(stage: &Stage, from: From, until: Instant) -> Result<Carried> {
         "devices": devices, "registered_s": live.registered.took.as_secs_f64(), "links": live.links.json(),
         "steps": steps.iter().map(|(_, value)| value).collect::<Vec<_>>(),
     });
-    Ok(Carried { devices, best, first, checked: live.checked, wrong: live.wrong, value })
+    Ok(Carried { devices, best, of_optimum, first, checked: live.checked, wrong: live.wrong, value })
 }
 
 fn write(stage: &Stage, carried: &[Carried]) -> Result<()> {
@@ -93,6 +97,8 @@ fn records(of: &Carried, one: Option<f64>) -> Vec<Record> {
     let mut records =
         vec![Record::of("scale_requests", &name, per_s, reference, target).counting(of.checked, of.wrong)];
     let first = of.first.map(|share| Record::of("scale_compliant", &name, (share, "of functions"), None, Target::Told));
+    let share = of.of_optimum.map(|share| (share, "of the optimum"));
+    records.extend(share.map(|share| Record::of("scale_of_optimum", &name, share, None, Target::Told)));
     records.extend(first);
     records
 }
