@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     bases::Base,
-    broker::{Broker, Metrics},
+    broker::Broker,
     fleet::{Ending, Fleet, Outcome},
     options::{Devices, Options},
     variants::Design,
@@ -69,31 +69,6 @@ fn cost(outcomes: &[Outcome], copy: Duration) -> Cost {
     [cost.run_ms, cost.resident_ms] = resident.map(|mut all| median(&mut all));
     [cost.swapped_run_ms, cost.swapped_ms] = swapped.map(|mut all| (!all.is_empty()).then(|| median(&mut all)));
     cost
-}
-
-/// What swaps took until now, beside their bytes.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Swaps {
-    count: f64,
-    bytes: f64,
-    seconds: f64,
-}
-
-impl Swaps {
-    pub(crate) fn read(metrics: &Metrics) -> Self {
-        Self {
-            count: metrics.sum("faaswap_swaps_in_total"),
-            bytes: metrics.sum("faaswap_swapped_in_bytes_total"),
-            seconds: metrics.sum("faaswap_swap_in_seconds_sum"),
-        }
-    }
-
-    /// What each took beyond its bytes, in milliseconds, since this was read; 0 where there was none.
-    pub(crate) fn beyond_ms(self, now: Self, link: f64) -> f64 {
-        let count = now.count - self.count;
-        let beyond = (now.seconds - self.seconds) - (now.bytes - self.bytes) / link;
-        if count > 0.0 { (beyond / count).max(0.0) * 1e3 } else { 0.0 }
-    }
 }
 
 /// The models as the simulator takes them; a swap takes so much of the link beyond its bytes.
@@ -237,15 +212,6 @@ pub(crate) fn say(bases: &[Base], costs: &[Cost]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_swaps_take_beyond_their_bytes_is_told_by_the_counters() {
-        let at = |count, bytes, seconds| Swaps { count, bytes, seconds };
-        let link = 50e9;
-        assert!((at(2.0, 1e9, 1.0).beyond_ms(at(12.0, 2e9, 1.04), link) - 2.0).abs() < 1e-9);
-        assert_eq!(at(2.0, 1e9, 1.0).beyond_ms(at(2.0, 1e9, 1.0), link), 0.0, "there was none");
-        assert_eq!(at(2.0, 1e9, 1.0).beyond_ms(at(12.0, 2e9, 1.01), link), 0.0, "they were faster");
-    }
 
     #[test]
     fn links_that_slow_each_other_down_are_paired_once() {

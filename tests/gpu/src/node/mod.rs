@@ -15,6 +15,7 @@ pub(crate) mod scale;
 pub(crate) mod soak;
 mod stage;
 mod step;
+mod swaps;
 mod variants;
 
 pub(crate) use options::Options;

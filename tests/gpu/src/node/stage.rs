@@ -17,11 +17,12 @@ use serde_json::Value;
 use super::{
     bases::{self, Base},
     broker::Broker,
-    costs::{self, Cost, Links, Swaps},
+    costs::{self, Cost, Links},
     fleet::{Ending, Fleet, Outcome, Registered},
     options::Options,
     predict,
     step::{self, Step},
+    swaps::Swaps,
     variants::{self, Design, Folders},
 };
 use crate::{Result, model};
@@ -161,7 +162,7 @@ impl Stage {
         let link = links.alone.first().copied().unwrap_or(f64::NAN);
         let before = Swaps::read(&broker.metrics()?);
         let costs = costs::measure(&fleet, &self.bases, &self.designs, link);
-        let beyond_ms = before.beyond_ms(Swaps::read(&broker.metrics()?), link);
+        let beyond_ms = Swaps::read(&broker.metrics()?).since(before).beyond_ms(link);
         costs::say(&self.bases, &costs);
         println!("  a swap takes {beyond_ms:.2} ms beyond its bytes");
         let node = costs::node(&self.options, &broker, &links, beyond_ms)?;

@@ -10,8 +10,9 @@ use faaswap_simulation::{
 use serde_json::{Value, json};
 
 use super::{
-    broker::{Broker, Metrics, processor_seconds},
+    broker::{Broker, processor_seconds},
     fleet::{Answered, Ending, Fleet, Outcome},
+    swaps::Swaps,
     variants::Design,
 };
 use crate::Result;
@@ -51,48 +52,11 @@ pub(crate) struct Step {
     /// Bytes and models that came to the devices in it.
     pub(crate) swapped_bytes: f64,
     pub(crate) swaps: f64,
-    /// Where the time of a swap goes.
-    pub(crate) swap: SwapTimes,
+    /// All that came in it.
+    pub(crate) swap: Swaps,
     /// Processors that broker and clients were using.
     pub(crate) broker_cores: f64,
     pub(crate) client_cores: f64,
-}
-
-/// Means of swaps, in seconds: from the start of its work to the last byte; before that, waiting for the link; and of it, queueing
-/// copies and mapping memory.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct SwapTimes {
-    pub(crate) took: f64,
-    pub(crate) waited: f64,
-    pub(crate) queueing: f64,
-    pub(crate) mapping: f64,
-}
-
-impl SwapTimes {
-    /// Sums of all swaps since the broker's start.
-    fn read(metrics: &Metrics) -> Self {
-        let part = |part: &str| {
-            let all = metrics.all("faaswap_swap_in_parts_seconds_total").filter(|(labels, _)| labels.contains(part));
-            all.map(|(_, seconds)| seconds).sum()
-        };
-        let took = metrics.sum("faaswap_swap_in_seconds_sum");
-        Self { took, waited: part("waited"), queueing: part("queueing"), mapping: part("mapping") }
-    }
-
-    /// Means of so many swaps, from sums before and after them.
-    fn means(from: Self, to: Self, swaps: f64) -> Self {
-        let mean = |of: fn(&Self) -> f64| if swaps > 0.0 { (of(&to) - of(&from)) / swaps } else { 0.0 };
-        Self {
-            took: mean(|of| of.took),
-            waited: mean(|of| of.waited),
-            queueing: mean(|of| of.queueing),
-            mapping: mean(|of| of.mapping),
-        }
-    }
-
-    fn json(&self) -> Value {
-        json!({"took_ms": self.took * 1e3, "waited_ms": self.waited * 1e3, "queueing_ms": self.queueing * 1e3, "mapping_ms": self.mapping * 1e3})
-    }
 }
 
 /// The value below which so many of a thousand lie.
@@ -131,24 +95,15 @@ fn nanos(time: Duration) -> Nanos {
 /// Where counters stood.
 struct Counters {
     at: Instant,
-    bytes: f64,
-    swaps: f64,
-    swap: SwapTimes,
+    swaps: Swaps,
     broker: f64,
     clients: f64,
 }
 
 impl Counters {
     fn read(broker: &Broker) -> Result<Self> {
-        let metrics = broker.metrics()?;
-        Ok(Self {
-            at: Instant::now(),
-            bytes: metrics.sum("faaswap_swapped_in_bytes_total"),
-            swaps: metrics.sum("faaswap_swaps_in_total"),
-            swap: SwapTimes::read(&metrics),
-            broker: broker.processor_seconds()?,
-            clients: processor_seconds("self")?,
-        })
+        let swaps = Swaps::read(&broker.metrics()?);
+        Ok(Self { at: Instant::now(), swaps, broker: broker.processor_seconds()?, clients: processor_seconds("self")? })
     }
 }
 
@@ -183,8 +138,8 @@ pub(crate) fn run(
     let seconds = to.at.saturating_duration_since(from.at).as_secs_f64().max(f64::MIN_POSITIVE);
     step.failed += unsent as u64;
     step.seconds = (Duration::from_nanos(workload.span) - warm).as_secs_f64();
-    (step.swapped_bytes, step.swaps) = ((to.bytes - from.bytes) / seconds, (to.swaps - from.swaps) / seconds);
-    step.swap = SwapTimes::means(from.swap, to.swap, to.swaps - from.swaps);
+    step.swap = to.swaps.since(from.swaps);
+    (step.swapped_bytes, step.swaps) = (step.swap.bytes / seconds, step.swap.count / seconds);
     step.broker_cores = (to.broker - from.broker) / seconds;
     step.client_cores = (to.clients - from.clients) / seconds;
     for all in [&mut step.latencies, &mut step.resident, &mut step.swapped, &mut step.sent_late] {
@@ -313,13 +268,7 @@ impl Step {
             self.refused,
             self.failed,
         );
-        println!(
-            "    a swap takes {:.2} ms behind {:.2} ms of waiting; mapping {:.2} ms of it, queueing {:.2} ms",
-            self.swap.took * 1e3,
-            self.swap.waited * 1e3,
-            self.swap.mapping * 1e3,
-            self.swap.queueing * 1e3
-        );
+        self.swap.say();
         if !self.clients_keep_up() {
             println!(
                 "  the clients are late themselves: one request of a hundred left {:.1} ms late or more, with {:.1} cores in use \
