@@ -7,47 +7,21 @@ import functools
 import http.server
 import json
 import os
-import pathlib
 import shutil
-import subprocess
 import threading
 
 import pytest
 import yaml
 
+from faas_cli import CLI, TEMPLATES, WHY_NOT, project_in, run, stack_of
 from node import ROOT
 
-CLI = pathlib.Path(os.environ.get("FAASWAP_FAAS_CLI", ROOT / ".cache/go/bin/faas-cli"))
-TEMPLATES = sorted(folder.name for folder in (ROOT / "faas-templates/template").iterdir())
-
-pytestmark = pytest.mark.skipif(not CLI.is_file(), reason=f"SKIPPED: the real faas-cli is not at {CLI}")
-
-
-def run(*command, cwd):
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 @pytest.fixture()
 def project(tmp_path):
-    """A folder into which the templates were pulled from a repository with what is here, committed or not."""
-    repository, folder = tmp_path / "faaswap", tmp_path / "project"
-    folder.mkdir()
-    repository.mkdir()
-    shutil.copytree(ROOT / "faas-templates", repository / "faas-templates")
-    (repository / "template").symlink_to("faas-templates/template")
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    run(*git, "init", "-q", "-b", "main", cwd=repository)
-    run(*git, "add", "-A", cwd=repository)
-    run(*git, "commit", "-qm", "Templates", cwd=repository)
-    run(CLI, "template", "pull", repository, cwd=folder)
-    return folder
-
-
-def stack_of(project):
-    """What `faas-cli new` has written, by its version's habit."""
-    return next(path for path in (project / "stack.yaml", project / "stack.yml", project / "mine.yml") if path.is_file())
+    return project_in(tmp_path)
 
 
 def test_every_template_is_pulled(project):
@@ -58,7 +32,7 @@ def test_every_template_is_pulled(project):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_new_function_is_laid_out_with_its_model(project, template):
     run(CLI, "new", "mine", "--lang", template, "--prefix", "me", cwd=project)
-    stack = stack_of(project)
+    stack = stack_of(project, "mine")
     run(CLI, "build", "--shrinkwrap", "-f", stack.name, cwd=project)
     context = project / "build/mine"
     original = ROOT / "faas-templates/template" / template
@@ -149,7 +123,7 @@ def test_up_builds_pushes_and_deploys_a_new_function(project, gateway, template,
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_DOCKER_LOG", str(log))
     run(CLI, "new", "mine", "--lang", template, "--prefix", "registry.example/me", cwd=project)
-    stack = stack_of(project)
+    stack = stack_of(project, "mine")
     run(CLI, "up", "-f", stack.name, "--gateway", url(gateway), cwd=project)
     said = log.read_text()
     assert "registry.example/me/mine:latest" in said and "push registry.example/me/mine:latest" in said, said
