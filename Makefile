@@ -39,8 +39,9 @@ test-python: fetch build $(VENV)/.ready
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(VENV)/bin/python -m pytest -q tests/python
 
 STATIC_TARGET := $(shell $(CARGO) -vV 2>/dev/null | sed -n 's/^host: //p')
-test-containers: fetch build $(VENV)/.ready ## Runs broker and function in containers of their own; skips without a Docker engine.
-	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --locked -p faaswap-sidecar --target $(STATIC_TARGET)
+test-containers: fetch fetch-go build $(VENV)/.ready ## Builds the templates' images with faas-cli and Docker, and runs them beside a broker; skips without an engine.
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --locked -p faaswap-sidecar --target $(STATIC_TARGET) \
+	  --config 'profile.release.strip="symbols"'
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_STATIC_DIR=$(CURDIR)/target/$(STATIC_TARGET)/release \
 	  $(VENV)/bin/python -m pytest -q -rs tests/containers
 
