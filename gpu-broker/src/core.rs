@@ -153,6 +153,8 @@ pub(crate) struct Core {
     /// Tells the loop that a request is about to come.
     pub(crate) expected: Rc<Notify>,
     draining: bool,
+    /// Runs of several requests that are not over. They are so a moment after their last answer.
+    shared_runs: usize,
 }
 
 impl Core {
@@ -203,6 +205,7 @@ impl Core {
                 broken: Rc::new(Notify::new()),
                 expected: Rc::new(Notify::new()),
                 draining: false,
+                shared_runs: 0,
             })
         });
         core.borrow_mut().add_devices();
@@ -271,6 +274,7 @@ impl Core {
                 }
                 Ended::Answered { request, outcome } => self.run_ended(request, outcome),
                 Ended::RunOver { request, took, verdict } => {
+                    self.shared_runs -= 1;
                     if let Some(verdict) = verdict {
                         self.happen(Event::RunTried { request, verdict });
                     }
@@ -322,9 +326,11 @@ impl Core {
         !self.requests.is_empty()
     }
 
-    /// Whether everything was answered and taken by its peer.
+    /// Whether everything was answered and taken by its peer, and all is over that has answered it. What a lost device still
+    /// does is not waited for.
     pub(crate) fn is_drained(&self) -> bool {
-        self.requests.is_empty() && self.peers.values().all(|entry| !entry.peer.outbox.has_waiting())
+        let are_over = self.shared_runs == 0 || self.devices.iter().any(|entry| entry.lost);
+        self.requests.is_empty() && are_over && self.peers.values().all(|entry| !entry.peer.outbox.has_waiting())
     }
 
     /// Ends all connections, and the trace.

@@ -32,9 +32,12 @@ impl Core {
                 if whose.len() > 1 {
                     self.telemetry.shared_run(whose.len(), whose.iter().any(|other| *other != function));
                 }
+                let is_shared = !with_asks.is_empty();
                 let run = Run { ask, with: with_asks, batching: self.strictest(&whose), model, resident };
                 let lanes = &self.devices[usize::from(device.0)].lanes;
-                lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run))
+                let handed = lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run));
+                self.shared_runs += usize::from(handed && is_shared);
+                handed
             }
             (None, _) | (_, None) => false,
         };
