@@ -32,8 +32,8 @@ use crate::{
 };
 
 /// ONNX Runtime enters the domains of custom operators in a table of the process, and two sessions made at once stumble
-/// over each other there (microsoft/onnxruntime#22663). That is so for the first ones; but on GPUs sessions that are made at once
-/// also hold each other up, and it takes longer in all.
+/// over each other there (microsoft/onnxruntime#22663). That is so for the first ones only; but where later ones were made at once,
+/// on four H100s, all models were bound later, not sooner. Seen once, on a machine of its own.
 static MAKING: Mutex<()> = Mutex::new(());
 
 /// A prepared model on one device.
