@@ -7,7 +7,7 @@
 mod ahead;
 mod arena;
 mod binding;
-mod blocks;
+mod chunks;
 mod config;
 mod cover;
 mod detour;
@@ -19,8 +19,10 @@ mod kernels;
 mod lane;
 mod link;
 mod measure;
+mod moves;
 mod order;
 mod peer;
+mod placement;
 mod pool;
 mod probe;
 mod program;
@@ -67,7 +69,7 @@ pub use self::{
     program::{Drawing, Program, RunTimes},
     registered::Registered,
     shared::SWAPS_QUEUED_MAX,
-    twins::{KINDS_MAX, KindKey, Template},
+    twins::{COMPARED_MAX, KINDS_MAX, KindKey, Template},
 };
 pub(crate) use self::{driver::Context, host_memory::Registration};
 use crate::{
@@ -158,13 +160,13 @@ impl CudaDevice {
         let chunk = config.chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
         let (free, total) = context.memory()?;
         let wanted = config.memory.unwrap_or_else(|| free.checked_sub(config.reserve).unwrap_or(Bytes::ZERO));
-        let pool = Pool::new(&context, wanted, chunk, &others(&config.peers, ordinal))?;
-        let capacity = pool.size();
+        let pool = Pool::new(&context, wanted, (chunk, config.scattered), &others(&config.peers, ordinal))?;
+        let (taken, capacity) = (pool.size(), pool.capacity());
         if capacity == Bytes::ZERO {
             return Err(DeviceError::OutOfMemory { needed: wanted.max(config.chunk), free });
         }
-        if config.memory.is_some_and(|wanted| capacity.get() + config.chunk.get() <= wanted.get()) {
-            tracing::warn!(name = config.name, %wanted, %capacity, %free, "the GPU has less free memory than asked for");
+        if config.memory.is_some_and(|wanted| taken.get() + config.chunk.get() <= wanted.get()) {
+            tracing::warn!(name = config.name, %wanted, %taken, %free, "the GPU has less free memory than asked for");
         }
         tracing::info!(name = config.name, gpu = context.model_name()?, %total, %free, weights = %capacity, "GPU");
         let info = DeviceInfo { name: config.name.clone(), capacity, chunk: config.chunk };
@@ -405,6 +407,7 @@ fn start_threads(shared: &Arc<Shared>, pool: Pool, over: &[i32]) -> Result<Vec<J
         ahead: Ahead::new(),
         spare,
         maps_first,
+        placements: 0,
     };
     let link =
         thread::Builder::new().name(format!("link-{}", shared.info.name)).spawn(move || link.run()).map_err(failed)?;

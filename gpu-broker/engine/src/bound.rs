@@ -16,7 +16,7 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId, Stream,
-    cuda::{Constants, RunTimes},
+    cuda::{COMPARED_MAX, Constants, RunTimes, Template},
 };
 use faaswap_protocol::{Bytes, Detail, Refusal};
 use ort::session::{Session, builder::GraphOptimizationLevel};
@@ -84,6 +84,16 @@ impl Bound {
     /// Reserves addresses on the device and makes a session whose initializers lie there; on a GPU a program of that
     /// session, which may then go. Takes no device memory for weights.
     pub fn new(runtime: &Runtime, prepared: &Prepared, device: &Arc<dyn Device>) -> Result<Self, EngineError> {
+        Self::with(runtime, prepared, device, true)
+    }
+
+    /// The same; `learns` says whether the model's kind shall be learnt, if need be.
+    fn with(
+        runtime: &Runtime,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+        learns: bool,
+    ) -> Result<Self, EngineError> {
         let manifest = Arc::clone(prepared.manifest());
         let target = match (manifest.target, device.as_cuda()) {
             (Target::Cpu, None) => Target::Cpu,
@@ -123,9 +133,49 @@ impl Bound {
             Some(_) => {
                 runtime.share_device_memory(device)?;
                 bound.make_program(runtime, prepared, target, device)?;
+                if learns {
+                    bound.learn_kind(runtime, prepared, device)?;
+                }
             }
         }
         Ok(bound)
+    }
+
+    /// Has the model's kind learnt from a second program where it is not known yet, and makes a program of the kind, which moves with
+    /// the weights; the one of the session may then go.
+    fn learn_kind(&mut self, runtime: &Runtime, prepared: &Prepared, device: &Arc<dyn Device>) -> Result<(), EngineError> {
+        let (Some(cuda), Some(kind), Some(range)) = (device.as_cuda(), prepared.kind()?, self.range()) else {
+            return Ok(());
+        };
+        let Some(programs) = self.programs.as_ref().filter(|_| !self.is_twin && self.kept.is_none()) else {
+            return Ok(());
+        };
+        for _ in 0..COMPARED_MAX {
+            if cuda.knows(&kind.key) == Some(false) {
+                drop(Self::with(runtime, prepared, device, false)?);
+            }
+        }
+        let Some(template) = cuda.template(&kind.key) else { return Ok(()) };
+        match self.twin(prepared, device, &template, programs.io.clone(), (programs.lane(), range)) {
+            Ok(twin) => self.programs = Some(twin),
+            Err(error) => tracing::warn!(%error, "a model's weights are mapped: no program of its kind can be made"),
+        }
+        Ok(())
+    }
+
+    /// A program of the model's kind.
+    fn twin(
+        &self,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+        template: &Arc<Template>,
+        io: IoLayout,
+        place: (usize, RangeId),
+    ) -> Result<Programs, EngineError> {
+        let first = prepared.kind()?.map_or(&[][..], |kind| &kind.bytes);
+        let tensors = self.manifest.initializers.iter();
+        let tensors: Vec<_> = tensors.map(|tensor| Group { offset: tensor.offset, len: tensor.len }).collect();
+        Ok(Programs::twin(device, template, io, place, (&tensors, first))?)
     }
 
     /// Makes the session, on a GPU with its kernels on `stream`, and its own constants at the address that is told.
@@ -184,7 +234,7 @@ impl Bound {
         if let (Some(kind), Ok(io), Some(range)) = (kind, &io, range)
             && let Some(template) = cuda.template(&kind.key)
         {
-            match Programs::twin(device, &template, io.clone(), (lane, range), &kind.bytes) {
+            match self.twin(prepared, device, &template, io.clone(), (lane, range)) {
                 Ok(programs) => {
                     (self.programs, self.is_twin) = (Some(programs), true);
                     return Ok(());

@@ -74,23 +74,28 @@ pub(crate) struct Programs {
 }
 
 impl Programs {
-    /// The program of another model's kind, made for this one: its own constants are `first`.
+    /// A program of the model's kind, made for this one: its own constants are `first`, and `tensors` lie in its weights.
     pub(crate) fn twin(
         device: &Arc<dyn Device>,
-        template: &Template,
+        template: &Arc<Template>,
         io: IoLayout,
         (lane, range): (usize, RangeId),
-        first: &[u8],
+        (tensors, first): (&[Group], &[u8]),
     ) -> Result<Self, DeviceError> {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         cuda.io_address(lane, io.end)?;
         let constants = cuda.constants();
-        let program = cuda.twin(template, lane, range, &constants, first)?;
+        let program = cuda.twin(template, lane, (range, tensors), &constants, first)?;
         Ok(Self { program, io, constants: Some(constants), device: Arc::clone(device) })
     }
 
     pub(crate) fn constants(&self) -> Option<&Constants> {
         self.constants.as_ref()
+    }
+
+    /// In which lane it runs.
+    pub(crate) fn lane(&self) -> usize {
+        self.program.lane()
     }
 
     pub(crate) fn nodes(&self) -> usize {

@@ -26,7 +26,7 @@ impl CudaDevice {
             let behind = std::mem::take(&mut found.behind);
             let addresses = Arc::clone(&found.addresses);
             drop(books);
-            if let Err(error) = self.shared.noted(addresses.unmap(0, behind.iter().sum())) {
+            if let Err(error) = self.shared.noted(addresses.unmap_all(&behind)) {
                 self.shared.change(range, |range| range.lent = false);
                 return Err(error.into());
             }

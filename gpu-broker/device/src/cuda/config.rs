@@ -2,7 +2,7 @@
 
 use faaswap_protocol::Bytes;
 
-/// Size of a chunk: mapping costs by the chunk, about 40 us each, and half a chunk is wasted per model.
+/// Size of a chunk: half a one is wasted per model, and where weights must be mapped that costs by the chunk, about 40 us each.
 pub const CHUNK_DEFAULT: Bytes = Bytes::mib(16);
 /// What is left to constants, scratch, programs and libraries where no amount of memory is named.
 pub const RESERVE_DEFAULT: Bytes = Bytes::mib(8 << 10);
@@ -36,6 +36,8 @@ pub struct CudaConfig {
     pub detours: Vec<u32>,
     /// Whether programs are made of others of their kind, without a session.
     pub twins: bool,
+    /// Whether no two chunks of a model's weights shall lie in a row: for trials.
+    pub scattered: bool,
 }
 
 impl CudaConfig {
@@ -53,6 +55,7 @@ impl CudaConfig {
             peers: Vec::new(),
             detours: Vec::new(),
             twins: true,
+            scattered: false,
         }
     }
 }

@@ -1,38 +1,38 @@
-//! What the link puts behind ranges and takes away again: pieces of the pool's memory.
+//! Where the link places weights, and what it puts behind their ranges and takes away again.
 
 use std::sync::{Arc, atomic::Ordering};
 
 use faaswap_protocol::Bytes;
 
-use super::{blocks::Change, driver::Addresses, link::Link, shared::Range};
+use super::{driver::Addresses, link::Link, placement::Placement, shared::Range};
 use crate::{DeviceError, RangeId};
 
 impl Link {
-    pub(super) fn take_chunks(&mut self, range: RangeId, weights: Bytes) -> Result<Vec<usize>, DeviceError> {
+    /// Gives a range chunks for its weights.
+    pub(super) fn place(&mut self, range: RangeId, weights: Bytes) -> Result<Arc<Placement>, DeviceError> {
         let len = weights.as_len().expect("the weights are mapped");
-        let needed = len.div_ceil(self.pool.chunk);
-        if let Some(block) = self.pool.must_split(needed) {
-            // What is behind ranges that are out keeps memory that is to be given back.
-            while !self.stale.is_empty() {
-                self.forget_one()?;
-            }
-            self.pool.apply(Change::Split(block))?;
-        }
-        let chunks = self.pool.take(needed)?;
-        self.shared.mapped.fetch_add(Bytes::of_len(needed * self.pool.chunk).get(), Ordering::SeqCst);
-        self.shared.change(range, |range: &mut Range| range.chunks.clone_from(&chunks));
-        Ok(chunks)
+        let chunks = self.pool.take(len.div_ceil(self.pool.chunk))?;
+        self.shared.mapped.fetch_add(Bytes::of_len(chunks.len() * self.pool.chunk).get(), Ordering::SeqCst);
+        self.placements += 1;
+        let (number, window, chunk) = (self.placements, self.pool.window(), self.pool.chunk);
+        Ok(self.shared.change(range, |range: &mut Range| {
+            // Its programs are there already where it comes back to the same place.
+            let was = range.was.take().map_or(number, |was| if was.chunks() == chunks { was.number } else { number });
+            let (base, whole) = (range.addresses.base(), range.whole.as_deref());
+            let placed = Arc::new(Placement::new(was, (chunks, chunk), (window, base), whole));
+            range.placed = Some(Arc::clone(&placed));
+            placed
+        }))
     }
 
-    /// Puts a range's chunks behind it until so many are, where what was there before has gone. Returns how many are:
-    /// more, where the last ones are of a block.
+    /// Puts memory behind those of a range's addresses that programs use, from one place to another, where what was there before
+    /// has gone.
     pub(super) fn map(
         &self,
         range: RangeId,
-        chunks: &[usize],
-        from: usize,
-        until: usize,
-    ) -> Result<usize, DeviceError> {
+        placed: &Placement,
+        (from, until): (usize, usize),
+    ) -> Result<(), DeviceError> {
         let size = self.pool.chunk;
         // A range that comes back before the link was idle has still what was there.
         let addresses = if from == 0 {
@@ -40,34 +40,34 @@ impl Link {
         } else {
             self.shared.change(range, |range| Arc::clone(&range.addresses))
         };
-        let mut at = from;
-        while at < until {
-            let (memory, len) = self.pool.piece(chunks[at]);
-            addresses.map(at * size, memory, len * size)?;
-            at += len;
-            self.shared.change(range, |range| range.behind.push(len * size));
+        let places: Vec<usize> = (from..until).filter(|&place| placed.is_own(place)).collect();
+        for run in places.chunk_by(|place, next| place + 1 == *next) {
+            for &place in run {
+                addresses.map(place * size, self.pool.memory(placed.chunks()[place]), size)?;
+                self.shared.change(range, |range| range.behind.push((place * size, size)));
+            }
+            addresses.open(run[0] * size, run.len() * size)?;
         }
-        if at > from {
-            addresses.open(from * size, (at - from) * size)?;
-        }
-        Ok(at)
+        Ok(())
     }
 
     /// Gives the chunks of a range back. Its copies have ended, or never began. The memory stays behind the range until
     /// there is nothing else to do, or until it is needed: nobody runs what is swapped out, and the chunks' next owner sees
-    /// them behind addresses of its own.
+    /// them elsewhere.
     pub(super) fn empty(&mut self, range: RangeId) -> Result<(), DeviceError> {
-        let (chunks, newly) = self.shared.change(range, |range| {
+        let (placed, newly) = self.shared.change(range, |range| {
             range.recorded = 0;
             let newly = !range.behind.is_empty() && !range.stale;
             range.stale |= newly;
-            (std::mem::take(&mut range.chunks), newly)
+            range.was.clone_from(&range.placed);
+            (range.placed.take(), newly)
         });
         if newly {
             self.stale.push_back(range);
         }
+        let chunks = placed.as_deref().map_or(&[][..], Placement::chunks);
         self.shared.mapped.fetch_sub(Bytes::of_len(chunks.len() * self.pool.chunk).get(), Ordering::SeqCst);
-        self.pool.give(&chunks);
+        self.pool.give(chunks);
         Ok(())
     }
 
@@ -75,30 +75,23 @@ impl Link {
     pub(super) fn uncover(&self, range: RangeId) -> Result<Arc<Addresses>, DeviceError> {
         let (addresses, behind) =
             self.shared.change(range, |range| (Arc::clone(&range.addresses), std::mem::take(&mut range.behind)));
-        addresses.unmap(0, behind.iter().sum())?;
+        addresses.unmap_all(&behind)?;
         Ok(addresses)
     }
 
-    /// Does a little of what can wait, so that a swap which comes meanwhile waits for no more than that.
+    /// Does a little of what can wait, so that a swap which comes meanwhile waits for no more than that: takes away one piece of what is
+    /// behind a range that is out. The range may have been released, or swapped in again.
     pub(super) fn tidy(&mut self) -> Result<(), DeviceError> {
         self.shared.context.enter()?;
-        if self.stale.is_empty() {
-            return self.pool.change().map_or(Ok(()), |change| self.pool.apply(change));
-        }
-        self.forget_one()
-    }
-
-    /// Takes away one piece of what is behind a range that is out. The range may have been released, or swapped in again.
-    fn forget_one(&mut self) -> Result<(), DeviceError> {
         let Some(&id) = self.stale.front() else { return Ok(()) };
         let found = self.shared.lock().ranges.get(id).ok().and_then(|range| {
-            let is_out = range.chunks.is_empty() && !range.lent;
+            let is_out = range.placed.is_none() && !range.lent;
             let last = if is_out { range.behind.pop() } else { None };
             range.stale = last.is_some();
-            last.map(|len| (Arc::clone(&range.addresses), range.behind.iter().sum(), len))
+            last.map(|piece| (Arc::clone(&range.addresses), piece))
         });
         match found {
-            Some((addresses, from, len)) => addresses.unmap(from, len),
+            Some((addresses, (from, len))) => addresses.unmap(from, len),
             None => {
                 self.stale.pop_front();
                 Ok(())

@@ -61,7 +61,9 @@ impl Device for CudaDevice {
             late_group: None,
             events: Vec::new(),
             failed: None,
-            chunks: Vec::new(),
+            whole: None,
+            placed: None,
+            was: None,
             behind: Vec::new(),
             stale: false,
             lent: false,
@@ -156,21 +158,21 @@ impl Device for CudaDevice {
     }
 
     fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
-        let base = {
+        let pieces = {
             let mut books = self.shared.books()?;
             let found = books.ranges.get(range)?;
-            if found.state != State::Resident {
-                let (state, wanted) = (found.state.name(), State::Resident.name());
-                return Err(DeviceError::State { range, state, wanted });
-            }
-            let end = offset.checked_add(Bytes::of_len(into.len()).get());
-            if end.is_none_or(|end| end > found.weights.get()) {
-                return Err(DeviceError::Invalid("the weights end before what is to be read"));
-            }
+            let placed = found.resident(range)?;
+            let end = offset.checked_add(Bytes::of_len(into.len()).get()).filter(|end| *end <= found.weights.get());
+            let end = end.ok_or(DeviceError::Invalid("the weights end before what is to be read"))?;
             found.readers += 1;
-            found.addresses.base()
+            placed.pieces(offset..end)
         };
-        let read = if into.is_empty() { Ok(()) } else { self.shared.context.read(base + offset, into) };
+        let mut rest = into;
+        let read = pieces.into_iter().try_for_each(|(address, len)| {
+            let (piece, behind) = std::mem::take(&mut rest).split_at_mut(usize::try_from(len).unwrap_or(0));
+            rest = behind;
+            self.shared.context.read(address, piece)
+        });
         self.shared.change(range, |range| range.readers -= 1);
         self.shared.noted(read)
     }

@@ -118,24 +118,6 @@ impl Drawn {
         Ok(Content { nodes: handles.into_iter().map(read_node).collect::<Result<_, _>>()?, edges })
     }
 
-    /// Another one that says the same.
-    pub(super) fn copy(&self) -> Result<Self, DeviceError> {
-        self.context.enter()?;
-        let mut raw = ptr::null_mut();
-        // SAFETY: the graph is alive; the driver writes a handle, which is ours.
-        check("cuGraphClone", unsafe { cu::cuGraphClone(&raw mut raw, self.raw()) })?;
-        // SAFETY: the handle was just made, for nobody else.
-        Ok(unsafe { Self::own(&self.context, raw) })
-    }
-
-    /// The node of this copy that stands for a node of the original.
-    pub(super) fn of_original(&self, node: cu::CUgraphNode) -> Result<cu::CUgraphNode, DeviceError> {
-        let mut found = ptr::null_mut();
-        // SAFETY: both graphs are alive; the driver writes a handle of this graph's, or says that there is none.
-        let result = unsafe { cu::cuGraphNodeFindInClone(&raw mut found, node, self.raw()) };
-        check("cuGraphNodeFindInClone", result).map(|()| found)
-    }
-
     /// What can be launched.
     pub(super) fn instantiate(&self) -> Result<cu::CUgraphExec, DeviceError> {
         let mut raw = ptr::null_mut();
@@ -226,23 +208,41 @@ fn argument_size(p: &cu::CUDA_KERNEL_NODE_PARAMS, index: usize) -> Result<Option
     check("cuFuncGetParamInfo", result).map(|()| Some(size))
 }
 
-/// Gives a kernel of a graph other arguments, of the same sizes.
+/// Gives a kernel of a graph that was instantiated other arguments, of the same sizes, from its next launch on.
 ///
 /// # Safety
-/// The node must be a kernel of a graph that is alive. Whenever that graph runs, what the arguments name must be there.
-pub(super) unsafe fn set_arguments(node: cu::CUgraphNode, arguments: &mut [Vec<u8>]) -> Result<(), DeviceError> {
-    let mut p = parameters(node)?;
-    let mut places: Vec<*mut c_void> = arguments.iter_mut().map(|bytes| bytes.as_mut_ptr().cast()).collect();
-    p.kernelParams = places.as_mut_ptr();
-    // SAFETY: each place has as many bytes as the argument, which the driver copies before it returns.
-    check("cuGraphKernelNodeSetParams", unsafe { cu::cuGraphKernelNodeSetParams_v2(node, &raw const p) })
+/// The node must be a kernel of the graph that it was made of, which is alive and which nobody else uses meanwhile, and the call
+/// that node's. Whenever it is launched, what the arguments name must be there.
+pub(super) unsafe fn set_in(exec: cu::CUgraphExec, node: usize, call: &mut Call) -> Result<(), DeviceError> {
+    let mut places: Vec<*mut c_void> = call.arguments.iter_mut().map(|bytes| bytes.as_mut_ptr().cast()).collect();
+    let [grid_x, grid_y, grid_z, block_x, block_y, block_z, shared] = call.shape;
+    let parameters = cu::CUDA_KERNEL_NODE_PARAMS {
+        func: ptr::with_exposed_provenance_mut(call.function[0]),
+        gridDimX: grid_x,
+        gridDimY: grid_y,
+        gridDimZ: grid_z,
+        blockDimX: block_x,
+        blockDimY: block_y,
+        blockDimZ: block_z,
+        sharedMemBytes: shared,
+        kernelParams: places.as_mut_ptr(),
+        extra: ptr::null_mut(),
+        kern: ptr::with_exposed_provenance_mut(call.function[1]),
+        ctx: ptr::null_mut(),
+    };
+    let node = ptr::with_exposed_provenance_mut(node);
+    // SAFETY: each place has as many bytes as the argument, which the driver copies before it returns; the rest is the caller's promise.
+    let set = unsafe { cu::cuGraphExecKernelNodeSetParams_v2(exec, node, &raw const parameters) };
+    check("cuGraphExecKernelNodeSetParams", set)
 }
 
-/// Lets a wait of a graph be for another event.
+/// Lets a wait of a graph that was instantiated be for another event, from its next launch on.
 ///
 /// # Safety
-/// The node must be a wait of a graph that is alive.
-pub(super) unsafe fn set_event(node: cu::CUgraphNode, event: &Event) -> Result<(), DeviceError> {
+/// The node must be a wait of the graph that it was made of, which is alive and which nobody else uses meanwhile.
+pub(super) unsafe fn set_event_in(exec: cu::CUgraphExec, node: usize, event: &Event) -> Result<(), DeviceError> {
+    let node = ptr::with_exposed_provenance_mut(node);
     // SAFETY: the caller's promise; the event is alive.
-    check("cuGraphEventWaitNodeSetEvent", unsafe { cu::cuGraphEventWaitNodeSetEvent(node, event.raw()) })
+    let set = unsafe { cu::cuGraphExecEventWaitNodeSetEvent(exec, node, event.raw()) };
+    check("cuGraphExecEventWaitNodeSetEvent", set)
 }

@@ -361,6 +361,12 @@ impl Addresses {
         check("cuMemSetAccess", unsafe { cu::cuMemSetAccess(at, len, &raw const access, 1) })
     }
 
+    /// Takes the memory of several stretches away, in order; those beside each other at once.
+    pub(super) fn unmap_all(&self, stretches: &[(usize, usize)]) -> Result<(), DeviceError> {
+        let mut beside = stretches.chunk_by(|(at, len), (next, _)| at + len == *next);
+        beside.try_for_each(|run| self.unmap(run[0].0, run.iter().map(|(_, len)| len).sum()))
+    }
+
     /// Takes the memory away. The caller sees to it that nothing on the device uses it.
     pub(super) fn unmap(&self, offset: usize, len: usize) -> Result<(), DeviceError> {
         if len == 0 {

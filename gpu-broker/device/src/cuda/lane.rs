@@ -12,12 +12,13 @@ use std::{
 };
 
 use super::{
-    CudaDevice, Stretch,
+    CudaDevice, QUEUED_LOOKS_FOR, Stretch,
     arena::{self, Arena, Purpose, with_purpose},
     driver::Context,
     host_memory::Pinned,
     kernels::Work,
-    program::{Program, RunTimes},
+    placement::Placement,
+    program::{Part, Program, RunTimes},
     queue::{Event, Queue},
     registered::{Piece, Registered, UNIT, pieces},
 };
@@ -331,12 +332,24 @@ impl<'d> Run<'d> {
     /// Runs the program without inputs and outputs and looks for its end: for measurements.
     pub fn time_alone(&mut self) -> Result<Duration, DeviceError> {
         let started = Instant::now();
+        let mut placed = None;
         for part in self.program.parts() {
+            self.moved(part, &mut placed)?;
             part.graph.launch(&self.lane.queue)?;
         }
         self.lane.queue.record(&self.lane.done)?;
         while !self.lane.done.look(TAIL_LOOKS_FOR)? {}
         Ok(started.elapsed())
+    }
+
+    /// Moves a part to where the weights are, if it moves with them: for those that arrive, while they are copied.
+    fn moved(&self, part: &Part, placed: &mut Option<Arc<Placement>>) -> Result<(), DeviceError> {
+        let (Some(moves), Some(range)) = (&part.moves, self.program.moves_with()) else { return Ok(()) };
+        let placed = match placed {
+            Some(placed) => placed,
+            None => placed.insert(self.device.shared.wait_placed(range, QUEUED_LOOKS_FOR)?),
+        };
+        moves.to(placed, &part.graph)
     }
 
     /// Queues everything; tells when the first part was launched, if there are any.
@@ -360,7 +373,9 @@ impl<'d> Run<'d> {
             self.device.await_group(range, first, Stream(self.lane.queue.handle()))?;
         }
         let mut first_launched = None;
+        let mut placed = None;
         for part in self.program.parts() {
+            self.moved(part, &mut placed)?;
             if let Some((range, _)) = weights {
                 self.device.wait_queued(range, part.groups)?;
             }

@@ -20,6 +20,7 @@ use faaswap_protocol::Bytes;
 use super::{
     ahead::{Ahead, Spare, Timed},
     detour::Detour,
+    placement::Placement,
     pool::Pool,
     queue::{Event, Queue},
     shared::{Job, Next, Shared, Swap},
@@ -74,6 +75,8 @@ pub(super) struct Link {
     pub(super) spare: Spare,
     /// Whether a stage is mapped before its copies are queued; see `order.rs`.
     pub(super) maps_first: bool,
+    /// How many placements there were.
+    pub(super) placements: u64,
 }
 
 /// Tells all who wait when the thread ends, even by a panic.
@@ -97,7 +100,7 @@ impl Link {
         let shared = Arc::clone(&self.shared);
         let _guard = LoseAtEnd(&shared);
         loop {
-            let can_tidy = !self.stale.is_empty() || self.pool.change().is_some();
+            let can_tidy = !self.stale.is_empty();
             let Job { range, swap } = match shared.next_job(can_tidy) {
                 Next::Job(job) => job,
                 Next::Nothing => {
@@ -202,7 +205,8 @@ impl Link {
         let context = Arc::clone(&self.shared.context);
         let timed = self.spare.take(&context)?;
         self.ahead.begin(range);
-        let chunks = self.take_chunks(range, size)?;
+        let placed = self.place(range, size)?;
+        let chunks = placed.chunks().len();
         self.copies.record(&timed.start)?;
         // Detours may not begin before either: their time counts too, and the chunks may still be in use.
         for &number in source.detours() {
@@ -212,12 +216,12 @@ impl Link {
         let mut mapped = 0;
         for stage in stages(groups, self.shared.info.chunk) {
             if self.maps_first {
-                let until = stage.chunks.max(chunks.len().min(MAPPED_FIRST));
-                mapped = self.map_timed(range, &chunks, (mapped, until), report)?;
+                let until = stage.chunks.max(chunks.min(MAPPED_FIRST));
+                mapped = self.map_timed(range, &placed, (mapped, until), report)?;
             }
             let begun = Instant::now();
             for group in &groups[queued.groups..stage.groups] {
-                self.queue_group(range, source, group, &chunks, &mut queued)?;
+                self.queue_group(range, source, group, &placed, &mut queued)?;
             }
             if stage.groups == groups.len() {
                 // Without detours it is recorded on this very queue.
@@ -228,7 +232,7 @@ impl Link {
             }
             report.queueing += begun.elapsed();
             if !self.maps_first {
-                mapped = self.map_timed(range, &chunks, (mapped, stage.chunks), report)?;
+                mapped = self.map_timed(range, &placed, (mapped, stage.chunks), report)?;
             }
             let there = u32::try_from(stage.groups).expect("there are at most GROUPS_MAX groups");
             self.shared.change(range, |range| range.recorded = there);
@@ -236,18 +240,21 @@ impl Link {
         Ok((timed, queued.last))
     }
 
-    /// Puts chunks behind a range; returns how many are there now.
+    /// Puts behind a range what must be there, from one place to another; returns how far that is done.
     fn map_timed(
         &self,
         range: RangeId,
-        chunks: &[usize],
+        placed: &Placement,
         (from, until): (usize, usize),
         report: &mut SwapReport,
     ) -> Result<usize, DeviceError> {
+        if until <= from {
+            return Ok(from);
+        }
         let begun = Instant::now();
-        let mapped = self.map(range, chunks, from, until);
+        let mapped = self.map(range, placed, (from, until));
         report.mapping += begun.elapsed();
-        mapped
+        mapped.map(|()| until)
     }
 
     /// Queues the copy of a group with its event behind it.
@@ -256,7 +263,7 @@ impl Link {
         range: RangeId,
         source: &Source,
         group: &Group,
-        chunks: &[usize],
+        placed: &Placement,
         queued: &mut Queued,
     ) -> Result<(), DeviceError> {
         self.wait_filled(source, group)?;
@@ -265,15 +272,19 @@ impl Link {
         let way = least_sent(&queued.sent);
         let detour = way.checked_sub(1).map(|number| source.detours()[number]);
         queued.sent[way] += group.len;
-        let copies = pieces(group, chunks, self.pool.chunk);
+        let copies = placed.pieces(group.offset..group.offset + group.len);
         while let Some(behind) = self.ahead.first_beyond(copies.len()) {
             if !behind.look(Duration::ZERO)? {
                 behind.wait()?;
             }
         }
         self.ahead.push(range, Arc::clone(&event), copies.len());
-        for (from, to, len) in copies {
-            self.queue_piece(source, detour, from, self.pool.address(to), len)?;
+        let fits = |bytes: u64| usize::try_from(bytes).expect("groups lie in the weights, which are mapped");
+        let mut from = fits(group.offset);
+        for (to, len) in copies {
+            // Each copy costs some 3 us: neighbouring chunks are one.
+            self.queue_piece(source, detour, from, to, fits(len))?;
+            from += fits(len);
         }
         self.record(source, detour, &event)?;
         queued.groups += 1;
@@ -333,25 +344,6 @@ fn least_sent(sent: &[u64]) -> usize {
     (0..sent.len()).min_by_key(|&way| sent[way]).unwrap_or(0)
 }
 
-/// A group as copies: offset in the weights, chunk and offset in it, length. Neighbouring chunks are one copy: each costs some 3 us.
-fn pieces(group: &Group, chunks: &[usize], size: usize) -> Vec<(usize, (usize, usize), usize)> {
-    let fits = |bytes: u64| usize::try_from(bytes).expect("groups lie in the weights, which are mapped");
-    let (mut at, end) = (fits(group.offset), fits(group.offset + group.len));
-    let mut pieces: Vec<(usize, (usize, usize), usize)> = Vec::new();
-    while at < end {
-        let (place, inside) = (at / size, at % size);
-        let len = (size - inside).min(end - at);
-        match pieces.last_mut() {
-            Some((_, (first, offset), have)) if *first * size + *offset + *have == chunks[place] * size + inside => {
-                *have += len;
-            }
-            _ => pieces.push((at, (chunks[place], inside), len)),
-        }
-        at += len;
-    }
-    pieces
-}
-
 /// Waits for the ends of copies, in order, and reports them.
 pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>, spare: &Spare) {
     for Copying { range, timed, last, source, report, done } in ends {
@@ -375,13 +367,6 @@ pub(super) fn finish(shared: &Shared, ends: &Receiver<Copying>, spare: &Spare) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_group_is_copied_in_as_few_pieces_as_its_chunks_allow() {
-        let group = Group { offset: 6, len: 20 };
-        assert_eq!(pieces(&group, &[5, 2, 3, 9], 8), [(6, (5, 6), 2), (8, (2, 0), 16), (24, (9, 0), 2)]);
-        assert_eq!(pieces(&Group { offset: 8, len: 0 }, &[5, 2], 8), []);
-    }
 
     #[test]
     fn groups_go_where_the_fewest_bytes_have_gone_and_over_the_own_link_first() {

@@ -8,7 +8,7 @@ use super::{
     CudaDevice,
     driver::{Addresses, Physical},
 };
-use crate::{DeviceError, HostWeights, RangeId, range::State};
+use crate::{DeviceError, HostWeights, RangeId};
 
 impl CudaDevice {
     /// What the GPU is called, to stand beside figures.
@@ -16,24 +16,30 @@ impl CudaDevice {
         self.shared.context.model_name()
     }
 
-    /// Times one plain copy of the weights into a range that is swapped in: what a swap-in is measured against.
+    /// Times plain copies of the weights, one for all that lies in a row, into a range that is swapped in: what a swap-in is measured against.
     pub fn time_plain_copy(&self, range: RangeId, weights: &HostWeights) -> Result<Duration, DeviceError> {
-        let base = {
+        let pieces = {
             let mut books = self.shared.books()?;
             let found = books.ranges.get(range)?;
-            if found.state != State::Resident || found.weights != weights.size() {
-                let (state, wanted) = (found.state.name(), State::Resident.name());
-                return Err(DeviceError::State { range, state, wanted });
+            let placed = found.resident(range)?;
+            if found.weights != weights.size() {
+                return Err(DeviceError::Invalid("the weights have another size than the range"));
             }
             found.readers += 1;
-            found.addresses.base()
+            placed.pieces(0..weights.size().get())
         };
         let timed = (|| {
             self.shared.context.synchronize()?;
             let queue = &self.memory.lanes[self.own_lane()].queue;
             let started = Instant::now();
-            // SAFETY: the weights are mapped and the range is, which has a reader; both outlive the wait below.
-            unsafe { queue.copy_in(base, weights.as_ptr(), weights.len()) }?;
+            let mut from = weights.as_ptr();
+            for (to, len) in pieces {
+                let len = usize::try_from(len).unwrap_or(0);
+                // SAFETY: the piece lies in the weights, which are mapped, and in chunks of the range, which has a reader; both outlive
+                // the wait below.
+                unsafe { queue.copy_in(to, from, len) }?;
+                from = from.wrapping_add(len);
+            }
             self.shared.context.synchronize()?;
             Ok(started.elapsed())
         })();

@@ -15,11 +15,12 @@ use super::{
     CudaDevice,
     arena::{Purpose, with_purpose},
     drawn::Drawn,
+    moves::Moves,
     queue::Graph,
     rewrite::Counts,
     stages::stages,
 };
-use crate::{Device, DeviceError, Group};
+use crate::{Device, DeviceError, Group, RangeId};
 
 /// What is usual moves by this part of the difference where a run took longer.
 const USUAL_FOLLOWS: u64 = 8;
@@ -28,6 +29,8 @@ const USUAL_FOLLOWS: u64 = 8;
 pub struct Program {
     parts: Vec<Part>,
     lane: usize,
+    /// Where its weights are, if it moves with them.
+    moves_with: Option<RangeId>,
     /// How long it takes at least, from its launch and with the weights there, in microseconds; 0 before the first run.
     usual_us: AtomicU64,
     last: Mutex<RunTimes>,
@@ -50,6 +53,8 @@ impl fmt::Debug for Drawing {
 pub(super) struct Part {
     pub(super) graph: Graph,
     pub(super) groups: u32,
+    /// What of it moves with the weights; `None` where it reads none, or finds them at their range's own addresses alone.
+    pub(super) moves: Option<Moves>,
 }
 
 /// Where the time of a run went.
@@ -64,8 +69,8 @@ pub struct RunTimes {
 }
 
 impl Program {
-    pub(super) fn new(parts: Vec<Part>, lane: usize) -> Self {
-        Self { parts, lane, usual_us: AtomicU64::new(0), last: Mutex::default() }
+    pub(super) fn new(parts: Vec<Part>, lane: usize, moves_with: Option<RangeId>) -> Self {
+        Self { parts, lane, moves_with, usual_us: AtomicU64::new(0), last: Mutex::default() }
     }
 
     /// Notes how long a run took. What is usual follows shorter runs at once and longer ones slowly: who sleeps too long
@@ -88,6 +93,11 @@ impl Program {
     /// How long it takes at least.
     pub(super) fn usual(&self) -> Duration {
         Duration::from_micros(self.usual_us.load(Ordering::Relaxed))
+    }
+
+    /// The range that it moves with.
+    pub(super) fn moves_with(&self) -> Option<RangeId> {
+        self.moves_with
     }
 
     pub(super) fn parts(&self) -> &[Part] {
@@ -176,7 +186,7 @@ impl CudaDevice {
             (part, told)
         };
         let (parts, drawn) = parts.into_iter().map(drawn).unzip();
-        Ok((Program::new(parts, lane), Drawing { parts: drawn, lane }))
+        Ok((Program::new(parts, lane, None), Drawing { parts: drawn, lane }))
     }
 
     /// Ends the part that is captured. One of nothing is left out.
@@ -185,7 +195,7 @@ impl CudaDevice {
         if rewritten.counts.nodes > 0 {
             let groups = capture.stages.get(capture.stage).copied().unwrap_or(0);
             let graph = Graph::of(&self.shared.context, &drawn, rewritten)?;
-            capture.done.push((Part { graph, groups }, drawn));
+            capture.done.push((Part { graph, groups, moves: None }, drawn));
         }
         Ok(capture)
     }

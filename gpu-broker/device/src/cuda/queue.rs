@@ -232,13 +232,17 @@ impl Graph {
         Ok(Self { raw, context: Arc::clone(context), rewritten })
     }
 
+    pub(super) fn raw(&self) -> cu::CUgraphExec {
+        ptr::with_exposed_provenance_mut(self.raw)
+    }
+
     pub(super) fn counts(&self) -> Counts {
         self.rewritten.counts
     }
 
     pub(super) fn launch(&self, on: &Queue) -> Result<(), DeviceError> {
         // SAFETY: both handles are alive.
-        let result = unsafe { cu::cuGraphLaunch(ptr::with_exposed_provenance_mut(self.raw), on.raw()) };
+        let result = unsafe { cu::cuGraphLaunch(self.raw(), on.raw()) };
         check("cuGraphLaunch", result)
     }
 }
@@ -247,7 +251,7 @@ impl Drop for Graph {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
             // SAFETY: the handle is ours; the driver waits for launches that are under way.
-            tell("cuGraphExecDestroy", unsafe { cu::cuGraphExecDestroy(ptr::with_exposed_provenance_mut(self.raw)) });
+            tell("cuGraphExecDestroy", unsafe { cu::cuGraphExecDestroy(self.raw()) });
         }
     }
 }

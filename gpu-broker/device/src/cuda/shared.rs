@@ -13,6 +13,7 @@ use faaswap_protocol::Bytes;
 
 use super::{
     driver::{Addresses, Context},
+    placement::{Placement, Span},
     pool::Pool,
     queue::Event,
     source::{Lent, Source},
@@ -62,11 +63,16 @@ pub(super) struct Range {
     /// One per group. They stay for as long as the range does: programs wait for them.
     pub(super) events: Vec<Arc<Event>>,
     pub(super) failed: Option<DeviceError>,
-    /// The chunks that are its own now.
-    pub(super) chunks: Vec<usize>,
-    /// Lengths of the pieces of memory behind it, from its start. Where the range is out that memory is not its own any
+    /// Weights that must each lie in a row, of those that cross the end of a chunk, for programs that move with them; `None` where
+    /// some program knows the range's own addresses alone.
+    pub(super) whole: Option<Arc<[Span]>>,
+    /// Where the weights lie now; `None` where they have no chunks.
+    pub(super) placed: Option<Arc<Placement>>,
+    /// Where they lay at last.
+    pub(super) was: Option<Arc<Placement>>,
+    /// What has memory behind it, in order: offset and length. Where the range is out that memory is not its own any
     /// more: it is taken away when the link has nothing else to do.
-    pub(super) behind: Vec<usize>,
+    pub(super) behind: Vec<(usize, usize)>,
     /// Whether the link means to take that memory away.
     pub(super) stale: bool,
     /// Whether one chunk lies behind all of it, for a model to be bound.
@@ -76,9 +82,18 @@ pub(super) struct Range {
     pub(super) readers: u32,
 }
 
+impl Range {
+    /// Where the weights lie, once all are there.
+    pub(super) fn resident(&self, id: RangeId) -> Result<Arc<Placement>, DeviceError> {
+        let placed = self.placed.as_ref().filter(|_| self.state == State::Resident);
+        let (state, wanted) = (self.state.name(), State::Resident.name());
+        placed.map(Arc::clone).ok_or(DeviceError::State { range: id, state, wanted })
+    }
+}
+
 impl Drop for Range {
     fn drop(&mut self) {
-        if let Err(error) = self.addresses.unmap(0, self.behind.iter().sum()) {
+        if let Err(error) = self.addresses.unmap_all(&self.behind) {
             tracing::debug!(%error, "a range that goes cannot be unmapped");
         }
     }
@@ -108,8 +123,6 @@ pub(super) struct Shared {
     pub(super) info: DeviceInfo,
     pub(super) context: Arc<Context>,
     pub(super) mapped: AtomicU64,
-    /// Where the pool's first chunk is, for copies.
-    window: u64,
     /// Other GPUs that can read the pool.
     readers: Vec<i32>,
     /// Other GPUs over which there is a second way to this one.
@@ -128,7 +141,6 @@ impl Shared {
             info,
             context,
             mapped: AtomicU64::new(0),
-            window: pool.address((0, 0)),
             readers: pool.readers.clone(),
             detours: OnceLock::new(),
             books: Mutex::default(),
@@ -151,15 +163,14 @@ impl Shared {
 
     /// Lends weights that are wholly here to another GPU; `None` where they are not, or where it cannot reach them.
     pub(super) fn lend(self: &Arc<Self>, id: RangeId, to: i32) -> Option<Lent> {
-        let chunk = self.info.chunk.as_len()?;
         let mut books = self.books().ok()?;
         let range = books.ranges.get(id).ok()?;
         if range.state != State::Resident || range.unfinished || !self.readers.contains(&to) {
             return None;
         }
+        let placed = Arc::clone(range.placed.as_ref()?);
         range.readers += 1;
-        let chunks = range.chunks.iter().map(|at| self.window + (at * chunk) as u64).collect();
-        Some(Lent::new(Arc::clone(self), id, chunks, chunk))
+        Some(Lent::new(Arc::clone(self), id, placed))
     }
 
     pub(super) fn books(&self) -> Result<MutexGuard<'_, Books>, DeviceError> {
@@ -305,6 +316,16 @@ impl Shared {
         }
     }
 
+    /// Waits until the weights have a place, which they keep for as long as the caller reads the range.
+    pub(super) fn wait_placed(&self, id: RangeId, look: Duration) -> Result<Arc<Placement>, DeviceError> {
+        self.wait_until(id, look, |range| match (&range.placed, &range.failed, range.state) {
+            (Some(placed), _, _) => Some(Ok(Arc::clone(placed))),
+            (None, Some(failed), _) => Some(Err(failed.clone())),
+            (None, None, State::Out) => Some(Err(is_out(id))),
+            (None, None, State::Queued | State::Copying | State::Resident | State::Leaving) => None,
+        })
+    }
+
     /// Waits until the copies of the groups `0..=group` are queued on the link; returns the event of the last of them.
     pub(super) fn wait_recorded(&self, id: RangeId, group: u32, look: Duration) -> Result<(), DeviceError> {
         self.wait_until(id, look, |range| {
@@ -315,11 +336,7 @@ impl Shared {
                 return Some(Err(failed.clone()));
             }
             match range.state {
-                State::Out => Some(Err(DeviceError::State {
-                    range: id,
-                    state: State::Out.name(),
-                    wanted: State::Resident.name(),
-                })),
+                State::Out => Some(Err(is_out(id))),
                 State::Queued | State::Copying | State::Resident | State::Leaving if group >= range.groups => {
                     Some(Err(DeviceError::Invalid("the weights have no such group")))
                 }
@@ -327,6 +344,10 @@ impl Shared {
             }
         })
     }
+}
+
+fn is_out(range: RangeId) -> DeviceError {
+    DeviceError::State { range, state: State::Out.name(), wanted: State::Resident.name() }
 }
 
 /// A reader of a range, whose memory stays for so long.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::shared::Shared;
+use super::{placement::Placement, shared::Shared};
 use crate::{HostWeights, RangeId};
 
 /// The source of one swap-in. It stays until the copies have ended.
@@ -19,15 +19,13 @@ pub(super) enum Source {
 pub(super) struct Lent {
     peer: Arc<Shared>,
     range: RangeId,
-    /// Addresses of the chunks that they lie in.
-    chunks: Vec<u64>,
-    chunk: usize,
+    placed: Arc<Placement>,
 }
 
 impl Lent {
-    /// `chunks` are the range's on `peer`, which counts this as a reader already.
-    pub(super) fn new(peer: Arc<Shared>, range: RangeId, chunks: Vec<u64>, chunk: usize) -> Self {
-        Self { peer, range, chunks, chunk }
+    /// `placed` is where the range's are on `peer`, which counts this as a reader already.
+    pub(super) fn new(peer: Arc<Shared>, range: RangeId, placed: Arc<Placement>) -> Self {
+        Self { peer, range, placed }
     }
 
     /// Calls `copy` with address, offset and length of each piece of a stretch that lies in a row.
@@ -37,11 +35,10 @@ impl Lent {
         len: usize,
         mut copy: impl FnMut(u64, usize, usize) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut at = from;
-        while at < from + len {
-            let (chunk, inside) = (at / self.chunk, at % self.chunk);
-            let piece = (self.chunk - inside).min(from + len - at);
-            copy(self.chunks[chunk] + inside as u64, at - from, piece)?;
+        let mut at = 0;
+        for (address, piece) in self.placed.pieces(from as u64..(from + len) as u64) {
+            let piece = usize::try_from(piece).expect("a piece of weights that are mapped");
+            copy(address, at, piece)?;
             at += piece;
         }
         Ok(())

@@ -10,23 +10,24 @@ mod alike;
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
-use cudarc::driver::sys as cu;
-
-use self::alike::{Differs, OWN_CONSTANTS, Places, WORD, Word, compare};
+pub(super) use self::alike::WORD;
+use self::alike::{Differs, OWN_CONSTANTS, Places, WEIGHTS, Word, compare};
 use super::{
     CudaDevice, Stretch,
-    drawn::{self, Content, Node},
+    drawn::{self, Content, Drawn, Node},
     lane::Constants,
+    moves::{Moves, Reader},
+    placement::{Span, Tensors},
     program::{Drawing, Part, Program},
     queue::{Event, Graph},
 };
-use crate::{DeviceError, RangeId};
+use crate::{Device, DeviceError, Group, RangeId};
 
 /// Pairs of programs that are compared until a kind is left alone. What lies between arguments may mislead.
-const COMPARED_MAX: u32 = 4;
+pub const COMPARED_MAX: u32 = 4;
 /// Most kinds that are known of a device.
 pub const KINDS_MAX: usize = 128;
 /// Constants of one model beyond this are not copied.
@@ -50,7 +51,8 @@ struct Captured {
 
 /// What twins are made of.
 pub struct Template {
-    drawing: Drawing,
+    /// Locked by whoever does something with its graphs: the driver wants that, also where they are only read.
+    drawing: Mutex<Drawing>,
     /// By part and node.
     differs: Vec<Vec<(usize, Differs)>>,
     /// What those stretches of constants hold that the program names, but for the first.
@@ -123,7 +125,20 @@ impl Template {
             }
         }
         let Captured { drawing, lane_has, events, .. } = captured;
-        Self { drawing, differs, constants, lane_has, _events: events }
+        Self { drawing: Mutex::new(drawing), differs, constants, lane_has, _events: events }
+    }
+
+    /// Whether all that it reads of the weights is these tensors'.
+    fn reads(&self, tensors: &Tensors) -> bool {
+        let words = self.differs.iter().flatten().filter_map(|(_, differs)| match differs {
+            Differs::Words(words) => Some(words),
+            Differs::Group(_) => None,
+        });
+        words.flatten().filter(|word| word.place.0 == WEIGHTS).all(|word| tensors.have(word.place.1))
+    }
+
+    pub(super) fn drawing(&self) -> MutexGuard<'_, Drawing> {
+        self.drawing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -209,15 +224,18 @@ impl CudaDevice {
     }
 
     /// Makes a program for a lane without capturing it. `constants` become what the kind's are, but for their first stretch,
-    /// which holds these bytes. The lane's inputs and outputs must be there, see [`CudaDevice::io_address`].
+    /// which holds these bytes. The lane's inputs and outputs must be there, see [`CudaDevice::io_address`]. It moves with the
+    /// weights, of which each of `tensors` must lie in a row, where all that it reads of them is theirs.
     pub fn twin(
         &self,
-        template: &Template,
+        template: &Arc<Template>,
         lane: usize,
-        range: RangeId,
+        (range, tensors): (RangeId, &[Group]),
         constants: &Constants,
         first: &[u8],
     ) -> Result<Program, DeviceError> {
+        let tensors = Tensors::new(tensors);
+        let moves = template.reads(&tensors);
         let made = self.beside_captures(|| {
             self.place_constants(constants, first)?;
             for content in &template.constants {
@@ -227,47 +245,63 @@ impl CudaDevice {
             self.lane(lane)?.scratch().grow(scratch)?;
             self.lane(lane)?.workspace().grow(workspace)?;
             let places = self.places(lane, range, constants)?;
-            let parts = template.drawing.parts.iter().zip(&template.differs);
+            let drawing = template.drawing();
+            let parts = drawing.parts.iter().zip(&template.differs);
             let parts = parts.map(|((drawn, groups, counts), differs)| {
-                let copy = drawn.copy()?;
-                let nodes = drawn.nodes()?;
-                for (node, differs) in differs {
-                    self.change(copy.of_original(nodes[*node])?, differs, &places, range)?;
-                }
-                Ok(Part { graph: Graph::of(&self.shared.context, &copy, counts.of_plain())?, groups: *groups })
+                let graph = Graph::of(&self.shared.context, drawn, counts.of_plain())?;
+                let readers = self.change((drawn, &graph), differs, &places, range)?;
+                let moves = (moves && !readers.is_empty()).then(|| Moves::new(template, readers));
+                Ok(Part { graph, groups: *groups, moves })
             });
-            Ok(Program::new(parts.collect::<Result<_, DeviceError>>()?, lane))
+            let parts = parts.collect::<Result<_, DeviceError>>()?;
+            Ok(Program::new(parts, lane, moves.then_some(range)))
         });
-        self.shared.noted(made)
+        let program = self.shared.noted(made)?;
+        if moves {
+            let crossing: Arc<[Span]> = tensors.crossing(self.info().chunk.get()).into();
+            let mut books = self.shared.books()?;
+            let found = books.ranges.get(range)?;
+            (found.whole, found.was) = (Some(crossing), None);
+        }
+        Ok(program)
     }
 
-    /// Makes a node of a copy one of the twin's.
+    /// Makes what was instantiated of a part of the template the twin's. Returns what in it reads weights.
     fn change(
         &self,
-        node: cu::CUgraphNode,
-        differs: &Differs,
+        (drawn, graph): (&Drawn, &Graph),
+        differs: &[(usize, Differs)],
         places: &Places,
         range: RangeId,
-    ) -> Result<(), DeviceError> {
-        match differs {
-            Differs::Words(words) => {
-                let Node::Kernel(mut call) = drawn::read_node(node)? else {
-                    return Err(DeviceError::Invalid("a kernel's copy is no kernel"));
-                };
-                for word in words {
-                    let bytes = &mut call.arguments[word.argument][word.offset..word.offset + WORD];
-                    bytes.copy_from_slice(&places.address(word.place)?.to_ne_bytes());
+    ) -> Result<Vec<Reader>, DeviceError> {
+        let nodes = drawn.nodes()?;
+        let mut readers = Vec::new();
+        for (number, differs) in differs {
+            let node = nodes[*number].expose_provenance();
+            match differs {
+                Differs::Words(words) => {
+                    let Node::Kernel(mut call) = drawn::read_node(nodes[*number])? else {
+                        return Err(DeviceError::Invalid("a template's kernel is no kernel"));
+                    };
+                    for word in words {
+                        let bytes = &mut call.arguments[word.argument][word.offset..word.offset + WORD];
+                        bytes.copy_from_slice(&places.address(word.place)?.to_ne_bytes());
+                    }
+                    // SAFETY: the node is a kernel of the part, which the caller has alone; the places are the model's and its lane's,
+                    // which stay for as long as its program.
+                    unsafe { drawn::set_in(graph.raw(), node, &mut call) }?;
+                    let of_weights = words.iter().filter(|word| word.place.0 == WEIGHTS);
+                    let words: Vec<_> = of_weights.map(|word| (word.argument, word.offset, word.place.1)).collect();
+                    readers.extend((!words.is_empty()).then_some(Reader { node, call, words }));
                 }
-                // SAFETY: the node is a kernel of a graph that the caller has; the places are the model's and its lane's,
-                // which stay for as long as its program.
-                unsafe { drawn::set_arguments(node, &mut call.arguments) }
-            }
-            Differs::Group(group) => {
-                let event = self.shared.books()?.event(&self.shared.context, range, *group)?;
-                // SAFETY: the node is a wait of a graph that the caller has.
-                unsafe { drawn::set_event(node, &event) }
+                Differs::Group(group) => {
+                    let event = self.shared.books()?.event(&self.shared.context, range, *group)?;
+                    // SAFETY: the node is a wait of the part, which the caller has alone.
+                    unsafe { drawn::set_event_in(graph.raw(), node, &event) }?;
+                }
             }
         }
+        Ok(readers)
     }
 
     /// Takes memory for constants and writes it.

@@ -144,7 +144,12 @@ fn device_for(prepared: &Prepared) -> Result<Arc<dyn Device>, DeviceError> {
 /// The same with so many lanes, where programs may be made of others.
 fn device_with(prepared: &Prepared, (lanes, twins): (usize, bool)) -> Result<Arc<dyn Device>, DeviceError> {
     let weights = prepared.manifest().weights_bytes;
-    let capacity = |chunk: Bytes| weights.checked_round_up(chunk).and_then(|b| b.checked_add(chunk)).unwrap_or(weights);
+    // What a device keeps free is a smaller part.
+    let spare = Bytes::new(weights.get() / 16);
+    let capacity = |chunk: Bytes| {
+        let all = weights.checked_add(spare).and_then(|all| all.checked_round_up(chunk)?.checked_add(chunk));
+        all.unwrap_or(weights)
+    };
     Ok(match prepared.manifest().target {
         Target::Cpu => {
             let capacity = capacity(CHUNK_DEFAULT);
@@ -153,7 +158,9 @@ fn device_with(prepared: &Prepared, (lanes, twins): (usize, bool)) -> Result<Arc
         Target::Cuda(cuda) => {
             let ordinal = u32::try_from(cuda.ordinal).map_err(|_| DeviceError::Invalid("there is no such GPU"))?;
             let memory = Some(capacity(cuda::CHUNK_DEFAULT));
-            CudaDevice::open(&CudaConfig { memory, lanes, twins, ..CudaConfig::new("prepare", ordinal) })?
+            // Programs that move with the weights are tried where each chunk lies elsewhere.
+            let scattered = twins;
+            CudaDevice::open(&CudaConfig { memory, lanes, twins, scattered, ..CudaConfig::new("prepare", ordinal) })?
         }
     })
 }

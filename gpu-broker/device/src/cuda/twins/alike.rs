@@ -4,11 +4,13 @@ use super::{Captured, Content, Node, Stretch};
 use crate::DeviceError;
 
 /// Addresses are words of this size.
-pub(super) const WORD: usize = size_of::<u64>();
+pub(in crate::cuda) const WORD: usize = size_of::<u64>();
 /// Numbers in arguments are below that, lower halves of addresses seldom.
 const SMALL_NUMBERS: u64 = 1 << 20;
 /// So many differences are told where they keep a kind apart.
 const DIFFERENCES_TOLD: usize = 4;
+/// The stretch of the weights in [`Places`].
+pub(super) const WEIGHTS: usize = 0;
 /// The first stretch of constants in [`Places`]: the model's own. Those behind it are the kind's.
 pub(super) const OWN_CONSTANTS: usize = 4;
 
