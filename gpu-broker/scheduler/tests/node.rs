@@ -103,6 +103,31 @@ fn a_run_begins_a_little_before_its_copy_asks_for_it_where_a_lane_is_to_spare() 
     }
 }
 
+/// A copy of 20 ms keeps the link busy; the next one is asked for half a millisecond before it ends, and the third not yet.
+#[test]
+fn the_next_copy_is_asked_for_just_before_the_link_is_free() {
+    let mut node = Node::new(&[(1_000_000_000, 2)], &[200_000_000; 3], Late::Serve);
+    let (device, link) = (DeviceId(0), faaswap_scheduler::Link::Host { to: DeviceId(0) });
+    node.tell(Event::LinkMeasured { link, bytes_per_s: 10_000_000_000 });
+    let (weights, run) = (Bytes::new(200_000_000), Duration::from_millis(5));
+    for model in (0..3).map(ModelId) {
+        node.tell(Event::ModelMeasured { model, device, weights, run });
+    }
+    node.ask(1, 0, 100);
+    assert_eq!(node.ask(2, 1, 200).iter().find(|action| matches!(action, Action::SwapIn { .. })), None);
+    assert_eq!(node.ask(3, 2, 300).iter().find(|action| matches!(action, Action::SwapIn { .. })), None);
+    let mut wakes = Vec::new();
+    while !node.log.contains(&swap_in(1, 0)) {
+        let wished = node.log.iter().rev().find_map(|action| if let Action::WakeAt(at) = action { Some(*at) } else { None });
+        let wake = wished.filter(|at| *at > node.now).expect("a look at the link is wished for");
+        wakes.push(wake.0.as_micros());
+        node.now = wake;
+        node.tell(Event::Woken);
+    }
+    assert_eq!(wakes.last(), Some(&19_500), "{wakes:?}");
+    assert!(!node.log.contains(&swap_in(2, 0)));
+}
+
 #[test]
 fn a_model_on_a_busy_device_is_copied_from_there_over_a_faster_link() {
     let mut node = Node::new(&[(10, 1), (10, 1)], &[4], Late::Serve);

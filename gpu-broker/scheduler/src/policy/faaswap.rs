@@ -106,12 +106,13 @@ impl Faaswap {
         }
         if !Means::of(books).any() {
             self.reached = None;
-            return At::NEVER;
+            return link_is_nearly_free(books);
         }
-        match newcomer.filter(|slot| self.is_behind(books, *slot)) {
+        let wake = match newcomer.filter(|slot| self.is_behind(books, *slot)) {
             Some(slot) => self.wake.min(self.look_at(books, Tier::High, slot, actions)),
             None => self.pass(books, actions),
-        }
+        };
+        if books.ready.waiting_len() > 0 { wake.min(link_is_nearly_free(books)) } else { wake }
     }
 
     /// One look at everything that waits, most urgent first.
@@ -389,6 +390,14 @@ impl Policy for Faaswap {
 
 fn wants_refusal(books: &Books, slot: Slot) -> bool {
     books.functions.get(slot).is_some_and(|function| function.late == Late::Refuse)
+}
+
+/// When the copy that keeps a link busy ends soon, so that the next one is queued behind it: the link would wait for its end to be
+/// told and answered otherwise, a quarter of a millisecond on an H100.
+fn link_is_nearly_free(books: &Books) -> At {
+    let busy = books.devices.iter().enumerate().filter(|(_, device)| !device.lost && device.copies.len() == 1);
+    let soon = busy.map(|(place, _)| books.links.free_at(place) - COPY_ENDS_SOON);
+    soon.filter(|soon| *soon > books.now).min().unwrap_or(At::NEVER)
 }
 
 fn remember(books: &mut Books, slot: Slot, waiting: Waiting, best: Prediction, compared: u16, choice: Choice) {
