@@ -130,7 +130,7 @@ pub struct Settings {
     pub gpu_fallback: bool,
     /// Whether fp32 products on GPUs may be computed in TF32, as PyTorch's convolutions are, where a function does not say.
     pub tf32: bool,
-    /// Whether GPUs bind further models of a kind without a session.
+    /// Whether GPUs bind models of a kind without a session of each, and move their programs to where weights are: else these are mapped at each swap-in.
     pub bind_by_kind: bool,
     /// One swap-in in so many is read back from its device and compared; 0 for none.
     pub verify_every: u64,

@@ -143,7 +143,12 @@ impl Bound {
 
     /// Has the model's kind learnt from a second program where it is not known yet, and makes a program of the kind, which moves with
     /// the weights; the one of the session may then go.
-    fn learn_kind(&mut self, runtime: &Runtime, prepared: &Prepared, device: &Arc<dyn Device>) -> Result<(), EngineError> {
+    fn learn_kind(
+        &mut self,
+        runtime: &Runtime,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+    ) -> Result<(), EngineError> {
         let (Some(cuda), Some(kind), Some(range)) = (device.as_cuda(), prepared.kind()?, self.range()) else {
             return Ok(());
         };

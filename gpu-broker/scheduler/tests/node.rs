@@ -118,7 +118,8 @@ fn the_next_copy_is_asked_for_just_before_the_link_is_free() {
     assert_eq!(node.ask(3, 2, 300).iter().find(|action| matches!(action, Action::SwapIn { .. })), None);
     let mut wakes = Vec::new();
     while !node.log.contains(&swap_in(1, 0)) {
-        let wished = node.log.iter().rev().find_map(|action| if let Action::WakeAt(at) = action { Some(*at) } else { None });
+        let wished =
+            node.log.iter().rev().find_map(|action| if let Action::WakeAt(at) = action { Some(*at) } else { None });
         let wake = wished.filter(|at| *at > node.now).expect("a look at the link is wished for");
         wakes.push(wake.0.as_micros());
         node.now = wake;

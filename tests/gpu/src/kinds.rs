@@ -96,7 +96,9 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             records.push(record.counting(2 * VARIANTS, wrong));
         }
         all_wrong += wrong;
-        told.push(json!({"model": name, "twins": twins, "of": VARIANTS - 1, "kept_session": kept_session, "wrong": wrong}));
+        told.push(
+            json!({"model": name, "twins": twins, "of": VARIANTS - 1, "kept_session": kept_session, "wrong": wrong}),
+        );
         Records::new(out, "kinds", together.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&records)?;
         fs::write(out.join("kinds.json"), serde_json::to_vec_pretty(&told)?)?;
     }

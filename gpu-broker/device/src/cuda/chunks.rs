@@ -67,7 +67,9 @@ impl Chunks {
             if let Some(behind) = self.free.remove(&(chunk + 1)) {
                 len += behind;
             }
-            if let Some((&before, &have)) = self.free.range(..chunk).next_back().filter(|&(&at, &have)| at + have == chunk) {
+            if let Some((&before, &have)) =
+                self.free.range(..chunk).next_back().filter(|&(&at, &have)| at + have == chunk)
+            {
                 (first, len) = (before, have + len);
             }
             self.free.insert(first, len);

@@ -34,7 +34,7 @@ pub struct CudaConfig {
     pub peers: Vec<u32>,
     /// Those over whose links this one's weights may come too; each lends 64 MiB for it.
     pub detours: Vec<u32>,
-    /// Whether programs are made of others of their kind, without a session.
+    /// Whether programs are made of others of their kind, without a session, and move to where their weights are.
     pub twins: bool,
     /// Whether no two chunks of a model's weights shall lie in a row: for trials.
     pub scattered: bool,

@@ -392,9 +392,12 @@ fn wants_refusal(books: &Books, slot: Slot) -> bool {
     books.functions.get(slot).is_some_and(|function| function.late == Late::Refuse)
 }
 
-/// When the copy that keeps a link busy ends soon, so that the next one is queued behind it: the link would wait for its end to be
-/// told and answered otherwise, a quarter of a millisecond on an H100.
+/// When one of the copies that keep all links busy ends soon, so that the next one is queued behind it: the link would wait for its end to
+/// be told and answered otherwise, a quarter of a millisecond on an H100.
 fn link_is_nearly_free(books: &Books) -> At {
+    if Means::of(books).link() {
+        return At::NEVER;
+    }
     let busy = books.devices.iter().enumerate().filter(|(_, device)| !device.lost && device.copies.len() == 1);
     let soon = busy.map(|(place, _)| books.links.free_at(place) - COPY_ENDS_SOON);
     soon.filter(|soon| *soon > books.now).min().unwrap_or(At::NEVER)

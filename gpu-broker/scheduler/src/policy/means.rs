@@ -26,6 +26,11 @@ impl Means {
         means
     }
 
+    /// Whether a copy may be asked for somewhere.
+    pub(crate) fn link(self) -> bool {
+        self.link
+    }
+
     pub(crate) fn any(self) -> bool {
         self.lane || self.link
     }
