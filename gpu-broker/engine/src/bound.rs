@@ -133,16 +133,16 @@ impl Bound {
             Some(_) => {
                 runtime.share_device_memory(device)?;
                 bound.make_program(runtime, prepared, target, device)?;
-                if learns {
-                    bound.learn_kind(runtime, prepared, device)?;
+                if learns && let Err(error) = bound.learn_kind(runtime, prepared, device) {
+                    tracing::warn!(%error, "a model's weights are mapped at each swap-in: its kind cannot be learnt");
                 }
             }
         }
         Ok(bound)
     }
 
-    /// Has the model's kind learnt from a second program where it is not known yet, and makes a program of the kind, which moves with
-    /// the weights; the one of the session may then go.
+    /// Has the model's kind learnt from a second program where it is not known yet, and puts a program of the kind, which moves with
+    /// the weights, in the place of the session's.
     fn learn_kind(
         &mut self,
         runtime: &Runtime,
@@ -161,10 +161,7 @@ impl Bound {
             }
         }
         let Some(template) = cuda.template(&kind.key) else { return Ok(()) };
-        match self.twin(prepared, device, &template, programs.io.clone(), (programs.lane(), range)) {
-            Ok(twin) => self.programs = Some(twin),
-            Err(error) => tracing::warn!(%error, "a model's weights are mapped: no program of its kind can be made"),
-        }
+        self.programs = Some(self.twin(prepared, device, &template, programs.io.clone(), (programs.lane(), range))?);
         Ok(())
     }
 

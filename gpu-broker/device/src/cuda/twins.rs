@@ -1,9 +1,9 @@
 //! Twins: programs that are made of another model's of the same kind, without a session.
 //!
 //! Models of one kind differ in their weights alone. Their programs are the same kernels in the same order; what differs is
-//! where things lie. Two programs that were captured, of two models and in two lanes, tell which words are such places: those
+//! where things lie. Two programs that were captured, at two ranges and in two lanes, tell which words are such places: those
 //! that differ, and that lie as far into the same stretch of either. A third program is the first with these words for its own
-//! stretches. A kind is left alone where anything else differs that could be an address ([`alike`]).
+//! stretches, and moves with its weights by those of them that name weights ([`Moves`]). A kind is left alone where anything else differs that could be an address ([`alike`]).
 
 mod alike;
 
