@@ -1,5 +1,5 @@
 //! A swap-in is made usable in stages, each as large as all before it, up to a limit: a program's first part is launched when
-//! the first chunk is behind its addresses, and the rest is mapped while that runs.
+//! the copies of the first chunk are queued, and what of it must be mapped is, and the rest is seen to while that runs.
 //!
 //! A program is cut where stages begin, so link and capture must agree on where that is.
 
