@@ -45,7 +45,7 @@ pub(super) fn mapping_waits(context: &Arc<Context>, pool: &Pool) -> Result<bool,
         let started = Instant::now();
         let queued = (0..COPIES).try_for_each(|_| {
             // SAFETY: the pinned memory and the pool's first chunk, which no range has yet, outlive the wait below.
-            unsafe { queue.copy_in(pool.address((0, 0)), host.as_ptr(), host.len()) }
+            unsafe { queue.copy_in(pool.window(), host.as_ptr(), host.len()) }
         });
         let mapped = map();
         queue.finish(&done)?;

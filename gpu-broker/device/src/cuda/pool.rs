@@ -79,14 +79,9 @@ impl Pool {
         &self.memory[chunk]
     }
 
-    /// Where the first chunk is.
+    /// Where the first chunk is, for copies; the others follow.
     pub(super) fn window(&self) -> u64 {
         self.window.base()
-    }
-
-    /// Where a byte of a chunk is, whatever range the chunk is behind.
-    pub(super) fn address(&self, (chunk, offset): (usize, usize)) -> u64 {
-        self.window.base() + (chunk * self.chunk + offset) as u64
     }
 }
 
