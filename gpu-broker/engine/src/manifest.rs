@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::{CudaTarget, EngineError, Target, kind::Kind, limits::MANIFEST_BYTES_MAX, onnx, program::IoLayout};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 9;
+pub const MANIFEST_VERSION: u32 = 10;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -68,6 +68,8 @@ pub struct Manifest {
     pub bind_apart: Option<String>,
     /// Whether it has convolutions: only these have layouts to choose from.
     pub has_convolutions: bool,
+    /// How many attentions were fused into one operator each.
+    pub fused_attention: usize,
     /// What the model takes and gives.
     pub signature: Signature,
     /// Size of the flat weights.
@@ -263,6 +265,7 @@ pub(crate) mod tests {
             keep_session: None,
             bind_apart: None,
             has_convolutions: true,
+            fused_attention: 0,
             signature: Signature { inputs: Vec::new(), outputs: Vec::new() },
             weights_bytes: Bytes::new(16),
             groups: vec![GroupSpan { offset: 0, len: 16 }],

@@ -62,12 +62,13 @@ pub(crate) fn prepare_all(
                 let how = prepared.as_ref().map_or_else(ToString::to_string, |prepared| {
                     let m = prepared.manifest();
                     format!(
-                        "{} groups, {} awaits, trial {:?} us, difference {:?}, session kept: {:?}",
+                        "{} groups, {} awaits, trial {:?} us, difference {:?}, session kept: {:?}, bound apart: {:?}",
                         m.groups.len(),
                         m.await_count,
                         m.trial_run_us,
                         m.trial_max_abs_diff,
-                        m.keep_session
+                        m.keep_session,
+                        m.bind_apart
                     )
                 });
                 println!("  {} in {:.1} s: {how}", folder.display(), start.elapsed().as_secs_f64());

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    ffi::{c_ulonglong, c_void},
+    ffi::{CStr, c_ulonglong, c_void},
     mem::MaybeUninit,
     ptr,
     sync::Arc,
@@ -16,8 +16,26 @@ use super::{
 };
 use crate::DeviceError;
 
-/// Most arguments of a kernel; what CUDA allows at most is 32,764 bytes of them.
+/// Most arguments of a kernel.
 const ARGUMENTS_MAX: usize = 4096;
+/// As many bytes of arguments as CUDA allows.
+const ARGUMENT_BYTES_MAX: usize = 32_764;
+/// Keys in a launch's list of extras: the end, the arguments in one piece, and where their size is.
+const EXTRA_END: usize = 0;
+const EXTRA_BUFFER: usize = 1;
+const EXTRA_SIZE: usize = 2;
+const EXTRAS_MAX: usize = 4;
+/// What kernels need that are made of the same plan.
+const NEEDS: [cu::CUfunction_attribute; 6] = [
+    cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS,
+    cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+    cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES,
+    cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES,
+    cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
+    cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_BINARY_VERSION,
+];
+/// So much of a kernel's name is told.
+const NAME_TOLD: usize = 120;
 
 /// A graph that can be read and changed. What is launched is made of it, and needs it no more.
 pub(super) struct Drawn {
@@ -32,8 +50,8 @@ pub(super) enum Node {
     /// Waits for the event of this handle.
     Wait(usize),
     Empty,
-    /// What cannot be made to do the same elsewhere.
-    Other,
+    /// What cannot be made to do the same elsewhere, and why not.
+    Other(&'static str),
 }
 
 /// A kernel's launch.
@@ -43,8 +61,10 @@ pub(super) struct Call {
     function: [usize; 2],
     /// Blocks, threads, and shared memory.
     shape: [u32; 7],
-    /// Each argument's bytes.
+    /// Each argument's bytes; all of them as one where they are `packed`.
     pub(super) arguments: Vec<Vec<u8>>,
+    /// Whether it was launched with its arguments in one piece, as the driver does not tell them apart.
+    packed: bool,
 }
 
 /// All that a graph says.
@@ -56,9 +76,55 @@ pub(super) struct Content {
 }
 
 impl Call {
-    /// Whether it is the same kernel, launched in the same way, with as many arguments.
-    pub(super) fn is_like(&self, other: &Self) -> bool {
-        (self.function, self.shape, self.arguments.len()) == (other.function, other.shape, other.arguments.len())
+    /// How the other is another kernel, or launched in another way, or with another number of arguments; `None` where it is not.
+    pub(super) fn difference(&self, other: &Self) -> Option<String> {
+        let launch = |call: &Self| (call.shape, call.packed, call.arguments.len());
+        if self.function != other.function && !self.is_made_alike(other) {
+            return Some(format!("another kernel: {} and {}", self.name(), other.name()));
+        }
+        let (a, b) = (launch(self), launch(other));
+        (a != b).then(|| format!("{} is launched in another way: {a:?} and {b:?}", self.name()))
+    }
+
+    /// Whether two kernels were made apart of the same plan, as cuDNN does for each session: they have the same name, which says the
+    /// plan, and need the same. In models of one kind they are at the same place of the same graph.
+    fn is_made_alike(&self, other: &Self) -> bool {
+        let needs = |call: &Self| NEEDS.map(|what| call.attribute(what));
+        let (one, two) = (needs(self), needs(other));
+        one == two
+            && one.iter().all(Option::is_some)
+            && self.full_name().is_some_and(|name| other.full_name() == Some(name))
+    }
+
+    fn attribute(&self, what: cu::CUfunction_attribute) -> Option<i32> {
+        let [function, _] = self.function;
+        if function == 0 {
+            return None;
+        }
+        let mut value = 0;
+        // SAFETY: the handle is that of a function that is loaded; the driver writes a number.
+        let told = unsafe { cu::cuFuncGetAttribute(&raw mut value, what, ptr::with_exposed_provenance_mut(function)) };
+        (told == cu::CUresult::CUDA_SUCCESS).then_some(value)
+    }
+
+    /// What the kernel is called, for messages.
+    pub(super) fn name(&self) -> String {
+        let name = self.full_name().map(|name| name.to_string_lossy().chars().take(NAME_TOLD).collect());
+        name.unwrap_or_else(|| "a kernel without a name".to_owned())
+    }
+
+    fn full_name(&self) -> Option<&CStr> {
+        let [function, kernel] = self.function;
+        let mut name = ptr::null();
+        let told = if function == 0 {
+            // SAFETY: the handle is that of a kernel that is loaded; the driver writes where its name is.
+            unsafe { cu::cuKernelGetName(&raw mut name, ptr::with_exposed_provenance_mut(kernel)) }
+        } else {
+            // SAFETY: as above.
+            unsafe { cu::cuFuncGetName(&raw mut name, ptr::with_exposed_provenance_mut(function)) }
+        };
+        // SAFETY: the name ends with zero, and lives as long as its module, which is loaded as long as there are programs of it.
+        (told == cu::CUresult::CUDA_SUCCESS && !name.is_null()).then(|| unsafe { CStr::from_ptr(name) })
     }
 }
 
@@ -157,13 +223,18 @@ pub(super) fn read_node(node: cu::CUgraphNode) -> Result<Node, DeviceError> {
         return Ok(Node::Wait(event.addr()));
     }
     if kind != T::CU_GRAPH_NODE_TYPE_KERNEL {
-        return Ok(Node::Other);
+        return Ok(Node::Other("it is neither a kernel nor a wait"));
     }
     let p = parameters(node)?;
     let shape = [p.gridDimX, p.gridDimY, p.gridDimZ, p.blockDimX, p.blockDimY, p.blockDimZ, p.sharedMemBytes];
+    let function = [p.func.addr(), p.kern.addr()];
     if p.kernelParams.is_null() {
-        // Arguments in one piece, or none: not told apart.
-        return Ok(Node::Other);
+        // SAFETY: the node is alive, and what it was launched with is its own.
+        let bytes = unsafe { packed_arguments(p.extra) };
+        return Ok(match bytes {
+            Some(bytes) => Node::Kernel(Call { function, shape, arguments: vec![bytes], packed: true }),
+            None => Node::Other("a kernel whose arguments are nowhere"),
+        });
     }
     let mut arguments = Vec::new();
     while let Some(size) = argument_size(&p, arguments.len())? {
@@ -175,10 +246,40 @@ pub(super) fn read_node(node: cu::CUgraphNode) -> Result<Node, DeviceError> {
         arguments.push(unsafe { std::slice::from_raw_parts(bytes, size) }.to_vec());
     }
     if arguments.is_empty() {
-        // The driver does not tell them.
-        return Ok(Node::Other);
+        return Ok(Node::Other("a kernel whose arguments the driver does not tell"));
     }
-    Ok(Node::Kernel(Call { function: [p.func.addr(), p.kern.addr()], shape, arguments }))
+    Ok(Node::Kernel(Call { function, shape, arguments, packed: false }))
+}
+
+/// Arguments in one piece, as a launch's list of extras names them; `None` where it does not.
+///
+/// # Safety
+/// The list must be a node's: pairs of a key and a value up to the end's key, or null.
+unsafe fn packed_arguments(extra: *mut *mut c_void) -> Option<Vec<u8>> {
+    let (mut buffer, mut size) = (ptr::null(), None);
+    let mut pair = extra;
+    for _ in 0..EXTRAS_MAX {
+        // SAFETY: the list goes on, for its end was not seen yet.
+        let key = unsafe { pair.as_ref() }?.addr();
+        if key == EXTRA_END {
+            break;
+        }
+        // SAFETY: there is a value behind each key but the end's.
+        let place = unsafe { pair.add(1) };
+        // SAFETY: as above.
+        let value = unsafe { *place };
+        match key {
+            EXTRA_BUFFER => buffer = value.cast::<u8>(),
+            // SAFETY: the value of this key is where the size is.
+            EXTRA_SIZE => size = unsafe { value.cast::<usize>().as_ref() }.copied(),
+            _ => return None,
+        }
+        // SAFETY: the next pair, or the end.
+        pair = unsafe { pair.add(2) };
+    }
+    let size = size.filter(|&size| size > 0 && size <= ARGUMENT_BYTES_MAX && !buffer.is_null())?;
+    // SAFETY: the node was launched with so many bytes there, which are its own by now.
+    Some(unsafe { std::slice::from_raw_parts(buffer, size) }.to_vec())
 }
 
 fn parameters(node: cu::CUgraphNode) -> Result<cu::CUDA_KERNEL_NODE_PARAMS, DeviceError> {
@@ -215,6 +316,14 @@ fn argument_size(p: &cu::CUDA_KERNEL_NODE_PARAMS, index: usize) -> Result<Option
 /// that node's. Whenever it is launched, what the arguments name must be there.
 pub(super) unsafe fn set_in(exec: cu::CUgraphExec, node: usize, call: &mut Call) -> Result<(), DeviceError> {
     let mut places: Vec<*mut c_void> = call.arguments.iter_mut().map(|bytes| bytes.as_mut_ptr().cast()).collect();
+    let mut size = call.arguments.first().map_or(0, Vec::len);
+    let mut extra = [
+        ptr::without_provenance_mut(EXTRA_BUFFER),
+        places.first().copied().unwrap_or(ptr::null_mut()),
+        ptr::without_provenance_mut(EXTRA_SIZE),
+        ptr::from_mut(&mut size).cast(),
+        ptr::without_provenance_mut(EXTRA_END),
+    ];
     let [grid_x, grid_y, grid_z, block_x, block_y, block_z, shared] = call.shape;
     let parameters = cu::CUDA_KERNEL_NODE_PARAMS {
         func: ptr::with_exposed_provenance_mut(call.function[0]),
@@ -225,8 +334,8 @@ pub(super) unsafe fn set_in(exec: cu::CUgraphExec, node: usize, call: &mut Call)
         blockDimY: block_y,
         blockDimZ: block_z,
         sharedMemBytes: shared,
-        kernelParams: places.as_mut_ptr(),
-        extra: ptr::null_mut(),
+        kernelParams: if call.packed { ptr::null_mut() } else { places.as_mut_ptr() },
+        extra: if call.packed { extra.as_mut_ptr() } else { ptr::null_mut() },
         kern: ptr::with_exposed_provenance_mut(call.function[1]),
         ctx: ptr::null_mut(),
     };

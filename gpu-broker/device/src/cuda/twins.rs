@@ -66,8 +66,8 @@ enum Known {
     /// The last that was captured, and how many others it and those before it were compared with in vain.
     One(Box<Captured>, u32),
     Template(Arc<Template>),
-    /// Its programs differ in more than places, or cannot be kept.
-    Apart,
+    /// Its programs differ in more than places, or cannot be kept, for this reason.
+    Apart(String),
 }
 
 /// The kinds that are known on a device.
@@ -147,7 +147,7 @@ impl CudaDevice {
     pub fn template(&self, key: &KindKey) -> Option<Arc<Template>> {
         self.kinds.as_ref()?.with(key, |known| match known {
             Some(Known::Template(template)) => Some(Arc::clone(template)),
-            Some(Known::One(..) | Known::Apart) | None => None,
+            Some(Known::One(..) | Known::Apart(_)) | None => None,
         })
     }
 
@@ -156,7 +156,15 @@ impl CudaDevice {
         self.kinds.as_ref()?.with(key, |known| match known {
             Some(Known::Template(_)) => Some(true),
             Some(Known::One(..)) | None => Some(false),
-            Some(Known::Apart) => None,
+            Some(Known::Apart(_)) => None,
+        })
+    }
+
+    /// Why twins of this kind are never made, where that is so.
+    pub fn apart(&self, key: &KindKey) -> Option<String> {
+        self.kinds.as_ref()?.with(key, |known| match known {
+            Some(Known::Apart(why)) => Some(why.clone()),
+            Some(Known::One(..) | Known::Template(_)) | None => None,
         })
     }
 
@@ -188,7 +196,7 @@ impl CudaDevice {
         let wanted = kinds.with(&key, |known| match known {
             None => true,
             Some(Known::One(first, _)) => other_lane(first.drawing.lane),
-            Some(Known::Template(_) | Known::Apart) => false,
+            Some(Known::Template(_) | Known::Apart(_)) => false,
         });
         if !wanted {
             return Ok(());
@@ -196,19 +204,19 @@ impl CudaDevice {
         let captured = match self.captured(drawing, range, constants) {
             Ok(captured) => captured,
             Err(error) => {
-                kinds.keep(key, Known::Apart);
+                kinds.keep(key, Known::Apart(error.to_string()));
                 return Err(error);
             }
         };
-        let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart)));
+        let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart(String::new()))));
         let next = match known {
             None => Known::One(Box::new(captured), 0),
             Some(Known::One(first, tried)) if other_lane(first.drawing.lane) && first.is_apart_from(&captured) => {
                 match compare(&first, &captured, &|address| self.shared.context.is_device_memory(address)) {
                     Ok(differs) => Known::Template(Arc::new(Template::of(*first, differs))),
                     Err(why) if tried + 1 >= COMPARED_MAX => {
-                        tracing::info!(why, "models of a kind are bound one by one");
-                        Known::Apart
+                        tracing::info!(%why, "models of a kind are bound one by one");
+                        Known::Apart(why)
                     }
                     Err(why) => {
                         tracing::debug!(why, "two programs of a kind differ; others are tried");
@@ -365,10 +373,10 @@ mod tests {
             key
         };
         for number in 0..KINDS_MAX {
-            kinds.keep(key(number), Known::Apart);
+            kinds.keep(key(number), Known::Apart(String::new()));
         }
         kinds.with(&key(0), |known| assert!(known.is_some()));
-        kinds.keep(key(KINDS_MAX), Known::Apart);
+        kinds.keep(key(KINDS_MAX), Known::Apart(String::new()));
         let is_known = |number| kinds.with(&key(number), |known| known.is_some());
         assert!(is_known(0) && !is_known(1) && is_known(KINDS_MAX));
         assert_eq!(kinds.0.lock().expect("nobody panicked").known.len(), KINDS_MAX);

@@ -11,7 +11,7 @@ use faaswap_protocol::DType;
 use super::{graph::captured, types};
 use crate::{
     await_op,
-    onnx::{self, AttributeProto, GraphProto, NodeProto, attribute_proto::AttributeType},
+    onnx::{AttributeProto, GraphProto, NodeProto, attribute_proto::AttributeType},
 };
 
 /// What was put in.
@@ -48,18 +48,9 @@ struct Scope<'p> {
 
 impl<'p> Scope<'p> {
     fn new(graph: &GraphProto, outer: Option<&'p Self>, base: u32) -> Self {
-        let values = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
-        let typed = values.filter_map(|v| Some((v.name().to_owned(), onnx::dtype_of(v.tensor_element()?)?)));
-        let given = graph.initializer.iter();
-        let given = given.filter_map(|t| Some((t.name().to_owned(), onnx::dtype_of(t.data_type())?)));
         let level = graph.input.iter().map(|value| (value.name().to_owned(), base));
         let fixed = graph.initializer.iter().map(|tensor| (tensor.name().to_owned(), 0));
-        Self {
-            outer,
-            level: level.chain(fixed).collect(),
-            dtype: typed.chain(given).collect(),
-            awaited: HashMap::new(),
-        }
+        Self { outer, level: level.chain(fixed).collect(), dtype: types::stated(graph), awaited: HashMap::new() }
     }
 
     fn level(&self, name: &str) -> u32 {

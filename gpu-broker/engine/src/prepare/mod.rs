@@ -4,6 +4,7 @@
 //! Runs in a process of its own with [limits](limit_this_process), because what it opens may be hostile: it may die, the
 //! broker goes on. Where prepared models are kept, and for how long, is the model store's business.
 
+pub mod attention;
 mod awaits;
 mod check;
 mod concat;
@@ -26,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use faaswap_protocol::{Bytes, Signature, TensorSpec};
+use faaswap_protocol::{Bytes, DType, Signature, TensorSpec};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
@@ -63,22 +64,32 @@ pub fn run(runtime: &Runtime, job: &PrepareJob) -> Result<Manifest, PrepareError
     let signature = inspect::inspect(&job.model_dir, &job.graph_file)?;
     let work = job.out_dir.join("work");
     fs::create_dir_all(&work).map_err(EngineError::io(&work))?;
-    let done = prepare(runtime, job, signature, &work);
+    let done = prepare(runtime, job, &signature, &work);
     // A leftover costs disk space, not correctness; what went wrong before matters more.
     let _ = fs::remove_dir_all(&work);
     done
 }
 
-fn prepare(runtime: &Runtime, job: &PrepareJob, signature: Signature, work: &Path) -> Result<Manifest, PrepareError> {
+fn prepare(runtime: &Runtime, job: &PrepareJob, signature: &Signature, work: &Path) -> Result<Manifest, PrepareError> {
     let optimized = optimize::optimize(runtime, job.target, &job.model_dir.join(&job.graph_file), work)?;
     let reference = {
         let original = PlainSession::of(optimized.session)?;
-        verify::ask_original(&original, &signature)
+        verify::ask_original(&original, signature)
     };
     let on_gpu = job.target != Target::Cpu;
     let model = inspect::read_model(&optimized.graph)?;
-    let manifest = rewrite(model, runtime, job, signature, work)?;
-    let mut manifest = try_out(runtime, job, manifest, reference.as_ref())?;
+    let make = |model| {
+        let manifest = rewrite(model, runtime, job, signature, work)?;
+        try_out(runtime, job, manifest, reference.as_ref())
+    };
+    let mut manifest = match with_fused_attention(&model, job.target).map(&make) {
+        Some(Ok(manifest)) => manifest,
+        Some(Err(error)) => {
+            tracing::warn!(%error, "attention is left as it is");
+            make(model)?
+        }
+        None => make(model)?,
+    };
     write_manifest(&job.out_dir, &manifest)?;
     if on_gpu && let Some(reference) = &reference {
         // This may end the process, and with it the GPU's context: then the manifest above stands.
@@ -94,12 +105,23 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: Signature, work: &Pat
     Ok(manifest)
 }
 
+/// The model with its attention fused; `None` where there is none. Of single precision it stays apart: on an H100 BERT-large took
+/// as long with the kernels that there are for it, which do not use TF32. On the processor nothing is gained.
+fn with_fused_attention(model: &ModelProto, target: Target) -> Option<ModelProto> {
+    let mut fused = (target != Target::Cpu).then(|| model.clone())?;
+    let count = attention::fuse(&mut fused, |dtype| matches!(dtype, DType::F16 | DType::Bf16));
+    if count > 0 {
+        tracing::debug!(count, "attention is fused");
+    }
+    (count > 0).then_some(fused)
+}
+
 /// Writes the rewritten graph and its weights.
 fn rewrite(
     mut model: ModelProto,
     runtime: &Runtime,
     job: &PrepareJob,
-    signature: Signature,
+    signature: &Signature,
     work: &Path,
 ) -> Result<Manifest, PrepareError> {
     let graph = model.graph.get_or_insert_default();
@@ -113,17 +135,19 @@ fn rewrite(
     let group_of: HashMap<_, _> = initializers.iter().map(|w| (w.name.clone(), group_of(w.offset, w.len))).collect();
     let placed = awaits::place(graph, &group_of);
     let has_convolutions = graph.node.iter().any(|node| node.op_type().contains("Conv"));
-    let signature = refine(signature, graph);
+    let signature = refine(signature.clone(), graph);
     let inputs_in_place = shared::inputs_in_place(graph, signature.inputs.iter().map(|spec| spec.name.as_str()));
     let outputs_in_place = shared::outputs_in_place(graph, signature.outputs.iter().map(|spec| spec.name.as_str()));
     let by_rows = rows::by_rows(graph, signature.inputs.iter().map(|spec| spec.name.as_str()));
     model.training_info.clear();
     model.opset_import.push(OperatorSetIdProto { domain: Some(await_op::DOMAIN.to_owned()), version: Some(1) });
+    let fused_attention = attention::count(graph);
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         ort_version: runtime.version().to_owned(),
         target: job.target,
         has_convolutions,
+        fused_attention,
         keep_session: on_gpu.then(|| "its program was not seen to outlive its session".to_owned()),
         bind_apart: on_gpu.then(|| "no program of its kind was seen to be made of others".to_owned()),
         signature,

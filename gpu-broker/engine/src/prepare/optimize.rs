@@ -27,6 +27,10 @@ pub(super) struct Optimized {
 const GRAPH_FILE: &str = "optimized.onnx";
 const DATA_FILE: &str = "optimized.bin";
 
+/// On a GPU a product with a bias is two kernels, the first of which writes the bias to the whole output. Left apart, biases go into
+/// the activation or normalization behind, which ONNX Runtime does by itself then.
+const LEFT_OUT_ON_GPU: &str = "MatMulAddFusion";
+
 /// Optimizes the model into `work`.
 pub(super) fn optimize(
     runtime: &Runtime,
@@ -48,6 +52,10 @@ fn options(runtime: &Runtime, target: Target, optimized: &Path) -> Result<Sessio
     let key = |what| format!("session.optimized_model_external_initializers_{what}");
     let builder = builder.with_config_entry(key(file), DATA_FILE)?;
     let builder = builder.with_config_entry(key(min), WEIGHT_BYTES_MIN.to_string())?;
+    let builder = match target {
+        Target::Cpu => builder,
+        Target::Cuda(_) => builder.with_disabled_optimizers(LEFT_OUT_ON_GPU)?,
+    };
     let most = FOLDED_BYTES_MAX.get().to_string();
     Ok(builder.with_config_entry("optimization.constant_folding_max_output_size_in_bytes", most)?)
 }

@@ -3,9 +3,11 @@
 //! Only for operators whose rule is known; what is not known stays unknown. A wrong guess cannot give a wrong answer:
 //! ONNX Runtime checks every type when the prepared model is opened for its trial.
 
+use std::collections::HashMap;
+
 use faaswap_protocol::DType;
 
-use crate::onnx::{self, AttributeProto, NodeProto};
+use crate::onnx::{self, AttributeProto, GraphProto, NodeProto};
 
 /// Operators whose outputs have the type of their first input. Convolutions and the like are so in every domain.
 const LIKE_FIRST: &[&str] = &[
@@ -143,6 +145,26 @@ const BOOLEAN: &[&str] =
     &["And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"];
 const COUNTS: &[&str] = &["ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "Shape", "Size"];
 const SUMS_OF_INTEGERS: &[&str] = &["ConvInteger", "MatMulInteger"];
+
+/// The types that a graph states: of its inputs, outputs and constants, and of what else it has.
+pub(super) fn stated(graph: &GraphProto) -> HashMap<String, DType> {
+    let values = graph.value_info.iter().chain(&graph.input).chain(&graph.output);
+    let values = values.filter_map(|value| Some((value.name().to_owned(), onnx::dtype_of(value.tensor_element()?)?)));
+    let given = graph.initializer.iter();
+    let given = given.filter_map(|tensor| Some((tensor.name().to_owned(), onnx::dtype_of(tensor.data_type())?)));
+    values.chain(given).collect()
+}
+
+/// The types of all values of a graph, as far as they are known.
+pub(super) fn of_values(graph: &GraphProto) -> HashMap<String, DType> {
+    let mut known = stated(graph);
+    for node in &graph.node {
+        let given = outputs(node, |name| known.get(name).copied());
+        let given = node.output.iter().zip(given).filter_map(|(name, dtype)| Some((name.clone(), dtype?)));
+        known.extend(given.collect::<Vec<_>>());
+    }
+    known
+}
 
 /// The type of this input where the node's other inputs tell it.
 pub(super) fn input(node: &NodeProto, known: impl Fn(&str) -> Option<DType>) -> Option<DType> {

@@ -197,7 +197,8 @@ pub(super) fn binds_by_kind(runtime: &Runtime, prepared: &Prepared, reference: &
     }
     drop(others);
     if twins.len() < KIND_LANES {
-        return Err("its programs differ in more than places".to_owned());
+        let why = device.as_cuda().zip(of_a_kind.kind().map_err(text)?).and_then(|(cuda, kind)| cuda.apart(&kind.key));
+        return Err(format!("its programs differ in more than places: {}", why.unwrap_or_default()));
     }
     twins.iter().try_for_each(|twin| answers(twin, (prepared, &device), reference))
 }
@@ -306,7 +307,8 @@ fn max_abs_diff(dtype: DType, ours: &[u8], theirs: &[u8]) -> Option<(f64, f64)> 
     Some(worst)
 }
 
-fn floats(dtype: DType, bytes: &[u8]) -> Option<Vec<f64>> {
+/// A tensor's numbers; `None` where they are integers.
+pub(super) fn floats(dtype: DType, bytes: &[u8]) -> Option<Vec<f64>> {
     fn each<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f64) -> Vec<f64> {
         bytes.as_chunks::<N>().0.iter().map(|&chunk| read(chunk)).collect()
     }

@@ -105,14 +105,18 @@ fn compare_part(
                 (Some(a), Some(b)) if a == b => Ok(u32::try_from(a).ok().map(Differs::Group)),
                 _ => Err("it waits for something else".to_owned()),
             },
-            (Node::Kernel(a), Node::Kernel(b)) if !a.is_like(b) => Err("it is another kernel".to_owned()),
-            (Node::Kernel(a), Node::Kernel(b)) => {
-                let arguments = (&a.arguments[..], &b.arguments[..]);
-                let alike = |a, b| are_alike((a, &one.constants), (b, &other.constants));
-                let words = compare_arguments(arguments, (&one.places, &other.places), &alike, is_memory);
-                words.map(|words| (!words.is_empty()).then_some(Differs::Words(words)))
-            }
-            _ => Err("it is neither a kernel nor a wait".to_owned()),
+            (Node::Kernel(a), Node::Kernel(b)) => match a.difference(b) {
+                Some(difference) => Err(difference),
+                None => {
+                    let arguments = (&a.arguments[..], &b.arguments[..]);
+                    let alike = |a, b| are_alike((a, &one.constants), (b, &other.constants));
+                    let words = compare_arguments(arguments, (&one.places, &other.places), &alike, is_memory);
+                    let words = words.map_err(|why| format!("{}: {why}", a.name()));
+                    words.map(|words| (!words.is_empty()).then_some(Differs::Words(words)))
+                }
+            },
+            (Node::Other(why), _) | (_, Node::Other(why)) => Err((*why).to_owned()),
+            _ => Err("it is another kind of node".to_owned()),
         };
         match found {
             Ok(found) => differs.extend(found.map(|found| (number, found))),

@@ -13,7 +13,7 @@ use faaswap_protocol::{Bytes, DType};
 use prost::Message;
 
 use super::{
-    super::{PrepareJob, inspect, optimize, rewrite},
+    super::{PrepareJob, inspect, optimize, rewrite, with_fused_attention},
     Kin, Recipe,
     original::{Original, is_weight, strip},
     parts::{self, Part},
@@ -57,7 +57,11 @@ pub(super) fn learn(
         target,
     };
     let signature = inspect::judge(work, &original_of(work)?)?;
-    let changed = rewrite(inspect::read_model(&optimized.graph)?, runtime, &job, signature, work)?;
+    let mut model = inspect::read_model(&optimized.graph)?;
+    if prepared.manifest().fused_attention > 0 {
+        model = with_fused_attention(&model, target).unwrap_or(model);
+    }
+    let changed = rewrite(model, runtime, &job, &signature, work)?;
     same_tables(prepared.manifest(), &changed)?;
     let before = inspect::read_model(&prepared.graph_path())?;
     let after = inspect::read_model(&out_dir.join(MODEL_FILE))?;
