@@ -43,6 +43,7 @@ use crate::{
     load::Loader,
     mailbox::{Ended, Mailbox, Outcome},
     store::Home,
+    suspects::Suspects,
     telemetry::{Telemetry, level},
     trace::Trace,
     variant::Variant,
@@ -153,6 +154,11 @@ pub(crate) struct Core {
     /// Tells the loop that a request is about to come.
     pub(crate) expected: Rc<Notify>,
     draining: bool,
+    /// What is running, by the request that each run was started for.
+    running: HashMap<RequestKey, ModelId>,
+    suspects: Suspects,
+    /// When models were suspected last, and how many losses were the weights' fault until then.
+    suspected: (Option<Instant>, u64),
     /// Runs of several requests that are not over. They are so a moment after their last answer.
     shared_runs: usize,
 }
@@ -177,6 +183,7 @@ impl Core {
             Some(path) => Trace::begin(path, settings.trace_max, &config)?,
             None => Trace::default(),
         };
+        let suspects = Suspects::open(&settings.store_dir);
         let core = Rc::new_cyclic(|me| {
             RefCell::new(Self {
                 me: me.clone(),
@@ -205,6 +212,9 @@ impl Core {
                 broken: Rc::new(Notify::new()),
                 expected: Rc::new(Notify::new()),
                 draining: false,
+                running: HashMap::new(),
+                suspects,
+                suspected: (None, 0),
                 shared_runs: 0,
             })
         });
@@ -268,12 +278,16 @@ impl Core {
         while let Some(ended) = self.mailbox.take() {
             match ended {
                 Ended::Run { request, took, outcome } => {
+                    self.suspect_what_runs();
+                    self.running.remove(&request);
                     self.run_ended(request, outcome);
                     self.happen(Event::RunDone { request, took });
                     self.look_for_lost_devices();
                 }
                 Ended::Answered { request, outcome } => self.run_ended(request, outcome),
                 Ended::RunOver { request, took, verdict } => {
+                    self.suspect_what_runs();
+                    self.running.remove(&request);
                     self.shared_runs -= 1;
                     if let Some(verdict) = verdict {
                         self.happen(Event::RunTried { request, verdict });

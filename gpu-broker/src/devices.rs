@@ -3,7 +3,7 @@
 //! A broker's devices are of one kind, since a model is prepared for one kind. Which one is the configuration's choice;
 //! where it makes none, GPUs are taken if there are any.
 
-use std::sync::Arc;
+use std::{sync::Arc, thread};
 
 use faaswap_device::{
     Device, DeviceError,
@@ -66,33 +66,47 @@ fn wanted(settings: &Settings) -> Result<Vec<DeviceSettings>, ServeError> {
     }
 }
 
+/// Opens them all at once: a GPU takes half a second or more, and so do the runtime's libraries.
 fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -> Result<Opened, ServeError> {
-    let mut devices = Vec::with_capacity(wanted.len());
-    let mut machine = Machine::Host;
     let gpu = |device: &DeviceSettings| match device.kind {
         DeviceKind::Gpu { ordinal, .. } => Some(ordinal),
         DeviceKind::Host { .. } => None,
     };
     let peers: Vec<_> = wanted.iter().filter_map(gpu).collect();
-    for device in wanted {
-        let failed = |source| ServeError::Device { name: device.name.clone(), source };
-        let opened = match device.kind {
-            DeviceKind::Host { link_mib_per_s } => open_host(device, link_mib_per_s).map_err(failed)?,
-            DeviceKind::Gpu { ordinal, reserve } => {
-                let gpu = open_gpu(device, (ordinal, &peers), reserve, settings).map_err(failed)?;
-                if devices.is_empty() {
-                    let cuda = CudaTarget { tf32: settings.tf32, ..CudaTarget::new(gpu.ordinal()) };
-                    machine = Machine::Gpu { cuda, capability: gpu.capability().map_err(failed)? };
-                    runtime.check(Target::Cuda(cuda))?;
-                }
-                gpu as Arc<dyn Device>
-            }
-        };
+    let cuda = wanted.first().and_then(gpu).and_then(|ordinal| i32::try_from(ordinal).ok());
+    let cuda = cuda.map(|ordinal| CudaTarget { tf32: settings.tf32, ..CudaTarget::new(ordinal) });
+    let (opened, checked) = thread::scope(|scope| {
+        let peers = &peers[..];
+        let open = |device| scope.spawn(move || open_one(device, peers, settings));
+        let opening: Vec<_> = wanted.iter().map(open).collect();
+        let checked = cuda.map_or(Ok(()), |cuda| runtime.check(Target::Cuda(cuda)));
+        let opened: Vec<_> = opening.into_iter().map(|one| one.join().unwrap_or(Err(DeviceError::Lost))).collect();
+        (opened, checked)
+    });
+    let mut devices = Vec::with_capacity(wanted.len());
+    for (device, opened) in wanted.iter().zip(opened) {
+        let opened = opened.map_err(|source| ServeError::Device { name: device.name.clone(), source })?;
         let (memory, lanes) = (opened.info().capacity, device.lanes);
         tracing::info!(name = device.name, %memory, lanes, "device");
         devices.push((device.clone(), opened));
     }
+    checked?;
+    let machine = match (cuda, devices.first()) {
+        (Some(cuda), Some((device, first))) => {
+            let failed = |source| ServeError::Device { name: device.name.clone(), source };
+            let capability = first.as_cuda().map_or(Ok(0), CudaDevice::capability).map_err(failed)?;
+            Machine::Gpu { cuda, capability }
+        }
+        (None, _) | (_, None) => Machine::Host,
+    };
     Ok(Opened { devices, machine })
+}
+
+fn open_one(device: &DeviceSettings, peers: &[u32], settings: &Settings) -> Result<Arc<dyn Device>, DeviceError> {
+    match device.kind {
+        DeviceKind::Host { link_mib_per_s } => open_host(device, link_mib_per_s),
+        DeviceKind::Gpu { ordinal, reserve } => Ok(open_gpu(device, (ordinal, peers), reserve, settings)?),
+    }
 }
 
 fn open_host(device: &DeviceSettings, link_mib_per_s: Option<u64>) -> Result<Arc<dyn Device>, DeviceError> {

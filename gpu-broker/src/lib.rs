@@ -20,6 +20,7 @@ pub mod replay;
 pub mod serve;
 mod socket;
 pub mod store;
+mod suspects;
 pub mod telemetry;
 mod trace;
 mod turns;

@@ -70,6 +70,8 @@ pub const SLABS_QUEUED_MAX: usize = 1024;
 pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 /// How long there must have been nothing to do before a broker with lost devices starts anew to have them back.
 pub const QUIET_FOR: Duration = Duration::from_secs(5);
+/// Losses of devices within this time are of one fault.
+pub const ONE_FAULT: Duration = Duration::from_secs(10);
 /// Largest inputs of a request that may share a run: they are copied, with those of the others, below each other.
 pub const BATCH_INPUT_BYTES_MAX: u64 = 4 << 20;
 /// Most shapes, wanted outputs and numbers of requests whose trials are remembered of a model on a device.

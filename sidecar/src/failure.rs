@@ -137,6 +137,9 @@ fn of_refusal(refusal: &Refusal) -> Verdict {
         | Refusal::SlabFull { .. }
         | Refusal::Draining
         | Refusal::HardwareFault => passing(code),
+        Refusal::ModelSuspended { left } => {
+            Verdict { retry_after_s: Some(left.as_secs().max(RETRY_AFTER_S)), ..passing(code) }
+        }
     }
 }
 

@@ -280,6 +280,7 @@ async fn what_the_broker_refuses_reaches_the_client_with_its_code() {
         (Refusal::InputInvalid { reason: "input 0 is odd".into() }, 400, ""),
         (Refusal::RunFailed { reason: "division by zero".into() }, 500, ""),
         (Refusal::HardwareFault, 503, "1"),
+        (Refusal::ModelSuspended { left: Duration::from_secs(600) }, 503, "600"),
     ] {
         world.broker.set_mood(Mood::Refuse(refusal.clone()));
         let reply = world.http.infer(&with("name", json!("x"))).await;

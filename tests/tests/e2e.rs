@@ -31,6 +31,8 @@ const SOON: Duration = Duration::from_secs(60);
 const SLO_MS: u64 = 3000;
 /// Side of the matrices: 4 MiB of weights per layer.
 const SIZE: u64 = 1024;
+/// How often a device is lost until a model must be suspended.
+const FAULTS_MAX: usize = 6;
 
 /// A function under test with a request whose answer is known.
 struct Known {
@@ -162,6 +164,51 @@ fn functions_of_a_lost_device_go_to_the_other_and_without_any_the_broker_starts_
     assert_eq!(broker.process().id(), process);
     let devices = broker.admin("/v1/devices").unwrap();
     assert!(devices.as_array().unwrap().iter().all(|device| device["lost"] == false), "{devices}");
+}
+
+#[test]
+fn a_model_that_runs_whenever_a_device_is_lost_is_suspended_and_others_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker(&["64MiB"], &["test_faults = true"]);
+    let heavy = Known::new(folder.path(), "suspect", &models::matmul_chain(SIZE, 3, 1), 512, 1);
+    let light = Known::new(folder.path(), "other", &models::matmul(SIZE, 2), 1, 2);
+    let (suspect, other) = (heavy.start(&broker, "suspect"), light.start(&broker, "other"));
+    light.must_answer(&other);
+    let (suspended, began) = (AtomicBool::new(false), Instant::now());
+    thread::scope(|scope| {
+        // One of these runs at any moment, or the next one is about to.
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !suspended.load(Ordering::Relaxed) && began.elapsed() < PATIENCE {
+                    if let Outcome::Refused(status, why) = heavy.ask(&suspect) {
+                        assert_eq!(status, 503, "{why}");
+                        suspended.fetch_or(why.contains("devices failed"), Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        // Twice is enough where it ran alone each time; between two runs nothing does.
+        for _ in 0..FAULTS_MAX {
+            wait_for("the device", SOON, || Ok((broker.admin("/v1/devices")?[0]["lost"] == false).then_some(())))
+                .unwrap();
+            wait_for("a request in flight", SOON, || {
+                let in_flight = broker.metric("faaswap_requests_in_flight")?;
+                Ok((in_flight >= 1.0 || suspended.load(Ordering::Relaxed)).then_some(()))
+            })
+            .unwrap();
+            if suspended.load(Ordering::Relaxed) {
+                break;
+            }
+            broker.fail_device("host0").unwrap();
+            wait_for("an answer", SOON, || Ok(matches!(light.ask(&other), Outcome::Answered(_)).then_some(())))
+                .unwrap();
+        }
+        wait_for("the suspension", SOON, || Ok(suspended.load(Ordering::Relaxed).then_some(()))).unwrap();
+    });
+    for _ in 0..20 {
+        light.must_answer(&other);
+    }
+    assert!(matches!(heavy.ask(&suspect), Outcome::Refused(503, _)));
 }
 
 #[test]

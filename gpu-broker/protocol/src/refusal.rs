@@ -154,6 +154,12 @@ pub enum Refusal {
         /// What was wrong with the frame.
         reason: Detail,
     },
+    /// The model was running each time when devices were lost lately.
+    #[error("the model was running when devices failed, more than once: it is not run for {left:?}")]
+    ModelSuspended {
+        /// Until it is tried again.
+        left: Duration,
+    },
 }
 
 impl Refusal {
@@ -180,6 +186,7 @@ impl Refusal {
             Self::RunFailed { .. } => "run_failed",
             Self::HardwareFault => "hardware_fault",
             Self::ProtocolViolation { .. } => "protocol_violation",
+            Self::ModelSuspended { .. } => "model_suspended",
         }
     }
 
@@ -195,7 +202,8 @@ impl Refusal {
             | Self::ConnectionFull { .. }
             | Self::SlabFull { .. }
             | Self::Draining
-            | Self::HardwareFault => true,
+            | Self::HardwareFault
+            | Self::ModelSuspended { .. } => true,
             Self::UnknownFunction
             | Self::ModelRejected { .. }
             | Self::ModelTooLarge { .. }

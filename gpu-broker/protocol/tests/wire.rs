@@ -112,6 +112,7 @@ fn refusals() -> Vec<Refusal> {
         Refusal::Draining,
         Refusal::RunFailed { reason: reason() },
         Refusal::HardwareFault,
+        Refusal::ModelSuspended { left: Duration::from_secs(600) },
         Refusal::ProtocolViolation { reason: reason() },
     ]
 }

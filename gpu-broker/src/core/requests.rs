@@ -3,7 +3,7 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use bytes::Bytes as Buffer;
@@ -78,6 +78,9 @@ impl Core {
         let function = *entry.functions.get(&infer.function).ok_or(Refusal::UnknownFunction)?;
         let known = self.functions.get(&function).ok_or(Refusal::UnknownFunction)?;
         let model = self.models.get(&known.model).ok_or(Refusal::UnknownFunction)?;
+        if let Some(refusal) = self.suspects.refusal(&model.variant.digest, SystemTime::now()) {
+            return Err(refusal.into());
+        }
         let inputs = inputs(&entry.peer, &model.loaded.signature, infer.inputs, &infer.payload)?;
         let (deadline, model) = (infer.time_left.unwrap_or(known.spec.slo.deadline), known.model);
         let form = form(&inputs, &infer.outputs);

@@ -14,11 +14,11 @@ impl Core {
         &mut self,
         request: RequestKey,
         with: &[RequestKey],
-        model: ModelId,
+        id: ModelId,
         (device, lane): (DeviceId, LaneId),
         resident: bool,
     ) {
-        let bound = self.bound(model, device).map(|(bound, _)| bound);
+        let bound = self.bound(id, device).map(|(bound, _)| bound);
         let mut ask_of = |request: &RequestKey| {
             let found = self.requests.get_mut(request)?;
             found.resident = bound.as_ref().is_some_and(|model| model.found_by(found.ask.arrived, resident));
@@ -37,6 +37,7 @@ impl Core {
                 let lanes = &self.devices[usize::from(device.0)].lanes;
                 let handed = lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run));
                 self.shared_runs += usize::from(handed && is_shared);
+                handed.then(|| self.running.insert(request, id));
                 handed
             }
             (None, _) | (_, None) => false,

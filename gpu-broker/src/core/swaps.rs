@@ -1,13 +1,21 @@
 //! Swaps: asked of devices, and their ends; and devices that do not come back.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Instant, SystemTime},
+};
 
 use faaswap_device::DeviceError;
 use faaswap_protocol::{Detail, Refusal};
 use faaswap_scheduler::{DeviceId, Event, ModelId, RequestKey, Source};
 
 use super::{Core, Home, device_id};
-use crate::{lane::BoundModel, limits::QUIET_FOR, mailbox::Ended, verify::Stay};
+use crate::{
+    lane::BoundModel,
+    limits::{ONE_FAULT, QUIET_FOR},
+    mailbox::Ended,
+    verify::Stay,
+};
 
 impl Core {
     /// Begins a swap-in, from another device where the scheduler names one.
@@ -150,8 +158,25 @@ impl Core {
         self.gone_from(model, device);
     }
 
+    /// Where a device was lost since the last look, whatever runs now may have been at fault.
+    pub(super) fn suspect_what_runs(&mut self) {
+        if !self.devices.iter().any(|entry| !entry.lost && entry.device.is_lost()) {
+            return;
+        }
+        let (at, damaged) = (self.suspected.0, self.verifier.seen.damaged.load(Ordering::Relaxed));
+        // All devices of a process fail of one kernel, one after the other.
+        let is_known = at.is_some_and(|at| at.elapsed() < ONE_FAULT);
+        let is_of_weights = self.suspected.1 != damaged;
+        self.suspected = (Some(Instant::now()), damaged);
+        if !is_known && !is_of_weights {
+            let models = self.running.values().filter_map(|id| Some(self.models.get(id)?.variant.digest));
+            self.suspects.lost_while_running(&models.collect(), SystemTime::now());
+        }
+    }
+
     /// Tells the scheduler of devices that have failed for good: what ran there is refused, what waits goes elsewhere.
     pub(super) fn look_for_lost_devices(&mut self) {
+        self.suspect_what_runs();
         for index in 0..self.devices.len() {
             let entry = &mut self.devices[index];
             if entry.lost || !entry.device.is_lost() {

@@ -256,7 +256,9 @@ fn stages(options: &Options) -> Result<Vec<Options>> {
     chosen.dedup();
     let one = |at: usize| {
         let (weights, name) = sizes.get(at).cloned().ok_or("there is no model")?;
-        let memory = weights.checked_round_up(options.devices.chunk()).unwrap_or(weights);
+        // A GPU gives one part of 32 to none.
+        let with_spare = Bytes::new(weights.get() + weights.get().div_ceil(31));
+        let memory = with_spare.checked_round_up(options.devices.chunk()).unwrap_or(weights);
         let devices = match options.devices {
             Devices::Gpus(_) => Devices::Gpus(1),
             Devices::Hosts { link_mib, .. } => Devices::Hosts { count: 1, link_mib },
