@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use faaswap_protocol::{ModelDigest, Refusal};
+use faaswap_protocol::ModelDigest;
 use serde::{Deserialize, Serialize};
 
 /// The file in the store.
@@ -95,14 +95,14 @@ impl Suspects {
         }
     }
 
-    /// Why the model is not run now, if it is not.
-    pub(crate) fn refusal(&self, model: &ModelDigest, now: SystemTime) -> Option<Refusal> {
+    /// For how long the model is not run from now on, if that is so.
+    pub(crate) fn suspended_for(&self, model: &ModelDigest, now: SystemTime) -> Option<Duration> {
         if self.known.is_empty() {
             return None;
         }
         let (suspect, now) = (self.known.get(&model.to_string())?, seconds(now));
         let left = suspect.refused_until().filter(|_| !suspect.is_forgotten(now))?.checked_sub(now)?;
-        (left > 0).then(|| Refusal::ModelSuspended { left: Duration::from_secs(left) })
+        (left > 0).then(|| Duration::from_secs(left))
     }
 
     fn write(&self) -> std::io::Result<()> {
@@ -131,13 +131,7 @@ mod tests {
     }
 
     fn left(suspects: &Suspects, number: u8, now: u64) -> Option<u64> {
-        match suspects.refusal(&model(number), at(now)) {
-            Some(Refusal::ModelSuspended { left }) => Some(left.as_secs()),
-            other => {
-                assert_eq!(other, None);
-                None
-            }
-        }
+        suspects.suspended_for(&model(number), at(now)).map(|left| left.as_secs())
     }
 
     #[test]

@@ -209,6 +209,9 @@ fn a_model_that_runs_whenever_a_device_is_lost_is_suspended_and_others_go_on() {
         light.must_answer(&other);
     }
     assert!(matches!(heavy.ask(&suspect), Outcome::Refused(503, _)));
+    let models = broker.admin("/v1/models").unwrap();
+    let suspended = models.as_array().unwrap().iter().filter(|model| model["suspended_s"].as_u64().is_some()).count();
+    assert_eq!(suspended, 1, "{models}");
 }
 
 #[test]

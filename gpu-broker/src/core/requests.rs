@@ -78,7 +78,9 @@ impl Core {
         let function = *entry.functions.get(&infer.function).ok_or(Refusal::UnknownFunction)?;
         let known = self.functions.get(&function).ok_or(Refusal::UnknownFunction)?;
         let model = self.models.get(&known.model).ok_or(Refusal::UnknownFunction)?;
-        if let Some(refusal) = self.suspects.refusal(&model.variant.digest, SystemTime::now()) {
+        if let Some(left) = self.suspects.suspended_for(&model.variant.digest, SystemTime::now()) {
+            let refusal = Refusal::ModelSuspended { left };
+            self.count_refused(function, refusal.code());
             return Err(refusal.into());
         }
         let inputs = inputs(&entry.peer, &model.loaded.signature, infer.inputs, &infer.payload)?;
