@@ -20,7 +20,7 @@ COPY --from=onnxruntime /ort/lib/ /usr/lib/
 COPY --from=build /src/target/release/faaswap-broker /usr/bin/faaswap-broker
 # Else it keeps a number for this machine and a database of events, to be sent to its makers; asked for at its start, so too
 # early for what a program can tell it.
-ENV ORT_DISABLE_TELEMETRY=1
+ENV ORT_DISABLE_TELEMETRY=1 ORT_DYLIB_PATH=/usr/lib/libonnxruntime.so
 # Root, without any capability: the folders of the node that it writes are root's.
 # hadolint ignore=DL3002
 USER root
