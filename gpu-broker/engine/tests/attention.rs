@@ -150,6 +150,38 @@ fn heads_that_the_reshape_counts_itself_are_found_by_the_projection() {
     check(&model, &[1]);
 }
 
+/// Shapes as exporters compute them where numbers of requests and rows are open.
+fn open() -> ModelProto {
+    let product = with_float(in_microsofts(node("FusedMatMul", &["qt", "kt"], &["scores"])), "alpha", 0.25);
+    let scores =
+        vec![product, node("Add", &["scores", "mask"], &["masked"]), node("Softmax", &["masked"], &["weights"])];
+    let mut model = attention(&[0, 2, 3, 1], scores, &[1, 1, 1, ROWS]);
+    let graph = model.graph.as_mut().unwrap();
+    graph.initializer.retain(|tensor| !["split", "join"].contains(&tensor.name()));
+    graph.initializer.extend([ints("rest", &[-1]), ints("size", &[SIZE])]);
+    let dim = |name: &str, at: i64| with_int(with_int(node("Shape", &["x"], &[name]), "start", at), "end", at + 1);
+    let concat = |inputs: &[&str], name: &str| with_int(node("Concat", inputs, &[name]), "axis", 0);
+    let shapes = [
+        dim("batch", 0),
+        dim("count", 1),
+        concat(&["batch", "count", "rest", "size"], "split"),
+        concat(&["batch", "count", "rest"], "join"),
+    ];
+    graph.node.splice(0..0, shapes);
+    graph.input = vec![f32_value("x", &[-1, -2, WIDTH]), f32_value("mask", &[-1, 1, 1, -4])];
+    graph.output = vec![f32_value("y", &[-1, -2, WIDTH])];
+    model
+}
+
+#[test]
+fn attention_over_an_open_number_of_rows_is_fused_where_a_dimension_can_be_told() {
+    let fused = check(&open(), &[1, 1, 1, ROWS]);
+    assert_eq!(ops(&fused).iter().filter(|op| **op == "Expand").count(), 1);
+    let mut older = open();
+    older.opset_import[0].version = Some(14);
+    assert_eq!(fuse(&mut older, |dtype| dtype == F32), 0);
+}
+
 #[test]
 fn other_element_types_stay() {
     let scores = vec![node("MatMul", &["qt", "kt"], &["scores"]), node("Softmax", &["scores"], &["weights"])];

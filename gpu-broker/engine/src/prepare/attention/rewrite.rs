@@ -1,0 +1,150 @@
+//! Puts the operator into the graph.
+
+use std::collections::{HashMap, HashSet};
+
+use faaswap_protocol::DType;
+
+use super::{super::graph, Attention, DOMAIN, OPERATOR, OURS, Rows};
+use crate::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_proto::AttributeType, element_of};
+
+/// As a shape: heads of a row beside each other.
+const HEADS_TOGETHER: [i64; 3] = [0, 0, -1];
+
+/// Constants, and biases that were stretched, each made once.
+#[derive(Default)]
+pub(super) struct Rewrite {
+    constants: HashMap<Vec<i64>, String>,
+    /// By the bias, and by what says how many rows there are.
+    stretched: HashMap<(String, String), String>,
+    nodes: Vec<NodeProto>,
+    initializers: Vec<TensorProto>,
+}
+
+impl Rewrite {
+    /// Puts an operator in the place of each last node.
+    pub(super) fn all(mut self, graph: &mut GraphProto, found: Vec<(usize, Attention)>) {
+        let mut found = found.into_iter().peekable();
+        let mut renamed = HashMap::new();
+        for (at, mut node) in std::mem::take(&mut graph.node).into_iter().enumerate() {
+            if let Some((_, attention)) = found.next_if(|(last, _)| *last == at) {
+                let output = self.one(&attention);
+                renamed.insert(attention.output, output);
+            }
+            for name in &mut node.input {
+                if let Some(new) = renamed.get(name) {
+                    name.clone_from(new);
+                }
+            }
+            self.nodes.push(node);
+        }
+        graph.node = self.nodes;
+        graph.initializer.extend(self.initializers);
+    }
+
+    /// Adds the operator; returns the name of what it gives, as (batch, row, heads together).
+    fn one(&mut self, attention: &Attention) -> String {
+        let shape = self.constant(&HEADS_TOGETHER);
+        let mut inputs: Vec<_> =
+            attention.inputs.iter().map(|four| self.add("Reshape", vec![four.clone(), shape.clone()], four)).collect();
+        if let Some(bias) = &attention.bias {
+            // Neither a bias of the projections nor a mask of keys.
+            inputs.extend([String::new(), String::new(), self.stretch(bias, &attention.rows)]);
+        }
+        let output = self.add(OPERATOR, inputs, &attention.output);
+        if let Some(node) = self.nodes.last_mut() {
+            node.domain = Some(DOMAIN.to_owned());
+        }
+        let (name, r#type) = (Some("scale".to_owned()), Some(AttributeType::Float.into()));
+        let scale = AttributeProto { name, r#type, f: Some(attention.scale), ..Default::default() };
+        self.set(vec![with_int("num_heads", attention.heads), scale]);
+        output
+    }
+
+    /// A bias for each row of queries: the operator wants it written out.
+    fn stretch(&mut self, bias: &str, rows: &Rows) -> String {
+        let of = match rows {
+            Rows::Fixed(rows) => rows.to_string(),
+            Rows::As { shape, .. } => shape.clone(),
+        };
+        if let Some(known) = self.stretched.get(&(bias.to_owned(), of.clone())) {
+            return known.clone();
+        }
+        let shape = match rows {
+            Rows::Fixed(rows) => self.constant(&[1, 1, *rows, 1]),
+            Rows::As { four, .. } => self.one_by_one_by_rows_by_one(four),
+        };
+        let stretched = self.add("Expand", vec![bias.to_owned(), shape], bias);
+        self.stretched.insert((bias.to_owned(), of), stretched.clone());
+        stretched
+    }
+
+    /// That shape, with as many rows as a value of (batch, row, head, size).
+    fn one_by_one_by_rows_by_one(&mut self, four: &str) -> String {
+        let rows = self.add("Shape", vec![four.to_owned()], four);
+        self.set(vec![with_int("start", 1), with_int("end", 2)]);
+        let (before, behind) = (self.constant(&[1, 1]), self.constant(&[1]));
+        let shape = self.add("Concat", vec![before, rows, behind], four);
+        self.set(vec![with_int("axis", 0)]);
+        shape
+    }
+
+    /// Gives the last node attributes.
+    fn set(&mut self, attributes: Vec<AttributeProto>) {
+        if let Some(node) = self.nodes.last_mut() {
+            node.attribute = attributes;
+        }
+    }
+
+    fn add(&mut self, op: &str, input: Vec<String>, about: &str) -> String {
+        let output = format!("{OURS}/{op}/{about}/{}", self.nodes.len());
+        self.nodes.push(NodeProto {
+            name: Some(output.clone()),
+            op_type: Some(op.to_owned()),
+            input,
+            output: vec![output.clone()],
+            ..NodeProto::default()
+        });
+        output
+    }
+
+    fn constant(&mut self, values: &[i64]) -> String {
+        if let Some(known) = self.constants.get(values) {
+            return known.clone();
+        }
+        let name = format!("{OURS}/shape/{}", self.constants.len());
+        let raw: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.initializers.push(TensorProto {
+            name: Some(name.clone()),
+            data_type: Some(element_of(DType::I64)),
+            dims: vec![i64::try_from(values.len()).unwrap_or(0)],
+            raw_data: Some(raw.into()),
+            ..TensorProto::default()
+        });
+        self.constants.insert(values.to_vec(), name.clone());
+        name
+    }
+}
+
+fn with_int(name: &str, value: i64) -> AttributeProto {
+    let (name, r#type) = (Some(name.to_owned()), Some(AttributeType::Int.into()));
+    AttributeProto { name, r#type, i: Some(value), ..Default::default() }
+}
+
+/// Drops nodes that nobody reads any more, and constants that only these have read.
+pub(super) fn drop_unused(graph: &mut GraphProto) {
+    let mut wanted: HashSet<String> = graph.output.iter().map(|value| value.name().to_owned()).collect();
+    let mut kept: Vec<_> = std::mem::take(&mut graph.node).into_iter().rev().collect();
+    // Nodes lie behind what they read.
+    kept.retain(|node| {
+        let is_read = node.output.iter().any(|name| wanted.contains(name));
+        if is_read {
+            wanted.extend(graph::reads(node).map(str::to_owned));
+        }
+        is_read
+    });
+    kept.reverse();
+    graph.node = kept;
+    // A default of an input is no constant.
+    wanted.extend(graph.input.iter().map(|value| value.name().to_owned()));
+    graph.initializer.retain(|tensor| wanted.contains(tensor.name()));
+}
