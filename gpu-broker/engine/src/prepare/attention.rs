@@ -10,8 +10,9 @@
 //! v ─ Reshape ─ Transpose 0,2,1,3 ──────────────────────────────────────────┴ MatMul ─ Transpose 0,2,1,3 ─ Reshape
 //! ```
 //!
-//! where of the reshapes' shapes what comes behind batch and row is constant. PyTorch's exporter puts zeros where a softmax has given
-//! no numbers, which is left out where nothing infinite is added. What is not recognized stays as it is.
+//! where the reshapes' shapes are constants: for each other number of rows cuDNN would make a kernel when it comes. PyTorch's
+//! exporter puts zeros where a softmax has given no numbers, which is left out where nothing infinite is added. What is not
+//! recognized stays as it is.
 
 mod rewrite;
 mod view;
@@ -26,18 +27,13 @@ const DOMAIN: &str = "com.microsoft";
 const OPERATOR: &str = "MultiHeadAttention";
 /// How the names of what is added here begin.
 const OURS: &str = "faaswap/attention";
-/// The version of operators since which `Shape` can tell one dimension alone.
-const SHAPE_OF_DIMS_SINCE: i64 = 15;
 
 /// Fuses what is recognized in the graph, not in its bodies, of those element types that it is worth it for. Returns how many
 /// attentions that is.
 pub fn fuse(model: &mut ModelProto, worth_it: impl Fn(DType) -> bool) -> usize {
-    let opset =
-        model.opset_import.iter().find(|import| import.domain().is_empty()).map_or(0, OperatorSetIdProto::version);
-    let tells_dims = opset >= SHAPE_OF_DIMS_SINCE;
     let Some(graph) = &mut model.graph else { return 0 };
     let found: Vec<_> = {
-        let (view, types) = (View::of(graph, tells_dims), types::of_values(graph));
+        let (view, types) = (View::of(graph), types::of_values(graph));
         let is_worth_it = |found: &Attention| types.get(&found.output).is_some_and(|&dtype| worth_it(dtype));
         let found = graph.node.iter().enumerate();
         found.filter_map(|(at, node)| Some((at, view.attention(node).filter(&is_worth_it)?))).collect()
@@ -67,21 +63,10 @@ struct Attention {
     inputs: [String; 3],
     heads: i64,
     /// Rows of queries.
-    rows: Rows,
+    rows: i64,
     scale: f32,
     /// What is added to the scaled products.
     bias: Option<String>,
     /// What it gives, as (batch, row, head, size).
     output: String,
-}
-
-/// How many rows there are.
-#[derive(Clone, Debug, PartialEq)]
-enum Rows {
-    Fixed(i64),
-    /// As this value has, which was made with the shape of that name.
-    As {
-        four: String,
-        shape: String,
-    },
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use faaswap_protocol::DType;
 
-use super::{super::graph, Attention, DOMAIN, OPERATOR, OURS, Rows};
+use super::{super::graph, Attention, DOMAIN, OPERATOR, OURS};
 use crate::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_proto::AttributeType, element_of};
 
 /// As a shape: heads of a row beside each other.
@@ -14,8 +14,7 @@ const HEADS_TOGETHER: [i64; 3] = [0, 0, -1];
 #[derive(Default)]
 pub(super) struct Rewrite {
     constants: HashMap<Vec<i64>, String>,
-    /// By the bias, and by what says how many rows there are.
-    stretched: HashMap<(String, String), String>,
+    stretched: HashMap<(String, i64), String>,
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
 }
@@ -48,7 +47,7 @@ impl Rewrite {
             attention.inputs.iter().map(|four| self.add("Reshape", vec![four.clone(), shape.clone()], four)).collect();
         if let Some(bias) = &attention.bias {
             // Neither a bias of the projections nor a mask of keys.
-            inputs.extend([String::new(), String::new(), self.stretch(bias, &attention.rows)]);
+            inputs.extend([String::new(), String::new(), self.stretch(bias, attention.rows)]);
         }
         let output = self.add(OPERATOR, inputs, &attention.output);
         if let Some(node) = self.nodes.last_mut() {
@@ -61,31 +60,14 @@ impl Rewrite {
     }
 
     /// A bias for each row of queries: the operator wants it written out.
-    fn stretch(&mut self, bias: &str, rows: &Rows) -> String {
-        let of = match rows {
-            Rows::Fixed(rows) => rows.to_string(),
-            Rows::As { shape, .. } => shape.clone(),
-        };
-        if let Some(known) = self.stretched.get(&(bias.to_owned(), of.clone())) {
+    fn stretch(&mut self, bias: &str, rows: i64) -> String {
+        if let Some(known) = self.stretched.get(&(bias.to_owned(), rows)) {
             return known.clone();
         }
-        let shape = match rows {
-            Rows::Fixed(rows) => self.constant(&[1, 1, *rows, 1]),
-            Rows::As { four, .. } => self.one_by_one_by_rows_by_one(four),
-        };
+        let shape = self.constant(&[1, 1, rows, 1]);
         let stretched = self.add("Expand", vec![bias.to_owned(), shape], bias);
-        self.stretched.insert((bias.to_owned(), of), stretched.clone());
+        self.stretched.insert((bias.to_owned(), rows), stretched.clone());
         stretched
-    }
-
-    /// That shape, with as many rows as a value of (batch, row, head, size).
-    fn one_by_one_by_rows_by_one(&mut self, four: &str) -> String {
-        let rows = self.add("Shape", vec![four.to_owned()], four);
-        self.set(vec![with_int("start", 1), with_int("end", 2)]);
-        let (before, behind) = (self.constant(&[1, 1]), self.constant(&[1]));
-        let shape = self.add("Concat", vec![before, rows, behind], four);
-        self.set(vec![with_int("axis", 0)]);
-        shape
     }
 
     /// Gives the last node attributes.

@@ -6,7 +6,7 @@ use faaswap_protocol::DType;
 
 use super::{
     super::{graph, verify},
-    Attention, Rows,
+    Attention,
 };
 use crate::onnx::{self, AttributeProto, GraphProto, NodeProto, TensorProto, element_of};
 
@@ -20,7 +20,7 @@ const ROWS_LAST: [i64; 4] = [0, 2, 3, 1];
 struct Split {
     four: String,
     heads: i64,
-    rows: Rows,
+    rows: i64,
 }
 
 /// A graph's nodes and constants by the names of what they give.
@@ -30,12 +30,10 @@ pub(super) struct View<'g> {
     constants: HashMap<&'g str, &'g TensorProto>,
     /// What bodies read, or the graph gives.
     kept: HashSet<&'g str>,
-    /// Whether an operator of its version can tell one dimension.
-    tells_dims: bool,
 }
 
 impl<'g> View<'g> {
-    pub(super) fn of(graph: &'g GraphProto, tells_dims: bool) -> Self {
+    pub(super) fn of(graph: &'g GraphProto) -> Self {
         let mut readers: HashMap<&str, Vec<&NodeProto>> = HashMap::new();
         for node in &graph.node {
             node.input.iter().for_each(|name| readers.entry(name).or_default().push(node));
@@ -47,7 +45,6 @@ impl<'g> View<'g> {
             readers,
             constants: graph.initializer.iter().map(|tensor| (tensor.name(), tensor)).collect(),
             kept: captured.chain(graph.output.iter().map(|value| value.name())).collect(),
-            tells_dims,
         }
     }
 
@@ -70,8 +67,7 @@ impl<'g> View<'g> {
         let values = self.split(product.input.get(1)?, &HEADS_FIRST)?;
         let same_heads = queries.heads == keys.heads && keys.heads == values.heads;
         // A bias is stretched over the rows, whose number must be known for that.
-        let knows_rows = self.tells_dims || matches!(queries.rows, Rows::Fixed(_));
-        (same_heads && (bias.is_none() || knows_rows)).then(|| Attention {
+        same_heads.then(|| Attention {
             heads: queries.heads,
             rows: queries.rows,
             inputs: [queries.four, keys.four, values.four],
@@ -138,18 +134,13 @@ impl<'g> View<'g> {
     fn split(&self, name: &str, order: &[i64]) -> Option<Split> {
         let four = self.transposed(self.producers.get(name)?, order)?;
         let reshape = self.producers.get(four).filter(|node| node.op_type() == "Reshape")?;
-        let shape_name = reshape.input.get(1)?;
-        let [_, rows, Some(heads), Some(size)] = self.shape(shape_name)?[..] else { return None };
-        let rows = match rows.filter(|&rows| rows > 0) {
-            Some(rows) => Rows::Fixed(rows),
-            None => Rows::As { four: four.to_owned(), shape: shape_name.clone() },
-        };
+        let [_, rows, heads, size] = self.ints(reshape.input.get(1)?)?[..] else { return None };
         let heads = match heads {
             // Whatever is left of the row.
             -1 if size > 0 => self.width(reshape.input.first()?).filter(|width| width % size == 0)? / size,
             heads => heads,
         };
-        (heads > 0 && size != 0).then(|| Split { four: four.to_owned(), heads, rows })
+        (rows > 0 && heads > 0 && size != 0).then(|| Split { four: four.to_owned(), heads, rows })
     }
 
     /// How many numbers the rows have that a projection gives.
@@ -167,9 +158,8 @@ impl<'g> View<'g> {
     /// Whether nothing is done with a value of (batch, row, head, size) but reshapes, which do the same with (batch, row, heads together).
     fn is_only_reshaped(&self, name: &str) -> bool {
         let same = |node: &&NodeProto| {
-            let shape = node.input.get(1).and_then(|shape| self.shape(shape));
-            let keeps = |dim: &Option<i64>| dim.is_some_and(|dim| dim != 0);
-            node.op_type() == "Reshape" && shape.is_some_and(|shape| shape.iter().skip(2).all(keeps))
+            let shape = node.input.get(1).and_then(|shape| self.ints(shape));
+            node.op_type() == "Reshape" && shape.is_some_and(|shape| shape.iter().skip(2).all(|&dim| dim != 0))
         };
         !self.kept.contains(name) && self.readers.get(name).is_some_and(|readers| readers.iter().all(same))
     }
@@ -178,32 +168,6 @@ impl<'g> View<'g> {
     fn floats(&self, name: &str) -> Option<Vec<f64>> {
         let tensor = self.constants.get(name)?;
         verify::floats(onnx::dtype_of(tensor.data_type())?, tensor.raw_data.as_deref()?)
-    }
-
-    /// A shape's dimensions, as far as they are constant. `None` where not even their number is known.
-    fn shape(&self, name: &str) -> Option<Vec<Option<i64>>> {
-        if let Some(known) = self.ints(name) {
-            return Some(known.into_iter().map(Some).collect());
-        }
-        let parts = self.producers.get(name).filter(|node| node.op_type() == "Concat")?;
-        let mut dims = Vec::new();
-        for part in &parts.input {
-            match self.ints(part) {
-                Some(known) => dims.extend(known.into_iter().map(Some)),
-                None => dims.push(self.is_one_dimension(part).then_some(None)?),
-            }
-        }
-        Some(dims)
-    }
-
-    /// Whether a value is one dimension of something, as part of a shape.
-    fn is_one_dimension(&self, name: &str) -> bool {
-        self.producers.get(name).is_some_and(|node| match node.op_type() {
-            // Of a number without dimensions: what is of more could not be part of a shape.
-            "Unsqueeze" => node.input.get(1).and_then(|axes| self.ints(axes)).is_some_and(|axes| axes == [0]),
-            "Shape" => int(node, "end").is_some_and(|end| end - int(node, "start").unwrap_or(0) == 1),
-            _ => false,
-        })
     }
 
     /// A constant's integers.
