@@ -11,8 +11,8 @@
 //! ```
 //!
 //! where the reshapes' shapes are constants: for each other number of rows cuDNN would make a kernel when it comes. PyTorch's
-//! exporter puts zeros where a softmax has given no numbers, which is left out where nothing infinite is added. What is not
-//! recognized stays as it is.
+//! exporter puts zeros where a softmax has given no numbers, because a mask has hidden all keys of a row: then the row is made zero
+//! afterwards, where there may be such a row. What is not recognized stays as it is.
 
 mod rewrite;
 mod view;
@@ -31,6 +31,8 @@ const OURS: &str = "faaswap/attention";
 /// Fuses what is recognized in the graph, not in its bodies, of those element types that it is worth it for. Returns how many
 /// attentions that is.
 pub fn fuse(model: &mut ModelProto, worth_it: impl Fn(DType) -> bool) -> usize {
+    let opset = model.opset_import.iter().find(|import| import.domain().is_empty());
+    let opset = opset.map_or(0, OperatorSetIdProto::version);
     let Some(graph) = &mut model.graph else { return 0 };
     let found: Vec<_> = {
         let (view, types) = (View::of(graph), types::of_values(graph));
@@ -40,7 +42,7 @@ pub fn fuse(model: &mut ModelProto, worth_it: impl Fn(DType) -> bool) -> usize {
     };
     let count = found.len();
     if count > 0 {
-        Rewrite::default().all(graph, found);
+        Rewrite::new(opset).all(graph, found);
         rewrite::drop_unused(graph);
         if !model.opset_import.iter().any(|import| import.domain() == DOMAIN) {
             let (domain, version) = (Some(DOMAIN.to_owned()), Some(1));
@@ -67,6 +69,8 @@ struct Attention {
     scale: f32,
     /// What is added to the scaled products.
     bias: Option<String>,
+    /// What is given for rows that see no key, where there may be such.
+    zero: Option<String>,
     /// What it gives, as (batch, row, head, size).
     output: String,
 }

@@ -10,16 +10,27 @@ use crate::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_
 /// As a shape: heads of a row beside each other.
 const HEADS_TOGETHER: [i64; 3] = [0, 0, -1];
 
-/// Constants, and biases that were stretched, each made once.
-#[derive(Default)]
+/// The version of operators since which reductions take their axes as an input.
+const AXES_AS_INPUT_SINCE: i64 = 18;
+
+/// What is added to the graph.
 pub(super) struct Rewrite {
+    /// The version of operators.
+    opset: i64,
+    /// Constants, biases that were stretched, and rows that these hide: each is made once.
     constants: HashMap<Vec<i64>, String>,
     stretched: HashMap<(String, i64), String>,
+    hidden: HashMap<String, String>,
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
 }
 
 impl Rewrite {
+    pub(super) fn new(opset: i64) -> Self {
+        let (constants, stretched, hidden) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { opset, constants, stretched, hidden, nodes: Vec::new(), initializers: Vec::new() }
+    }
+
     /// Puts an operator in the place of each last node.
     pub(super) fn all(mut self, graph: &mut GraphProto, found: Vec<(usize, Attention)>) {
         let mut found = found.into_iter().peekable();
@@ -40,14 +51,15 @@ impl Rewrite {
         graph.initializer.extend(self.initializers);
     }
 
-    /// Adds the operator; returns the name of what it gives, as (batch, row, heads together).
+    /// Adds the operator; returns the name of what it gives, as (batch, row, heads together), or with heads apart.
     fn one(&mut self, attention: &Attention) -> String {
         let shape = self.constant(&HEADS_TOGETHER);
         let mut inputs: Vec<_> =
             attention.inputs.iter().map(|four| self.add("Reshape", vec![four.clone(), shape.clone()], four)).collect();
-        if let Some(bias) = &attention.bias {
+        let bias = attention.bias.as_ref().map(|bias| self.stretch(bias, attention.rows));
+        if let Some(bias) = &bias {
             // Neither a bias of the projections nor a mask of keys.
-            inputs.extend([String::new(), String::new(), self.stretch(bias, attention.rows)]);
+            inputs.extend([String::new(), String::new(), bias.clone()]);
         }
         let output = self.add(OPERATOR, inputs, &attention.output);
         if let Some(node) = self.nodes.last_mut() {
@@ -56,7 +68,38 @@ impl Rewrite {
         let (name, r#type) = (Some("scale".to_owned()), Some(AttributeType::Float.into()));
         let scale = AttributeProto { name, r#type, f: Some(attention.scale), ..Default::default() };
         self.set(vec![with_int("num_heads", attention.heads), scale]);
-        output
+        match (bias, &attention.zero) {
+            (Some(bias), Some(zero)) => {
+                let hidden = self.hidden_by(&bias);
+                let shape = self.constant(&[0, 0, attention.heads, -1]);
+                let apart = self.add("Reshape", vec![output, shape], &attention.output);
+                self.add("Where", vec![hidden, zero.clone(), apart], &attention.output)
+            }
+            (None, _) | (_, None) => output,
+        }
+    }
+
+    /// Whether a bias hides all keys of a row: its largest value is infinite then, and less itself no number.
+    fn hidden_by(&mut self, bias: &str) -> String {
+        if let Some(known) = self.hidden.get(bias) {
+            return known.clone();
+        }
+        let mut inputs = vec![bias.to_owned()];
+        let mut attributes = vec![with_int("keepdims", 1)];
+        if self.opset >= AXES_AS_INPUT_SINCE {
+            inputs.push(self.constant(&[3]));
+        } else {
+            attributes.push(with_ints("axes", &[3]));
+        }
+        let largest = self.add("ReduceMax", inputs, bias);
+        self.set(attributes);
+        // From (batch, head, row, 1) to (batch, row, head, 1), where there may be one head for all.
+        let largest = self.add("Transpose", vec![largest], bias);
+        self.set(vec![with_ints("perm", &[0, 2, 1, 3])]);
+        let difference = self.add("Sub", vec![largest.clone(), largest], bias);
+        let hidden = self.add("IsNaN", vec![difference], bias);
+        self.hidden.insert(bias.to_owned(), hidden.clone());
+        hidden
     }
 
     /// A bias for each row of queries: the operator wants it written out.
@@ -105,6 +148,11 @@ impl Rewrite {
         self.constants.insert(values.to_vec(), name.clone());
         name
     }
+}
+
+fn with_ints(name: &str, values: &[i64]) -> AttributeProto {
+    let (name, r#type) = (Some(name.to_owned()), Some(AttributeType::Ints.into()));
+    AttributeProto { name, r#type, ints: values.to_vec(), ..Default::default() }
 }
 
 fn with_int(name: &str, value: i64) -> AttributeProto {

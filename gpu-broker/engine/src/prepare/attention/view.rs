@@ -56,22 +56,20 @@ impl<'g> View<'g> {
             return None;
         }
         let product = self.only(mixed, &["MatMul"])?;
-        let (softmax, is_guarded) = self.weights(product.input.first()?)?;
+        let (softmax, zero) = self.weights(product.input.first()?)?;
         let (scores, bias) = self.scores(softmax)?;
-        if is_guarded && bias.is_some_and(|bias| !self.is_finite(bias)) {
-            return None;
-        }
         let (keys_order, scale) = product_of(scores)?;
         let queries = self.split(scores.input.first()?, &HEADS_FIRST)?;
         let keys = self.split(scores.input.get(1)?, keys_order)?;
         let values = self.split(product.input.get(1)?, &HEADS_FIRST)?;
         let same_heads = queries.heads == keys.heads && keys.heads == values.heads;
-        // A bias is stretched over the rows, whose number must be known for that.
         same_heads.then(|| Attention {
             heads: queries.heads,
             rows: queries.rows,
             inputs: [queries.four, keys.four, values.four],
             scale,
+            // Where nothing infinite is added there are numbers in each row.
+            zero: bias.filter(|bias| !self.is_finite(bias)).and(zero).map(str::to_owned),
             bias: bias.map(str::to_owned),
             output: output.clone(),
         })
@@ -83,14 +81,14 @@ impl<'g> View<'g> {
         self.producers.get(name).copied().filter(|node| alone && ops.contains(&node.op_type()))
     }
 
-    /// The softmax over keys that gives this value, and whether zeros are put where that is no number.
-    fn weights(&self, name: &str) -> Option<(&'g NodeProto, bool)> {
+    /// The softmax over keys that gives this value, and the zero that is put where that is no number.
+    fn weights(&self, name: &str) -> Option<(&'g NodeProto, Option<&'g str>)> {
         let softmax = |node: &&NodeProto| {
             let default = if node.op_type() == "BiasSoftmax" { 1 } else { -1 };
             SOFTMAXES.contains(&node.op_type()) && matches!(int(node, "axis").unwrap_or(default), -1 | 3)
         };
         if let Some(found) = self.only(name, &SOFTMAXES) {
-            return Some(found).filter(softmax).map(|found| (found, false));
+            return Some(found).filter(softmax).map(|found| (found, None));
         }
         let [condition, zero, weights] = &self.only(name, &["Where"])?.input[..] else { return None };
         let is_nan = self.only(condition, &["IsNaN"]).is_some_and(|node| node.input.first() == Some(weights));
@@ -98,7 +96,7 @@ impl<'g> View<'g> {
         let is_guard = is_nan && readers == 2 && !self.kept.contains(weights.as_str());
         let is_zero = self.floats(zero).is_some_and(|values| values.iter().all(|&value| value == 0.0));
         let found = self.producers.get(weights.as_str()).copied().filter(|_| is_guard && is_zero);
-        found.filter(softmax).map(|found| (found, true))
+        found.filter(softmax).map(|found| (found, Some(zero.as_str())))
     }
 
     /// The product that a softmax is over, and what is added to it.
