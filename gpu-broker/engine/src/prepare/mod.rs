@@ -82,7 +82,9 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: &Signature, work: &Pa
         let manifest = rewrite(model, runtime, job, signature, work)?;
         try_out(runtime, job, manifest, reference.as_ref())
     };
-    let mut manifest = match with_fused_attention(&model, job.target).map(&make) {
+    // Only where it can be tried.
+    let fused = reference.as_ref().and_then(|_| with_fused_attention(&model, job.target));
+    let mut manifest = match fused.map(&make) {
         Some(Ok(manifest)) => manifest,
         Some(Err(error)) => {
             tracing::warn!(%error, "attention is left as it is");

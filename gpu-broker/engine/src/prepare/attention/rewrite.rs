@@ -9,7 +9,6 @@ use crate::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_
 
 /// As a shape: heads of a row beside each other.
 const HEADS_TOGETHER: [i64; 3] = [0, 0, -1];
-
 /// The version of operators since which reductions take their axes as an input.
 const AXES_AS_INPUT_SINCE: i64 = 18;
 
