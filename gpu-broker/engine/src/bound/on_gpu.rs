@@ -1,0 +1,142 @@
+//! How a model is bound to a GPU: by a program of its own, or by one of its kind, or by a session that is kept.
+
+use std::sync::Arc;
+
+use faaswap_device::{
+    Device, DeviceError, Group, RangeId,
+    cuda::{COMPARED_MAX, Template},
+};
+use ort::session::Session;
+
+use super::{Bound, shapes::Shapes};
+use crate::{
+    EngineError, Prepared, Runtime, Target,
+    kind::Kind,
+    program::{self, IoLayout, Made, Programs},
+};
+
+impl Bound {
+    /// Makes a program of a session on a binding lane of the GPU; where that cannot be, a session that stays, in a lane.
+    pub(super) fn make_program(
+        &mut self,
+        runtime: &Runtime,
+        prepared: &Prepared,
+        target: Target,
+        device: &Arc<dyn Device>,
+    ) -> Result<(), EngineError> {
+        let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
+        let range = self.range();
+        let io = IoLayout::of(&self.manifest.signature);
+        let kind = prepared.kind()?;
+        let lane = cuda.next_lane(kind.map(|kind| &kind.key));
+        if let (Some(kind), Ok(io), Some(range)) = (kind, &io, range)
+            && let Some(template) = cuda.template(&kind.key)
+        {
+            match self.twin(prepared, device, &template, io.clone(), (lane, range)) {
+                Ok(programs) => {
+                    (self.programs, self.is_twin) = (Some(programs), true);
+                    return Ok(());
+                }
+                Err(error) => tracing::warn!(%error, "a model cannot be bound by its kind"),
+            }
+        }
+        let made = io.and_then(|io| {
+            let constants = cuda.constants();
+            let made = cuda.bind(range, |binding| {
+                let stream = cuda.stream(binding)?;
+                let place = |kind: &Kind| cuda.beside_captures(|| cuda.place_constants(&constants, &kind.bytes));
+                let own = kind.map(|kind| place(kind).map(|base| (kind, base))).transpose()?;
+                cuda.for_constants(&constants, || {
+                    cuda.beside_captures(|| self.make_session(runtime, prepared, (target, Some(stream)), own))
+                })?;
+                let session = self.session.as_ref().ok_or(DeviceError::Invalid("a session that was just made"))?;
+                let here = (lane, cuda.io_address(lane, io.end)?);
+                let there = cuda.io_address(binding, io.end)?;
+                let alone = cuda.alone_in(binding)?;
+                program::make(device, &self.made_of(session), io, here, (&alone, there), Some(constants))
+            });
+            made.map_err(|error: EngineError| error.to_string())
+        });
+        self.kept.clone_from(&self.manifest.keep_session);
+        match made {
+            Ok((programs, drawing)) => {
+                if self.kept.is_none() {
+                    // What it has on the device goes; the addresses of the weights are in the program by now.
+                    cuda.beside_captures(|| self.session = None);
+                    self.supplied = Vec::new();
+                    if let (Some(kind), Some(range), Some(constants)) = (kind, range, programs.constants())
+                        && let Err(error) = cuda.note_kind(kind.key, drawing, range, constants)
+                    {
+                        tracing::info!(%error, "models of a kind are bound one by one");
+                    }
+                }
+                self.programs = Some(programs);
+            }
+            Err(why) => {
+                tracing::info!(%why, "a model runs without a program");
+                cuda.beside_captures(|| self.session = None);
+                self.kept = Some(why);
+                self.lane = Some(lane);
+                let open = IoLayout::of(&self.manifest.signature).is_err() && self.range.is_some();
+                self.shapes = open.then(Shapes::default);
+                let constants = cuda.constants();
+                let stream = cuda.stream(lane)?;
+                cuda.for_constants(&constants, || {
+                    cuda.beside_captures(|| self.make_session(runtime, prepared, (target, Some(stream)), None))
+                })?;
+                self.constants = Some(constants);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a program of this session needs to be known of the model.
+    pub(super) fn made_of<'s>(&'s self, session: &'s Session) -> Made<'s> {
+        Made {
+            session,
+            signature: &self.manifest.signature,
+            input_names: &self.input_names,
+            output_names: &self.output_names,
+            groups: &self.groups,
+        }
+    }
+
+    /// Has the model's kind learnt from a second program where it is not known yet, and puts a program of the kind, which moves with
+    /// the weights, in the place of the session's.
+    pub(super) fn learn_kind(
+        &mut self,
+        runtime: &Runtime,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+    ) -> Result<(), EngineError> {
+        let (Some(cuda), Some(kind), Some(range)) = (device.as_cuda(), prepared.kind()?, self.range()) else {
+            return Ok(());
+        };
+        let Some(programs) = self.programs.as_ref().filter(|_| !self.is_twin && self.kept.is_none()) else {
+            return Ok(());
+        };
+        for _ in 0..COMPARED_MAX {
+            if cuda.knows(&kind.key) == Some(false) {
+                drop(Self::with(runtime, prepared, device, false)?);
+            }
+        }
+        let Some(template) = cuda.template(&kind.key) else { return Ok(()) };
+        self.programs = Some(self.twin(prepared, device, &template, programs.io.clone(), (programs.lane(), range))?);
+        Ok(())
+    }
+
+    /// A program of the model's kind.
+    fn twin(
+        &self,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+        template: &Arc<Template>,
+        io: IoLayout,
+        place: (usize, RangeId),
+    ) -> Result<Programs, EngineError> {
+        let first = prepared.kind()?.map_or(&[][..], |kind| &kind.bytes);
+        let tensors = self.manifest.initializers.iter();
+        let tensors: Vec<_> = tensors.map(|tensor| Group { offset: tensor.offset, len: tensor.len }).collect();
+        Ok(Programs::twin(device, template, io, place, (&tensors, first))?)
+    }
+}
