@@ -154,8 +154,8 @@ pub enum Refusal {
         /// What was wrong with the frame.
         reason: Detail,
     },
-    /// The model was running each time when devices were lost lately.
-    #[error("the model was running when devices failed, more than once: it is not run for {left:?}")]
+    /// The model was running when hardware failed lately, more than once.
+    #[error("the model was running when the hardware failed, more than once: it is not run for {left:?}")]
     ModelSuspended {
         /// Until it is tried again.
         left: Duration,

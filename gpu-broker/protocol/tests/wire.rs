@@ -112,8 +112,8 @@ fn refusals() -> Vec<Refusal> {
         Refusal::Draining,
         Refusal::RunFailed { reason: reason() },
         Refusal::HardwareFault,
-        Refusal::ModelSuspended { left: Duration::from_secs(600) },
         Refusal::ProtocolViolation { reason: reason() },
+        Refusal::ModelSuspended { left: long },
     ]
 }
 
