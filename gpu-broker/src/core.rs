@@ -154,11 +154,7 @@ pub(crate) struct Core {
     /// Tells the loop that a request is about to come.
     pub(crate) expected: Rc<Notify>,
     draining: bool,
-    /// What is running, by the request that each run was started for.
-    running: HashMap<RequestKey, ModelId>,
     suspects: Suspects,
-    /// When models were suspected last, and how many losses were the weights' fault until then.
-    suspected: (Option<Instant>, u64),
     /// Runs of several requests that are not over. They are so a moment after their last answer.
     shared_runs: usize,
 }
@@ -212,9 +208,7 @@ impl Core {
                 broken: Rc::new(Notify::new()),
                 expected: Rc::new(Notify::new()),
                 draining: false,
-                running: HashMap::new(),
                 suspects,
-                suspected: (None, 0),
                 shared_runs: 0,
             })
         });
@@ -279,7 +273,7 @@ impl Core {
             match ended {
                 Ended::Run { request, took, outcome } => {
                     self.suspect_what_runs();
-                    self.running.remove(&request);
+                    self.suspects.ends(&request);
                     self.run_ended(request, outcome);
                     self.happen(Event::RunDone { request, took });
                     self.look_for_lost_devices();
@@ -287,7 +281,7 @@ impl Core {
                 Ended::Answered { request, outcome } => self.run_ended(request, outcome),
                 Ended::RunOver { request, took, verdict } => {
                     self.suspect_what_runs();
-                    self.running.remove(&request);
+                    self.suspects.ends(&request);
                     self.shared_runs -= 1;
                     if let Some(verdict) = verdict {
                         self.happen(Event::RunTried { request, verdict });

@@ -91,11 +91,11 @@ fn open_all(wanted: &[DeviceSettings], settings: &Settings, runtime: &Runtime) -
         devices.push((device.clone(), opened));
     }
     checked?;
-    let machine = match (cuda, devices.first()) {
-        (Some(cuda), Some((device, first))) => {
+    let first = devices.first().and_then(|(device, opened)| Some((device, opened.as_cuda()?)));
+    let machine = match (cuda, first) {
+        (Some(cuda), Some((device, gpu))) => {
             let failed = |source| ServeError::Device { name: device.name.clone(), source };
-            let capability = first.as_cuda().map_or(Ok(0), CudaDevice::capability).map_err(failed)?;
-            Machine::Gpu { cuda, capability }
+            Machine::Gpu { cuda, capability: gpu.capability().map_err(failed)? }
         }
         (None, _) | (_, None) => Machine::Host,
     };

@@ -137,7 +137,7 @@ pub(crate) struct Ask {
 /// A model on a device, and when its last copy there was complete.
 #[derive(Debug)]
 pub(crate) struct BoundModel {
-    digest: ModelDigest,
+    pub(crate) digest: ModelDigest,
     pub(crate) bound: Bound,
     pub(crate) device: Arc<dyn Device>,
     copied_at: Mutex<Option<Instant>>,

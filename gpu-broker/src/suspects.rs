@@ -6,14 +6,17 @@
 //! is replaced after a fault.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use faaswap_protocol::ModelDigest;
+use faaswap_scheduler::RequestKey;
 use serde::{Deserialize, Serialize};
+
+use crate::limits::ONE_FAULT;
 
 /// The file in the store.
 const FILE: &str = "suspects.json";
@@ -45,6 +48,13 @@ impl Suspect {
         Some(self.last.saturating_add(REFUSED_FOR.saturating_mul(times).min(REFUSED_FOR_MAX).as_secs()))
     }
 
+    /// For how long it is refused yet.
+    fn left(self, now: SystemTime) -> Option<Duration> {
+        let now = seconds(now);
+        let left = self.refused_until().filter(|_| !self.is_forgotten(now))?.checked_sub(now)?;
+        (left > 0).then(|| Duration::from_secs(left))
+    }
+
     fn is_forgotten(self, now: u64) -> bool {
         let until = self.last.saturating_add(FORGOTTEN_AFTER.as_secs()).max(self.refused_until().unwrap_or(0));
         // A clock that was set back must not keep it for ever.
@@ -52,42 +62,69 @@ impl Suspect {
     }
 }
 
-/// All suspects of the node.
+/// All suspects of the node, and what is running.
 #[derive(Debug)]
 pub(crate) struct Suspects {
     path: PathBuf,
-    known: BTreeMap<String, Suspect>,
+    known: BTreeMap<ModelDigest, Suspect>,
+    /// By the request that each run was started for.
+    running: HashMap<RequestKey, ModelDigest>,
+    /// When a device was lost last.
+    lost_at: Option<Instant>,
+    /// Losses that were the fault of weights, until then.
+    damaged: u64,
 }
 
 impl Suspects {
     /// Reads what is known from the store.
     pub(crate) fn open(store: &Path) -> Self {
         let path = store.join(FILE);
-        let known = match fs::read(&path).map(|bytes| serde_json::from_slice(&bytes)) {
+        let read = fs::read(&path).map(|bytes| serde_json::from_slice::<BTreeMap<String, Suspect>>(&bytes));
+        let known = match read {
             Ok(Ok(known)) => known,
             Ok(Err(error)) => {
                 tracing::warn!(%error, path = %path.display(), "cannot be read: no model is suspected");
                 BTreeMap::new()
             }
+            // Mostly there is none.
             Err(_) => BTreeMap::new(),
         };
-        Self { path, known }
+        let known = known.into_iter().filter_map(|(model, suspect)| Some((model.parse().ok()?, suspect))).collect();
+        Self { path, known, running: HashMap::new(), lost_at: None, damaged: 0 }
     }
 
-    /// A device was lost while these were running.
-    pub(crate) fn lost_while_running(&mut self, models: &BTreeSet<ModelDigest>, now: SystemTime) {
+    pub(crate) fn begins(&mut self, run: RequestKey, model: ModelDigest) {
+        self.running.insert(run, model);
+    }
+
+    pub(crate) fn ends(&mut self, run: &RequestKey) {
+        self.running.remove(run);
+    }
+
+    /// A device was lost: what runs may have been at fault. `damaged` counts losses that were the fault of weights. One kernel costs
+    /// a process all of its devices, one after the other; that counts once.
+    pub(crate) fn device_lost(&mut self, damaged: u64, (at, now): (Instant, SystemTime)) {
+        let is_known = self.lost_at.is_some_and(|last| at.saturating_duration_since(last) < ONE_FAULT);
+        let is_of_weights = self.damaged != damaged;
+        (self.lost_at, self.damaged) = (Some(at), damaged);
+        if !is_known && !is_of_weights {
+            self.lost_while_running(&self.running.values().copied().collect(), now);
+        }
+    }
+
+    fn lost_while_running(&mut self, models: &BTreeSet<ModelDigest>, now: SystemTime) {
         let now = seconds(now);
         self.known.retain(|_, suspect| !suspect.is_forgotten(now));
         let more = if models.len() == 1 { ALONE } else { IN_COMPANY };
         for model in models {
-            let suspect = self.known.entry(model.to_string()).or_insert(Suspect { counts: 0, last: now });
+            let suspect = self.known.entry(*model).or_insert(Suspect { counts: 0, last: now });
             *suspect = Suspect { counts: suspect.counts.saturating_add(more), last: now };
             let until = suspect.refused_until();
             let refused_for = until.map(|until| Duration::from_secs(until.saturating_sub(now)));
             tracing::error!(?model, counts = suspect.counts, ?refused_for, "was running when a device was lost");
         }
         while self.known.len() > SUSPECTS_MAX {
-            let oldest = self.known.iter().min_by_key(|(_, suspect)| suspect.last).map(|(model, _)| model.clone());
+            let oldest = self.known.iter().min_by_key(|(_, suspect)| suspect.last).map(|(model, _)| *model);
             oldest.map(|model| self.known.remove(&model));
         }
         if let Err(error) = self.write() {
@@ -96,18 +133,14 @@ impl Suspects {
     }
 
     /// For how long the model is not run from now on, if that is so.
-    pub(crate) fn suspended_for(&self, model: &ModelDigest, now: SystemTime) -> Option<Duration> {
-        if self.known.is_empty() {
-            return None;
-        }
-        let (suspect, now) = (self.known.get(&model.to_string())?, seconds(now));
-        let left = suspect.refused_until().filter(|_| !suspect.is_forgotten(now))?.checked_sub(now)?;
-        (left > 0).then(|| Duration::from_secs(left))
+    pub(crate) fn suspended_for(&self, model: &ModelDigest) -> Option<Duration> {
+        self.known.get(model).and_then(|suspect| suspect.left(SystemTime::now()))
     }
 
     fn write(&self) -> std::io::Result<()> {
         let draft = self.path.with_extension("draft");
-        fs::write(&draft, serde_json::to_vec_pretty(&self.known)?)?;
+        let known: BTreeMap<_, _> = self.known.iter().map(|(model, suspect)| (model.to_string(), suspect)).collect();
+        fs::write(&draft, serde_json::to_vec_pretty(&known)?)?;
         fs::rename(&draft, &self.path)
     }
 }
@@ -131,7 +164,7 @@ mod tests {
     }
 
     fn left(suspects: &Suspects, number: u8, now: u64) -> Option<u64> {
-        suspects.suspended_for(&model(number), at(now)).map(|left| left.as_secs())
+        suspects.known.get(&model(number))?.left(at(now)).map(|left| left.as_secs())
     }
 
     #[test]
@@ -165,6 +198,27 @@ mod tests {
         (3..6).for_each(|now| suspects.lost_while_running(&both, at(now)));
         assert_eq!(left(&suspects, 2, 5), Some(600));
         suspects.lost_while_running(&BTreeSet::new(), at(6));
+    }
+
+    #[test]
+    fn what_runs_is_suspected_once_for_each_fault_and_not_for_damaged_weights() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut suspects = Suspects::open(dir.path());
+        let (start, later) = (Instant::now(), |seconds| Duration::from_secs(seconds));
+        let counts = |suspects: &Suspects| suspects.known.get(&model(1)).map_or(0, |suspect| suspect.counts);
+        suspects.begins(RequestKey(7), model(1));
+        suspects.begins(RequestKey(8), model(2));
+        suspects.ends(&RequestKey(8));
+        suspects.device_lost(0, (start, at(0)));
+        suspects.device_lost(0, (start + later(1), at(1)));
+        assert_eq!((counts(&suspects), suspects.known.len()), (ALONE, 1), "the other device of the same fault");
+        suspects.device_lost(1, (start + later(60), at(60)));
+        assert_eq!(counts(&suspects), ALONE, "weights were damaged");
+        suspects.device_lost(1, (start + later(120), at(120)));
+        assert_eq!(counts(&suspects), 2 * ALONE);
+        suspects.ends(&RequestKey(7));
+        suspects.device_lost(1, (start + later(180), at(180)));
+        assert_eq!(counts(&suspects), 2 * ALONE, "nothing was running");
     }
 
     #[test]

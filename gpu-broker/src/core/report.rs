@@ -1,7 +1,5 @@
 //! What operators are shown: functions, models and devices as they are now.
 
-use std::time::SystemTime;
-
 use faaswap_protocol::Tf32;
 use serde::Serialize;
 
@@ -74,7 +72,6 @@ impl Core {
             refused: function.refused.values().sum(),
             slo_met: function.slo_met,
         });
-        let now = SystemTime::now();
         let name = |index: usize| self.devices[index].device.info().name.clone();
         let models = self.models.values().map(|model| ModelReport {
             model: model.variant.digest.to_string(),
@@ -84,7 +81,7 @@ impl Core {
             functions: model.functions,
             bound: model.loaded.bound.iter().map(|(device, _)| name(usize::from(device.0))).collect(),
             on: model.on.iter().map(|device| name(usize::from(device.0))).collect(),
-            suspended_s: self.suspects.suspended_for(&model.variant.digest, now).map(|left| left.as_secs()),
+            suspended_s: self.suspects.suspended_for(&model.variant.digest).map(|left| left.as_secs()),
         });
         let devices = self.devices.iter().enumerate().map(|(index, entry)| DeviceReport {
             name: entry.device.info().name.clone(),

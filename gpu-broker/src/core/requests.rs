@@ -3,7 +3,7 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
-    time::{Instant, SystemTime},
+    time::Instant,
 };
 
 use bytes::Bytes as Buffer;
@@ -78,7 +78,7 @@ impl Core {
         let function = *entry.functions.get(&infer.function).ok_or(Refusal::UnknownFunction)?;
         let known = self.functions.get(&function).ok_or(Refusal::UnknownFunction)?;
         let model = self.models.get(&known.model).ok_or(Refusal::UnknownFunction)?;
-        if let Some(left) = self.suspects.suspended_for(&model.variant.digest, SystemTime::now()) {
+        if let Some(left) = self.suspects.suspended_for(&model.variant.digest) {
             let refusal = Refusal::ModelSuspended { left };
             self.count_refused(function, refusal.code());
             return Err(refusal.into());

@@ -14,11 +14,11 @@ impl Core {
         &mut self,
         request: RequestKey,
         with: &[RequestKey],
-        id: ModelId,
+        model: ModelId,
         (device, lane): (DeviceId, LaneId),
         resident: bool,
     ) {
-        let bound = self.bound(id, device).map(|(bound, _)| bound);
+        let bound = self.bound(model, device).map(|(bound, _)| bound);
         let mut ask_of = |request: &RequestKey| {
             let found = self.requests.get_mut(request)?;
             found.resident = bound.as_ref().is_some_and(|model| model.found_by(found.ask.arrived, resident));
@@ -33,11 +33,14 @@ impl Core {
                     self.telemetry.shared_run(whose.len(), whose.iter().any(|other| *other != function));
                 }
                 let is_shared = !with_asks.is_empty();
+                let digest = model.digest;
                 let run = Run { ask, with: with_asks, batching: self.strictest(&whose), model, resident };
                 let lanes = &self.devices[usize::from(device.0)].lanes;
                 let handed = lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run));
                 self.shared_runs += usize::from(handed && is_shared);
-                handed.then(|| self.running.insert(request, id));
+                if handed {
+                    self.suspects.begins(request, digest);
+                }
                 handed
             }
             (None, _) | (_, None) => false,

@@ -10,12 +10,7 @@ use faaswap_protocol::{Detail, Refusal};
 use faaswap_scheduler::{DeviceId, Event, ModelId, RequestKey, Source};
 
 use super::{Core, Home, device_id};
-use crate::{
-    lane::BoundModel,
-    limits::{ONE_FAULT, QUIET_FOR},
-    mailbox::Ended,
-    verify::Stay,
-};
+use crate::{lane::BoundModel, limits::QUIET_FOR, mailbox::Ended, verify::Stay};
 
 impl Core {
     /// Begins a swap-in, from another device where the scheduler names one.
@@ -160,17 +155,9 @@ impl Core {
 
     /// Where a device was lost since the last look, whatever runs now may have been at fault.
     pub(super) fn suspect_what_runs(&mut self) {
-        if !self.devices.iter().any(|entry| !entry.lost && entry.device.is_lost()) {
-            return;
-        }
-        let (at, damaged) = (self.suspected.0, self.verifier.seen.damaged.load(Ordering::Relaxed));
-        // All devices of a process fail of one kernel, one after the other.
-        let is_known = at.is_some_and(|at| at.elapsed() < ONE_FAULT);
-        let is_of_weights = self.suspected.1 != damaged;
-        self.suspected = (Some(Instant::now()), damaged);
-        if !is_known && !is_of_weights {
-            let models = self.running.values().filter_map(|id| Some(self.models.get(id)?.variant.digest));
-            self.suspects.lost_while_running(&models.collect(), SystemTime::now());
+        if self.devices.iter().any(|entry| !entry.lost && entry.device.is_lost()) {
+            let damaged = self.verifier.seen.damaged.load(Ordering::Relaxed);
+            self.suspects.device_lost(damaged, (Instant::now(), SystemTime::now()));
         }
     }
 
