@@ -10,7 +10,7 @@
 //! v ─ Reshape ─ Transpose 0,2,1,3 ──────────────────────────────────────────┴ MatMul ─ Transpose 0,2,1,3 ─ Reshape
 //! ```
 //!
-//! where the reshapes' shapes are constants: for each other number of rows cuDNN would make a kernel when it comes. PyTorch's
+//! where the reshapes' shapes are constants: for each other number of rows cuDNN may make a kernel when it comes. PyTorch's
 //! exporter puts zeros where a softmax has given no numbers, because a mask has hidden all keys of a row: then the row is made zero
 //! afterwards, where there may be such a row. What is not recognized stays as it is.
 

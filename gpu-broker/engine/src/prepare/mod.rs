@@ -108,7 +108,7 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: &Signature, work: &Pa
 }
 
 /// The model with its attention fused; `None` where there is none. Of single precision it stays apart: on an H100 BERT-large took
-/// as long with the kernels that there are for it, which do not use TF32. On the processor nothing is gained.
+/// longer with the kernels that there are for it (4.7 ms, and 4.2 to 4.3 without). On the processor nothing is gained.
 fn with_fused_attention(model: &ModelProto, target: Target) -> Option<ModelProto> {
     let mut fused = (target != Target::Cpu).then(|| model.clone())?;
     let count = attention::fuse(&mut fused, |dtype| matches!(dtype, DType::F16 | DType::Bf16));
