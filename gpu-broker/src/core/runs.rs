@@ -38,6 +38,8 @@ impl Core {
                 let lanes = &self.devices[usize::from(device.0)].lanes;
                 let handed = lanes.get(usize::from(lane.0)).is_some_and(|lane| lane.run(run));
                 self.shared_runs += usize::from(handed && is_shared);
+                // What begins on a device that is lost already did not cost it.
+                self.suspect_what_runs();
                 if handed {
                     self.suspects.begins(request, digest);
                 }
