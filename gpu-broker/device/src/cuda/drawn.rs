@@ -107,6 +107,36 @@ impl Call {
         (told == cu::CUresult::CUDA_SUCCESS).then_some(value)
     }
 
+    /// Does something with the launch as the driver wants it told; each of its places has as many bytes as the argument, and all of it is
+    /// there until `work` returns.
+    fn with<T>(&mut self, work: impl FnOnce(*const cu::CUDA_KERNEL_NODE_PARAMS) -> T) -> T {
+        let mut places: Vec<*mut c_void> = self.arguments.iter_mut().map(|bytes| bytes.as_mut_ptr().cast()).collect();
+        let mut size = self.arguments.first().map_or(0, Vec::len);
+        let mut extra = [
+            ptr::without_provenance_mut(EXTRA_BUFFER),
+            places.first().copied().unwrap_or(ptr::null_mut()),
+            ptr::without_provenance_mut(EXTRA_SIZE),
+            ptr::from_mut(&mut size).cast(),
+            ptr::without_provenance_mut(EXTRA_END),
+        ];
+        let [grid_x, grid_y, grid_z, block_x, block_y, block_z, shared] = self.shape;
+        let parameters = cu::CUDA_KERNEL_NODE_PARAMS {
+            func: ptr::with_exposed_provenance_mut(self.function[0]),
+            gridDimX: grid_x,
+            gridDimY: grid_y,
+            gridDimZ: grid_z,
+            blockDimX: block_x,
+            blockDimY: block_y,
+            blockDimZ: block_z,
+            sharedMemBytes: shared,
+            kernelParams: if self.packed { ptr::null_mut() } else { places.as_mut_ptr() },
+            extra: if self.packed { extra.as_mut_ptr() } else { ptr::null_mut() },
+            kern: ptr::with_exposed_provenance_mut(self.function[1]),
+            ctx: ptr::null_mut(),
+        };
+        work(&raw const parameters)
+    }
+
     /// What the kernel is called, for messages.
     pub(super) fn name(&self) -> String {
         let name = self.full_name().map(|name| name.to_string_lossy().chars().take(NAME_TOLD).collect());
@@ -315,43 +345,30 @@ fn argument_size(p: &cu::CUDA_KERNEL_NODE_PARAMS, index: usize) -> Result<Option
 /// The node must be a kernel of the graph that it was made of, which is alive and which nobody else uses meanwhile, and the call
 /// that node's. Whenever it is launched, what the arguments name must be there.
 pub(super) unsafe fn set_in(exec: cu::CUgraphExec, node: usize, call: &mut Call) -> Result<(), DeviceError> {
-    let mut places: Vec<*mut c_void> = call.arguments.iter_mut().map(|bytes| bytes.as_mut_ptr().cast()).collect();
-    let mut size = call.arguments.first().map_or(0, Vec::len);
-    let mut extra = [
-        ptr::without_provenance_mut(EXTRA_BUFFER),
-        places.first().copied().unwrap_or(ptr::null_mut()),
-        ptr::without_provenance_mut(EXTRA_SIZE),
-        ptr::from_mut(&mut size).cast(),
-        ptr::without_provenance_mut(EXTRA_END),
-    ];
-    let [grid_x, grid_y, grid_z, block_x, block_y, block_z, shared] = call.shape;
-    let parameters = cu::CUDA_KERNEL_NODE_PARAMS {
-        func: ptr::with_exposed_provenance_mut(call.function[0]),
-        gridDimX: grid_x,
-        gridDimY: grid_y,
-        gridDimZ: grid_z,
-        blockDimX: block_x,
-        blockDimY: block_y,
-        blockDimZ: block_z,
-        sharedMemBytes: shared,
-        kernelParams: if call.packed { ptr::null_mut() } else { places.as_mut_ptr() },
-        extra: if call.packed { extra.as_mut_ptr() } else { ptr::null_mut() },
-        kern: ptr::with_exposed_provenance_mut(call.function[1]),
-        ctx: ptr::null_mut(),
-    };
     let node = ptr::with_exposed_provenance_mut(node);
-    // SAFETY: each place has as many bytes as the argument, which the driver copies before it returns; the rest is the caller's promise.
-    let set = unsafe { cu::cuGraphExecKernelNodeSetParams_v2(exec, node, &raw const parameters) };
+    // SAFETY: the caller's promise.
+    let set = call.with(|parameters| unsafe { cu::cuGraphExecKernelNodeSetParams_v2(exec, node, parameters) });
     check("cuGraphExecKernelNodeSetParams", set)
 }
 
-/// Lets a wait of a graph that was instantiated be for another event, from its next launch on.
+/// Gives a kernel of a graph other arguments, of the same sizes, for what is instantiated of it from now on.
 ///
 /// # Safety
-/// The node must be a wait of the graph that it was made of, which is alive and which nobody else uses meanwhile.
-pub(super) unsafe fn set_event_in(exec: cu::CUgraphExec, node: usize, event: &Event) -> Result<(), DeviceError> {
+/// The node must be a kernel of a graph that is alive and that nobody else uses meanwhile, and the call that node's. Whenever what is
+/// instantiated of it is launched, what the arguments name must be there.
+pub(super) unsafe fn set(node: usize, call: &mut Call) -> Result<(), DeviceError> {
+    let node = ptr::with_exposed_provenance_mut(node);
+    // SAFETY: the caller's promise.
+    let set = call.with(|parameters| unsafe { cu::cuGraphKernelNodeSetParams_v2(node, parameters) });
+    check("cuGraphKernelNodeSetParams", set)
+}
+
+/// Lets a wait of a graph be for another event, in what is instantiated of it from now on.
+///
+/// # Safety
+/// The node must be a wait of a graph that is alive and that nobody else uses meanwhile.
+pub(super) unsafe fn set_event(node: usize, event: &Event) -> Result<(), DeviceError> {
     let node = ptr::with_exposed_provenance_mut(node);
     // SAFETY: the caller's promise; the event is alive.
-    let set = unsafe { cu::cuGraphExecEventWaitNodeSetEvent(exec, node, event.raw()) };
-    check("cuGraphExecEventWaitNodeSetEvent", set)
+    check("cuGraphEventWaitNodeSetEvent", unsafe { cu::cuGraphEventWaitNodeSetEvent(node, event.raw()) })
 }

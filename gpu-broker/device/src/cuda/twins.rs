@@ -256,8 +256,8 @@ impl CudaDevice {
             let drawing = template.drawing();
             let parts = drawing.parts.iter().zip(&template.differs);
             let parts = parts.map(|((drawn, groups, counts), differs)| {
+                let readers = self.change(drawn, differs, &places, range)?;
                 let graph = Graph::of(&self.shared.context, drawn, counts.of_plain())?;
-                let readers = self.change((drawn, &graph), differs, &places, range)?;
                 let moves = (moves && !readers.is_empty()).then(|| Moves::new(template, readers));
                 Ok(Part { graph, groups: *groups, moves })
             });
@@ -274,10 +274,11 @@ impl CudaDevice {
         Ok(program)
     }
 
-    /// Makes what was instantiated of a part of the template the twin's. Returns what in it reads weights.
+    /// Makes a part of the template the twin's, until it is made another one's; what is instantiated of it stays. Returns what in it
+    /// reads weights.
     fn change(
         &self,
-        (drawn, graph): (&Drawn, &Graph),
+        drawn: &Drawn,
         differs: &[(usize, Differs)],
         places: &Places,
         range: RangeId,
@@ -297,7 +298,7 @@ impl CudaDevice {
                     }
                     // SAFETY: the node is a kernel of the part, which the caller has alone; the places are the model's and its lane's,
                     // which stay for as long as its program.
-                    unsafe { drawn::set_in(graph.raw(), node, &mut call) }?;
+                    unsafe { drawn::set(node, &mut call) }?;
                     let of_weights = words.iter().filter(|word| word.place.0 == WEIGHTS);
                     let words: Vec<_> = of_weights.map(|word| (word.argument, word.offset, word.place.1)).collect();
                     readers.extend((!words.is_empty()).then_some(Reader { node, call, words }));
@@ -305,7 +306,7 @@ impl CudaDevice {
                 Differs::Group(group) => {
                     let event = self.shared.books()?.event(&self.shared.context, range, *group)?;
                     // SAFETY: the node is a wait of the part, which the caller has alone.
-                    unsafe { drawn::set_event_in(graph.raw(), node, &event) }?;
+                    unsafe { drawn::set_event(node, &event) }?;
                 }
             }
         }
