@@ -142,6 +142,8 @@ pub struct CudaDevice {
     /// Held by whoever captures, and shared by those who may spoil that.
     capturing: RwLock<()>,
     next_lane: AtomicUsize,
+    /// For what graphs need on the device.
+    uploads: Queue,
     /// What twins are made of; `None` where none are made.
     kinds: Option<Kinds>,
     ordinal: i32,
@@ -176,6 +178,7 @@ impl CudaDevice {
             .collect::<Result<_, _>>()?;
         let constants = Mutex::new((Arena::new(&context, CONSTANTS_MAX)?, HashMap::new()));
         let kernels = Kernels::load(&context)?;
+        let uploads = Queue::new(&context)?;
         let memory = Arc::new(Memory {
             lanes,
             kernels,
@@ -199,6 +202,7 @@ impl CudaDevice {
             bound: Condvar::new(),
             capturing: RwLock::new(()),
             next_lane: AtomicUsize::new(0),
+            uploads,
             kinds: config.twins.then(Kinds::default),
             ordinal,
             threads,

@@ -37,7 +37,7 @@ const NEEDS: [cu::CUfunction_attribute; 6] = [
 /// So much of a kernel's name is told.
 const NAME_TOLD: usize = 120;
 
-/// A graph that can be read and changed. What is launched is made of it, and needs it no more.
+/// A graph that can be read and changed. What is launched is made of it, and needs it to be changed only.
 pub(super) struct Drawn {
     context: Arc<Context>,
     raw: usize,
@@ -212,6 +212,24 @@ impl Drawn {
         let edges = from.iter().zip(&to).map(|(from, to)| Some((place(from)?, place(to)?))).collect::<Option<_>>();
         let edges = edges.ok_or(DeviceError::Invalid("an edge of a graph to a node that it does not have"))?;
         Ok(Content { nodes: handles.into_iter().map(read_node).collect::<Result<_, _>>()?, edges })
+    }
+
+    /// Another that says the same, for one who changes it or has it for long.
+    pub(super) fn copy(&self) -> Result<Self, DeviceError> {
+        self.context.enter()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: the graph is alive; the driver writes a handle, which is ours.
+        check("cuGraphClone", unsafe { cu::cuGraphClone(&raw mut raw, self.raw()) })?;
+        // SAFETY: as above.
+        Ok(unsafe { Self::own(&self.context, raw) })
+    }
+
+    /// The node that is in this copy what `node` is in the graph that it is a copy of.
+    pub(super) fn copied(&self, node: cu::CUgraphNode) -> Result<cu::CUgraphNode, DeviceError> {
+        let mut copied = ptr::null_mut();
+        // SAFETY: both are alive; the driver writes a handle, and refuses a graph that is no copy of the node's.
+        check("cuGraphNodeFindInClone", unsafe { cu::cuGraphNodeFindInClone(&raw mut copied, node, self.raw()) })?;
+        Ok(copied)
     }
 
     /// What can be launched.

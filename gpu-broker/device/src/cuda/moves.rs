@@ -1,21 +1,21 @@
 //! Programs that are moved to where their weights lie: words of kernels' arguments that name a place in the weights are set anew in
-//! what is launched, 0.3 to 1.6 us for each kernel on an H100, while the weights' copies run. Nothing is mapped for it.
+//! what is launched, some 0.5 us for each kernel on an H100, while the weights' copies run. Nothing is mapped for it.
 //!
 //! Which words these are is known of a kind (`twins.rs`).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use super::{
-    drawn::{self, Call},
+    drawn::{self, Call, Drawn},
     placement::Placement,
     queue::Graph,
-    twins::{Template, WORD},
+    twins::WORD,
 };
 use crate::DeviceError;
 
 /// A kernel that reads weights.
 pub(super) struct Reader {
-    /// Which node of the template's part it is.
+    /// Which node it is.
     pub(super) node: usize,
     pub(super) call: Call,
     /// Words of its arguments: which argument, where in it, and the place in the weights that it names.
@@ -23,37 +23,39 @@ pub(super) struct Reader {
 }
 
 /// What of a program's part moves with its weights.
-pub(super) struct Moves {
-    template: Arc<Template>,
+pub(super) struct Moves(Mutex<Standing>);
+
+struct Standing {
     /// Where it stands, by a placement's number; `None` before the first, and after one that failed.
-    stands: Mutex<(Option<u64>, Vec<Reader>)>,
+    at: Option<u64>,
+    readers: Vec<Reader>,
+    /// What the part was made of, whose nodes the readers are.
+    _drawn: Drawn,
 }
 
 impl Moves {
-    pub(super) fn new(template: &Arc<Template>, readers: Vec<Reader>) -> Self {
-        Self { template: Arc::clone(template), stands: Mutex::new((None, readers)) }
+    /// `drawn` is what the part was made of, and has these nodes.
+    pub(super) fn new(drawn: Drawn, readers: Vec<Reader>) -> Self {
+        Self(Mutex::new(Standing { at: None, readers, _drawn: drawn }))
     }
 
     /// Sees to it that the part is where the weights are, when it is launched next.
     pub(super) fn to(&self, placement: &Placement, graph: &Graph) -> Result<(), DeviceError> {
-        let (stands, readers) = &mut *self.stands.lock().unwrap_or_else(PoisonError::into_inner);
-        if *stands == Some(placement.number) {
+        let standing = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if standing.at == Some(placement.number) {
             return Ok(());
         }
-        *stands = None;
-        // The nodes are the template's, whose graph nobody else may use meanwhile.
-        let drawing = self.template.drawing();
-        for Reader { node, call, words } in readers {
+        standing.at = None;
+        for Reader { node, call, words } in &mut standing.readers {
             for &(argument, offset, place) in &*words {
                 let address = placement.address(place).to_ne_bytes();
                 call.arguments[argument][offset..offset + WORD].copy_from_slice(&address);
             }
-            // SAFETY: the graph was made of the template's part, whose node this is; weights are where the placement has them, for as
-            // long as anything runs that reads them.
+            // SAFETY: the graph was made of the one that is kept, whose node this is, and which nobody else has; weights are where the
+            // placement has them, for as long as anything runs that reads them.
             unsafe { drawn::set_in(graph.raw(), *node, call) }?;
         }
-        drop(drawing);
-        *stands = Some(placement.number);
+        standing.at = Some(placement.number);
         Ok(())
     }
 }

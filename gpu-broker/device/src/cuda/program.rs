@@ -194,7 +194,7 @@ impl CudaDevice {
         let (drawn, rewritten) = self.lane(capture.lane)?.queue.end_capture(&self.memory.kernels)?;
         if rewritten.counts.nodes > 0 {
             let groups = capture.stages.get(capture.stage).copied().unwrap_or(0);
-            let graph = Graph::of(&self.shared.context, &drawn, rewritten)?;
+            let graph = Graph::of(&drawn, rewritten, &self.uploads)?;
             capture.done.push((Part { graph, groups, moves: None }, drawn));
         }
         Ok(capture)

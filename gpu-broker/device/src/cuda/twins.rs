@@ -10,8 +10,10 @@ mod alike;
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
 };
+
+use cudarc::driver::sys as cu;
 
 pub(super) use self::alike::WORD;
 use self::alike::{Differs, OWN_CONSTANTS, Places, WEIGHTS, Word, compare};
@@ -23,6 +25,7 @@ use super::{
     placement::{Span, Tensors},
     program::{Drawing, Part, Program},
     queue::{Event, Graph},
+    rewrite::Counts,
 };
 use crate::{Device, DeviceError, Group, RangeId};
 
@@ -49,9 +52,18 @@ struct Captured {
     lane_has: (usize, usize),
 }
 
+/// A copy of a template's part.
+struct Copied {
+    drawn: Drawn,
+    /// In the template's order.
+    nodes: Vec<cu::CUgraphNode>,
+    groups: u32,
+    counts: Counts,
+}
+
 /// What twins are made of.
 pub struct Template {
-    /// Locked by whoever does something with its graphs: the driver wants that, also where they are only read.
+    /// Locked by whoever does something with its graphs: the driver wants that, also where they are only copied.
     drawing: Mutex<Drawing>,
     /// By part and node.
     differs: Vec<Vec<(usize, Differs)>>,
@@ -137,8 +149,14 @@ impl Template {
         words.flatten().filter(|word| word.place.0 == WEIGHTS).all(|word| tensors.have(word.place.1))
     }
 
-    pub(super) fn drawing(&self) -> MutexGuard<'_, Drawing> {
-        self.drawing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn copied(&self) -> Result<Vec<Copied>, DeviceError> {
+        let drawing = self.drawing.lock().unwrap_or_else(PoisonError::into_inner);
+        let parts = drawing.parts.iter().map(|(original, groups, counts)| {
+            let drawn = original.copy()?;
+            let nodes = original.nodes()?.into_iter().map(|node| drawn.copied(node)).collect::<Result<_, _>>()?;
+            Ok(Copied { drawn, nodes, groups: *groups, counts: *counts })
+        });
+        parts.collect()
     }
 }
 
@@ -253,13 +271,12 @@ impl CudaDevice {
             self.lane(lane)?.scratch().grow(scratch)?;
             self.lane(lane)?.workspace().grow(workspace)?;
             let places = self.places(lane, range, constants)?;
-            let drawing = template.drawing();
-            let parts = drawing.parts.iter().zip(&template.differs);
-            let parts = parts.map(|((drawn, groups, counts), differs)| {
-                let readers = self.change(drawn, differs, &places, range)?;
-                let graph = Graph::of(&self.shared.context, drawn, counts.of_plain())?;
-                let moves = (moves && !readers.is_empty()).then(|| Moves::new(template, readers));
-                Ok(Part { graph, groups: *groups, moves })
+            let parts = template.copied()?.into_iter().zip(&template.differs);
+            let parts = parts.map(|(Copied { drawn, nodes, groups, counts }, differs)| {
+                let readers = self.change(&nodes, differs, &places, range)?;
+                let graph = Graph::of(&drawn, counts.of_plain(), &self.uploads)?;
+                let moves = (moves && !readers.is_empty()).then(|| Moves::new(drawn, readers));
+                Ok(Part { graph, groups, moves })
             });
             let parts = parts.collect::<Result<_, DeviceError>>()?;
             Ok(Program::new(parts, lane, moves.then_some(range)))
@@ -274,16 +291,14 @@ impl CudaDevice {
         Ok(program)
     }
 
-    /// Makes a part of the template the twin's, until it is made another one's; what is instantiated of it stays. Returns what in it
-    /// reads weights.
+    /// Makes a copy of a part of the template, whose nodes these are, the twin's. Returns what in it reads weights.
     fn change(
         &self,
-        drawn: &Drawn,
+        nodes: &[cu::CUgraphNode],
         differs: &[(usize, Differs)],
         places: &Places,
         range: RangeId,
     ) -> Result<Vec<Reader>, DeviceError> {
-        let nodes = drawn.nodes()?;
         let mut readers = Vec::new();
         for (number, differs) in differs {
             let node = nodes[*number].expose_provenance();
@@ -296,7 +311,7 @@ impl CudaDevice {
                         let bytes = &mut call.arguments[word.argument][word.offset..word.offset + WORD];
                         bytes.copy_from_slice(&places.address(word.place)?.to_ne_bytes());
                     }
-                    // SAFETY: the node is a kernel of the part, which the caller has alone; the places are the model's and its lane's,
+                    // SAFETY: the node is a kernel of the copy, which the caller has alone; the places are the model's and its lane's,
                     // which stay for as long as its program.
                     unsafe { drawn::set(node, &mut call) }?;
                     let of_weights = words.iter().filter(|word| word.place.0 == WEIGHTS);
@@ -305,7 +320,7 @@ impl CudaDevice {
                 }
                 Differs::Group(group) => {
                     let event = self.shared.books()?.event(&self.shared.context, range, *group)?;
-                    // SAFETY: the node is a wait of the part, which the caller has alone.
+                    // SAFETY: the node is a wait of the copy, which the caller has alone.
                     unsafe { drawn::set_event(node, &event) }?;
                 }
             }
