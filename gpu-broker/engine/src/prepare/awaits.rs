@@ -1,14 +1,18 @@
 //! Puts Await nodes into a graph, so that no node touches weights that are not there yet.
 //!
 //! Every value has a *level*: so many groups have been awaited once the value exists. A node that uses a later group
-//! than its inputs' level gets an Await in front of one of its inputs. Levels follow data, not the order in which nodes
+//! than its inputs' level gets an Await in front of one of its inputs. Nodes are looked at in the order in which they run (`order.rs`), for
+//! one Await does for all nodes behind it; they stay where they are in the file. Levels follow data, not the order in which nodes
 //! happen to run, so the promise holds for every order that a runtime may choose. `check` proves it independently.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    iter,
+};
 
 use faaswap_protocol::DType;
 
-use super::{graph::captured, types};
+use super::{graph::captured, order, types};
 use crate::{
     await_op,
     onnx::{AttributeProto, GraphProto, NodeProto, attribute_proto::AttributeType},
@@ -42,15 +46,23 @@ struct Scope<'p> {
     outer: Option<&'p Self>,
     level: HashMap<String, u32>,
     dtype: HashMap<String, DType>,
-    /// The Await output that stands for a value already, and its level.
-    awaited: HashMap<String, (String, u32)>,
+    /// The Await output that stands for a value already, its level, and which of `nodes` it is.
+    awaited: HashMap<String, (String, u32, usize)>,
+    /// The Await nodes, each with the place of the first node of the file that reads it.
+    nodes: Vec<(usize, NodeProto)>,
 }
 
 impl<'p> Scope<'p> {
     fn new(graph: &GraphProto, outer: Option<&'p Self>, base: u32) -> Self {
         let level = graph.input.iter().map(|value| (value.name().to_owned(), base));
         let fixed = graph.initializer.iter().map(|tensor| (tensor.name().to_owned(), 0));
-        Self { outer, level: level.chain(fixed).collect(), dtype: types::stated(graph), awaited: HashMap::new() }
+        Self {
+            outer,
+            level: level.chain(fixed).collect(),
+            dtype: types::stated(graph),
+            awaited: HashMap::new(),
+            nodes: Vec::new(),
+        }
     }
 
     fn level(&self, name: &str) -> u32 {
@@ -74,33 +86,41 @@ impl Placer<'_> {
 
     fn graph(&mut self, graph: &mut GraphProto, outer: Option<&Scope<'_>>, base: u32) {
         let mut scope = Scope::new(graph, outer, base);
-        let nodes = std::mem::take(&mut graph.node);
-        for mut node in nodes {
+        for at in order::of_run(graph) {
+            let node = &mut graph.node[at];
             let inputs = node.input.iter().map(|name| scope.level(name));
             let bodies = node.bodies().flat_map(captured).map(|name| scope.level(name));
             let mut have = inputs.chain(bodies).max().unwrap_or(0).max(base);
-            let need = self.need(&node);
+            let need = self.need(node);
             if need > have {
-                self.cover(&mut node, need, &mut scope, &mut graph.node);
+                self.cover((at, node), need, &mut scope);
                 have = need;
             }
             for body in node.bodies_mut() {
                 self.graph(body, Some(&scope), have);
             }
             scope.level.extend(node.output.iter().map(|name| (name.clone(), have)));
-            let types = types::outputs(&node, |name| scope.dtype(name));
+            let types = types::outputs(node, |name| scope.dtype(name));
             let typed = node.output.iter().zip(types);
             scope.dtype.extend(typed.filter_map(|(name, dtype)| Some((name.clone(), dtype?))));
+        }
+        let mut awaits = scope.nodes;
+        awaits.sort_by_key(|&(before, _)| before);
+        let mut awaits = awaits.into_iter().peekable();
+        for (at, node) in std::mem::take(&mut graph.node).into_iter().enumerate() {
+            graph.node.extend(iter::from_fn(|| awaits.next_if(|&(before, _)| before == at)).map(|(_, node)| node));
             graph.node.push(node);
         }
     }
 
-    /// Makes the node wait for `need` groups through one of its inputs.
-    fn cover(&mut self, node: &mut NodeProto, need: u32, scope: &mut Scope<'_>, nodes: &mut Vec<NodeProto>) {
+    /// Makes the node at a place of the file wait for `need` groups through one of its inputs.
+    fn cover(&mut self, (at, node): (usize, &mut NodeProto), need: u32, scope: &mut Scope<'_>) {
         let awaited =
-            node.input.iter().position(|name| scope.awaited.get(name).is_some_and(|(_, level)| *level >= need));
+            node.input.iter().position(|name| scope.awaited.get(name).is_some_and(|&(_, level, _)| level >= need));
         if let Some(input) = awaited {
-            let awaited = scope.awaited[&node.input[input]].0.clone();
+            let (awaited, _, number) = scope.awaited[&node.input[input]].clone();
+            let before = &mut scope.nodes[number].0;
+            *before = at.min(*before);
             node.input[input] = awaited;
             return;
         }
@@ -110,12 +130,12 @@ impl Placer<'_> {
         };
         let value = node.input[input].clone();
         let output = format!("faaswap/await/{}", self.placed.count);
-        nodes.push(await_node(&value, &output, dtype, need - 1));
         self.placed.count += 1;
         self.placed.types.insert(dtype);
         scope.level.insert(output.clone(), need);
         scope.dtype.insert(output.clone(), dtype);
-        scope.awaited.insert(value, (output.clone(), need));
+        scope.awaited.insert(value.clone(), (output.clone(), need, scope.nodes.len()));
+        scope.nodes.push((at, await_node(&value, &output, dtype, need - 1)));
         node.input[input] = output;
     }
 

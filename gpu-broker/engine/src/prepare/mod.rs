@@ -15,6 +15,7 @@ mod inspect;
 pub mod kin;
 mod limit;
 mod optimize;
+mod order;
 mod rows;
 mod shared;
 mod types;

@@ -1,4 +1,4 @@
-//! Moves the large initializers of an optimized graph into one flat file, in order of first use.
+//! Moves the large initializers of an optimized graph into one flat file, in order of first use by a run.
 //!
 //! Initializers of bodies (branches, loops) are hoisted into the main graph first, because only the main graph's can be
 //! supplied from outside. What stays in the graph: small ones, text, and those that a graph hands out as its output.
@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes as Buffer;
 
-use super::head;
+use super::{head, order};
 use crate::{
     EngineError, PrepareError,
     limits::{WEIGHT_ALIGN, WEIGHT_BYTES_MIN},
@@ -39,11 +39,11 @@ pub(super) fn extract(
         })
         .map(|(i, tensor)| (tensor.name().to_owned(), i))
         .collect();
-    let mut order = Vec::with_capacity(late.len());
-    first_uses(graph, &mut late, &mut order);
-    let head = if on_gpu { head::count(graph, &order) } else { 0 };
+    let mut uses = Vec::with_capacity(late.len());
+    first_uses(graph, &mut late, &mut uses);
+    let head = if on_gpu { head::count(graph, &uses) } else { 0 };
     let mut source = Source { dir: data_dir, open: HashMap::new() };
-    let (table, size) = write_flat(graph, &order[head..], &mut source, &out.join(WEIGHTS_FILE))?;
+    let (table, size) = write_flat(graph, &uses[head..], &mut source, &out.join(WEIGHTS_FILE))?;
     // What is left over is used by nobody; ONNX Runtime would warn of it and drop it.
     let unused: HashSet<usize> = late.into_values().collect();
     let mut index = 0;
@@ -62,10 +62,11 @@ fn can_move(tensor: &TensorProto) -> bool {
 }
 
 /// Takes the indices of `late` out in the order in which nodes use them; bodies are used where their node stands.
-fn first_uses(graph: &GraphProto, late: &mut HashMap<String, usize>, order: &mut Vec<usize>) {
-    for node in &graph.node {
-        order.extend(node.input.iter().filter_map(|name| late.remove(name)));
-        node.bodies().for_each(|body| first_uses(body, late, order));
+fn first_uses(graph: &GraphProto, late: &mut HashMap<String, usize>, uses: &mut Vec<usize>) {
+    for at in order::of_run(graph) {
+        let node = &graph.node[at];
+        uses.extend(node.input.iter().filter_map(|name| late.remove(name)));
+        node.bodies().for_each(|body| first_uses(body, late, uses));
     }
 }
 
