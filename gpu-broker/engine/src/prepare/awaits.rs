@@ -2,7 +2,8 @@
 //!
 //! Every value has a *level*: so many groups have been awaited once the value exists. A node that uses a later group
 //! than its inputs' level gets an Await in front of one of its inputs. Nodes are looked at in the order in which they run (`order.rs`), for
-//! one Await does for all nodes behind it; they stay where they are in the file. Levels follow data, not the order in which nodes
+//! one Await does for all nodes behind it. An Await stands in the file behind the node whose output it hands on, so that nodes run in the
+//! same order with it as without, and it waits on that input that is there last, so that it waits for nothing else's sake. Levels follow data, not the order in which nodes
 //! happen to run, so the promise holds for every order that a runtime may choose. `check` proves it independently.
 
 use std::{
@@ -46,9 +47,11 @@ struct Scope<'p> {
     outer: Option<&'p Self>,
     level: HashMap<String, u32>,
     dtype: HashMap<String, DType>,
-    /// The Await output that stands for a value already, its level, and which of `nodes` it is.
-    awaited: HashMap<String, (String, u32, usize)>,
-    /// The Await nodes, each with the place of the first node of the file that reads it.
+    /// The Await output that stands for a value already, and its level.
+    awaited: HashMap<String, (String, u32)>,
+    /// Behind so many nodes of the file a value of this graph is there; 0 where it is there before all.
+    there: HashMap<String, usize>,
+    /// The Await nodes, each with how many nodes of the file are before it.
     nodes: Vec<(usize, NodeProto)>,
 }
 
@@ -56,11 +59,15 @@ impl<'p> Scope<'p> {
     fn new(graph: &GraphProto, outer: Option<&'p Self>, base: u32) -> Self {
         let level = graph.input.iter().map(|value| (value.name().to_owned(), base));
         let fixed = graph.initializer.iter().map(|tensor| (tensor.name().to_owned(), 0));
+        let made = |(at, node): (usize, &NodeProto)| {
+            node.output.iter().map(move |name| (name.clone(), at + 1)).collect::<Vec<_>>()
+        };
         Self {
             outer,
             level: level.chain(fixed).collect(),
             dtype: types::stated(graph),
             awaited: HashMap::new(),
+            there: graph.node.iter().enumerate().flat_map(made).collect(),
             nodes: Vec::new(),
         }
     }
@@ -71,6 +78,10 @@ impl<'p> Scope<'p> {
             (None, Some(outer)) => outer.level(name),
             (None, None) => 0,
         }
+    }
+
+    fn there(&self, name: &str) -> usize {
+        self.there.get(name).copied().unwrap_or(0)
     }
 
     fn dtype(&self, name: &str) -> Option<DType> {
@@ -93,7 +104,7 @@ impl Placer<'_> {
             let mut have = inputs.chain(bodies).max().unwrap_or(0).max(base);
             let need = self.need(node);
             if need > have {
-                self.cover((at, node), need, &mut scope);
+                self.cover(node, need, &mut scope);
                 have = need;
             }
             for body in node.bodies_mut() {
@@ -105,22 +116,20 @@ impl Placer<'_> {
             scope.dtype.extend(typed.filter_map(|(name, dtype)| Some((name.clone(), dtype?))));
         }
         let mut awaits = scope.nodes;
-        awaits.sort_by_key(|&(before, _)| before);
+        awaits.sort_by_key(|&(behind, _)| behind);
         let mut awaits = awaits.into_iter().peekable();
-        for (at, node) in std::mem::take(&mut graph.node).into_iter().enumerate() {
-            graph.node.extend(iter::from_fn(|| awaits.next_if(|&(before, _)| before == at)).map(|(_, node)| node));
+        for (before, node) in std::mem::take(&mut graph.node).into_iter().enumerate() {
+            graph.node.extend(iter::from_fn(|| awaits.next_if(|&(behind, _)| behind == before)).map(|(_, node)| node));
             graph.node.push(node);
         }
     }
 
-    /// Makes the node at a place of the file wait for `need` groups through one of its inputs.
-    fn cover(&mut self, (at, node): (usize, &mut NodeProto), need: u32, scope: &mut Scope<'_>) {
+    /// Makes the node wait for `need` groups through one of its inputs.
+    fn cover(&mut self, node: &mut NodeProto, need: u32, scope: &mut Scope<'_>) {
         let awaited =
-            node.input.iter().position(|name| scope.awaited.get(name).is_some_and(|&(_, level, _)| level >= need));
+            node.input.iter().position(|name| scope.awaited.get(name).is_some_and(|(_, level)| *level >= need));
         if let Some(input) = awaited {
-            let (awaited, _, number) = scope.awaited[&node.input[input]].clone();
-            let before = &mut scope.nodes[number].0;
-            *before = at.min(*before);
+            let awaited = scope.awaited[&node.input[input]].0.clone();
             node.input[input] = awaited;
             return;
         }
@@ -134,19 +143,20 @@ impl Placer<'_> {
         self.placed.types.insert(dtype);
         scope.level.insert(output.clone(), need);
         scope.dtype.insert(output.clone(), dtype);
-        scope.awaited.insert(value.clone(), (output.clone(), need, scope.nodes.len()));
-        scope.nodes.push((at, await_node(&value, &output, dtype, need - 1)));
+        scope.nodes.push((scope.there(&value), await_node(&value, &output, dtype, need - 1)));
+        scope.awaited.insert(value, (output.clone(), need));
         node.input[input] = output;
     }
 
     /// The input to wait on: computed values before weights, because an Await on a weight depends on nothing, and a
-    /// runtime may do it first, before anything else has run; f32 before others, so that few kinds of Await are needed.
+    /// runtime may do it first, before anything else has run; f32 before others, so that few kinds of Await are needed; what comes first
+    /// in the file, which the runtime makes last.
     fn best_input(&self, node: &NodeProto, scope: &Scope<'_>) -> Option<(usize, DType)> {
         let inputs = node.input.iter().enumerate().filter(|(_, name)| !name.is_empty());
         let told = types::input(node, |name| scope.dtype(name));
         let typed = inputs.filter_map(|(i, name)| Some((i, name, scope.dtype(name).or(told)?)));
         let cost = |name: &str, dtype: DType| (self.group_of.contains_key(name), dtype != DType::F32);
-        typed.min_by_key(|&(i, name, dtype)| (cost(name, dtype), i)).map(|(i, _, dtype)| (i, dtype))
+        typed.min_by_key(|&(i, name, dtype)| (cost(name, dtype), scope.there(name), i)).map(|(i, _, dtype)| (i, dtype))
     }
 }
 
@@ -164,5 +174,58 @@ fn await_node(input: &str, output: &str, dtype: DType, group: u32) -> NodeProto 
             ..AttributeProto::default()
         }],
         ..NodeProto::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::TensorProto;
+
+    /// Nodes as `outputs = inputs`, names of one letter; capitals are weights, each a group, in the order of their names.
+    fn placed(nodes: &[&str]) -> (GraphProto, Placed) {
+        let names = |text: &str| text.chars().map(String::from).collect::<Vec<_>>();
+        let mut graph = GraphProto::default();
+        for text in nodes {
+            let (output, input) = text.split_once('=').expect("each has both");
+            let (output, input) = (names(output), names(input));
+            graph.node.push(NodeProto { op_type: Some("Add".to_owned()), output, input, ..NodeProto::default() });
+        }
+        let weights: BTreeSet<String> =
+            nodes.iter().flat_map(|node| names(node)).filter(|n| *n < "a".to_owned() && n != "=").collect();
+        let group_of = (0..).zip(&weights).map(|(group, name)| (name.clone(), group)).collect();
+        let tensor =
+            |name: &String| TensorProto { name: Some(name.clone()), data_type: Some(1), ..TensorProto::default() };
+        graph.initializer.extend(weights.iter().map(tensor));
+        let placed = place(&mut graph, &group_of);
+        (graph, placed)
+    }
+
+    /// The outputs of nodes as they run, and for an Await its group.
+    fn runs(graph: &GraphProto) -> String {
+        let told = |at: usize| match graph.node[at].attribute.first() {
+            Some(group) => format!("{}", group.i()),
+            None => graph.node[at].output.concat(),
+        };
+        order::of_run(graph).into_iter().map(told).collect()
+    }
+
+    #[test]
+    fn each_await_is_right_before_what_needs_it_and_nodes_run_as_without() {
+        // A block of branches, the last of which runs first.
+        let (graph, told) = placed(&["a=xA", "b=aE", "c=aC", "d=cD", "e=aB", "f=bde"]);
+        assert_eq!((runs(&graph).as_str(), told.count, told.before_run), ("0a1e2c3d4bf", 5, None));
+        // A residual block, whose shortcut runs first.
+        let (graph, _) = placed(&["a=xA", "b=aC", "c=aB", "d=bDc", "e=dE"]);
+        assert_eq!(runs(&graph), "0a1c2b3d4e");
+    }
+
+    #[test]
+    fn one_await_does_for_all_that_is_behind_it() {
+        let (graph, told) = placed(&["a=xB", "b=aA", "c=bB"]);
+        assert_eq!((runs(&graph).as_str(), told.count), ("1abc", 1));
+        // Of two branches the last runs first, and waits for both.
+        let (graph, told) = placed(&["a=x", "b=aA", "c=aB", "d=bc"]);
+        assert_eq!((runs(&graph).as_str(), told.count), ("a1cbd", 1));
     }
 }
