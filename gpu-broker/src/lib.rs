@@ -22,6 +22,7 @@ mod socket;
 pub mod store;
 mod suspects;
 pub mod telemetry;
+mod timer;
 mod trace;
 mod turns;
 mod variant;

@@ -33,6 +33,7 @@ use crate::{
     registrar::Registrar,
     store::{Memory, Preparer, Ready, Store},
     telemetry::Telemetry,
+    timer::Timer,
     turns::Turns,
     variant::Machine,
     verify::Verifier,
@@ -113,7 +114,8 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
         spawn_local(admin::serve(listener, Arc::clone(&telemetry), is_ready, asks, may_fail));
     }
     spawn_local(listen_to_threads(Rc::clone(&core), mailbox));
-    spawn_local(ring_alarms(Rc::clone(&core)));
+    let timer = Timer::new().map_err(ServeError::io("making a timer"))?;
+    spawn_local(ring_alarms(Rc::clone(&core), timer));
     spawn_local(look_for_expected(Rc::clone(&core)));
     spawn_local(keep_house(Rc::clone(&core)));
     spawn_local(answer_admin(Rc::clone(&core), questions));
@@ -214,14 +216,18 @@ async fn listen_to_threads(core: Rc<RefCell<Core>>, mailbox: Arc<Mailbox>) {
     }
 }
 
-async fn ring_alarms(core: Rc<RefCell<Core>>) {
+async fn ring_alarms(core: Rc<RefCell<Core>>, mut timer: Timer) {
     let changed = Rc::clone(&core.borrow().alarm);
     loop {
         let at = core.borrow().alarm_at();
         match at {
             None => changed.notified().await,
             Some(at) => tokio::select! {
-                () = sleep_until(Instant::from_std(at)) => {
+                rung = timer.until(at) => {
+                    if let Err(error) = rung {
+                        tracing::error!(%error, "the timer does not ring");
+                        sleep_until(Instant::from_std(at)).await;
+                    }
                     let mut core = core.borrow_mut();
                     core.take_ended();
                     core.woken();
