@@ -103,7 +103,7 @@ fn a_run_begins_a_little_before_its_copy_asks_for_it_where_a_lane_is_to_spare() 
     }
 }
 
-/// A copy of 20 ms keeps the link busy; the next one is asked for a millisecond before it ends, and the third not yet.
+/// A copy of 20 ms keeps the link busy; the next one is asked for half a millisecond before it ends, and the third not yet.
 #[test]
 fn the_next_copy_is_asked_for_just_before_the_link_is_free() {
     let mut node = Node::new(&[(1_000_000_000, 2)], &[200_000_000; 3], Late::Serve);
@@ -125,7 +125,7 @@ fn the_next_copy_is_asked_for_just_before_the_link_is_free() {
         node.now = wake;
         node.tell(Event::Woken);
     }
-    assert_eq!(wakes.last(), Some(&19_000), "{wakes:?}");
+    assert_eq!(wakes.last(), Some(&19_500), "{wakes:?}");
     assert!(!node.log.contains(&swap_in(2, 0)));
 }
 

@@ -3,7 +3,7 @@
 use crate::{books::Books, ready::Tier, slots::Slot, time::Span};
 
 /// A copy may be asked for while one to the same device ends within this time.
-pub(crate) const COPY_ENDS_SOON: Span = Span::millis(1);
+pub(crate) const COPY_ENDS_SOON: Span = Span::micros(500);
 
 /// What there is to give.
 #[derive(Clone, Copy)]
