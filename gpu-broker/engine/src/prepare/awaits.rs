@@ -191,8 +191,8 @@ mod tests {
             let (output, input) = (names(output), names(input));
             graph.node.push(NodeProto { op_type: Some("Add".to_owned()), output, input, ..NodeProto::default() });
         }
-        let weights: BTreeSet<String> =
-            nodes.iter().flat_map(|node| names(node)).filter(|n| *n < "a".to_owned() && n != "=").collect();
+        let weights = nodes.iter().flat_map(|node| node.chars()).filter(char::is_ascii_uppercase);
+        let weights: BTreeSet<String> = weights.map(String::from).collect();
         let group_of = (0..).zip(&weights).map(|(group, name)| (name.clone(), group)).collect();
         let tensor =
             |name: &String| TensorProto { name: Some(name.clone()), data_type: Some(1), ..TensorProto::default() };
