@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use crate::{
     Result, in_slab,
     model::{self, Asked},
+    node::broker::own_memory,
     record::{self, Records},
     stats::{median, median_ms},
 };
@@ -225,23 +226,24 @@ fn paced(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result
     Ok(median_ms(&mut paced))
 }
 
-/// Device memory that one more function takes while its weights are out: the driver gives memory out in pieces of 2 MiB, so
-/// several are bound.
-fn memory_each(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) -> Result<f64> {
+/// Device memory that one more function takes while its weights are out, and host memory beyond weights: the driver gives memory out in
+/// pieces of 2 MiB, so several are bound.
+fn memory_each(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) -> Result<[f64; 2]> {
     let cuda = device.as_cuda().ok_or("no GPU")?;
     // What the lanes have taken for all of their models does not count. Of the memory for constants, what is taken does: it
     // grows in larger pieces.
-    let left = || -> Result<f64> {
+    let used = || -> Result<[f64; 2]> {
         let (constants, scratch) = cuda.arenas();
         let free = cuda.driver_memory()?.0.get() + scratch.get() + constants.get();
-        Ok(free as f64 - cuda.constants_taken().get() as f64)
+        Ok([cuda.constants_taken().get() as f64 - free as f64, own_memory("self")? as f64])
     };
     let first = Asked::new(runtime, prepared, device)?;
     let more = || Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs));
     let _former = (0..FORMER).map(|_| more()).collect::<Result<Vec<_>>>()?;
-    let before = left()?;
+    let before = used()?;
     let _others = (0..FURTHER).map(|_| more()).collect::<Result<Vec<_>>>()?;
-    Ok((before - left()?) / FURTHER as f64)
+    let after = used()?;
+    Ok([0, 1].map(|which| (after[which] - before[which]) / FURTHER as f64))
 }
 
 pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
@@ -293,7 +295,9 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             }
         }
         let Some((last, mut best, prepared)) = best else { continue };
-        best.value["bind_bytes"] = json!(memory_each(&runtime, &device, prepared)?);
+        let [device_bytes, host_bytes] = memory_each(&runtime, &device, prepared)?;
+        best.value["bind_bytes"] = json!(device_bytes);
+        best.value["bind_host_bytes"] = json!(host_bytes);
         kept.add(&record::of_model(name, &best.value, &torch[name]))?;
         let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
         let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);

@@ -111,9 +111,7 @@ impl Broker {
 
     /// What it has of the machine's memory for itself, in bytes.
     pub(crate) fn memory(&self) -> Result<u64> {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.process.id().as_raw_nonzero()))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).ok_or("no RssAnon")?;
-        Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()?.saturating_mul(1024))
+        own_memory(&self.process.id().as_raw_nonzero().to_string())
     }
 
     /// Processor time so far.
@@ -132,6 +130,13 @@ impl Drop for Broker {
         let _told = self.process.signal(Signal::TERM);
         let _ended = self.process.wait(ENDS_WITHIN);
     }
+}
+
+/// What a process, by its number or `self`, has of the machine's memory for itself, in bytes.
+pub(crate) fn own_memory(process: &str) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).ok_or("no RssAnon")?;
+    Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()?.saturating_mul(1024))
 }
 
 /// Processor time of a process, by its number or `self`.

@@ -3,7 +3,7 @@
 //! What is measured is what a sidecar sees. All of it runs on GPUs, however many there are, and on host devices.
 
 mod bases;
-mod broker;
+pub(crate) mod broker;
 mod costs;
 pub(crate) mod density;
 mod fleet;
