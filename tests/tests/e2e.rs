@@ -199,8 +199,10 @@ fn a_model_that_runs_whenever_a_device_is_lost_is_suspended_and_others_go_on() {
             if suspended.load(Ordering::Relaxed) {
                 break;
             }
-            // With its only device gone the broker starts anew at once, maybe before it has answered this.
-            let _cut_off = broker.fail_device("host0");
+            // With its only device gone the broker starts anew at once, maybe before it has answered this. It does not refuse it.
+            if let Err(cut_off) = broker.fail_device("host0") {
+                assert!(!cut_off.to_string().contains("does not fail"), "{cut_off}");
+            }
             wait_for("an answer", SOON, || Ok(matches!(light.ask(&other), Outcome::Answered(_)).then_some(())))
                 .unwrap();
         }

@@ -4,7 +4,6 @@
 //!     faaswap-gpu figures MODELS OUT         each model's swaps and runs beside their references
 //!     faaswap-gpu stress MODELS OUT          many functions under constant eviction, in lanes
 //!     faaswap-gpu lanes MODELS OUT           requests per second by how many run at once
-//!     faaswap-gpu strains MODELS OUT         how much longer each model's run takes beside each other one's
 //!     faaswap-gpu kinds MODELS OUT           models bound by their kind, and by a session each
 //!     faaswap-gpu peers MODELS OUT           weights from one GPU to the other
 //!     faaswap-gpu fault MODELS               a kernel that traps, and the GPU used again
@@ -36,12 +35,11 @@ mod open;
 mod peers;
 mod record;
 mod stats;
-mod strains;
 mod tiers;
 
 use std::{error::Error, process::ExitCode};
 
-const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | strains MODELS OUT | kinds MODELS OUT | \
+const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MODELS OUT | lanes MODELS OUT | kinds MODELS OUT | \
                      peers MODELS OUT | fault MODELS | links OUT | tiers OUT | open MODELS OUT | front MODELS OUT | lose MODELS OUT | \
                      density MODELS OUT | scale MODELS OUT | soak MODELS OUT | tiny-models MODELS | prepare-model | \
                      broker";
@@ -89,7 +87,6 @@ fn main() -> ExitCode {
         ["figures", models, out] => figures::run(models.as_ref(), out.as_ref()),
         ["stress", models, out] => many::stress(models.as_ref(), out.as_ref(), stress_plan()),
         ["lanes", models, out] => many::lanes(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"], 3),
-        ["strains", models, out] => strains::run(models.as_ref(), out.as_ref()),
         ["kinds", models, out] => kinds::run(models.as_ref(), out.as_ref()),
         ["peers", models, out] => peers::run(models.as_ref(), out.as_ref(), &["bert_large-fp32", "resnet50-fp32"]),
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),

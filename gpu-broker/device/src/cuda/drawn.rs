@@ -37,7 +37,7 @@ const NEEDS: [cu::CUfunction_attribute; 6] = [
 /// So much of a kernel's name is told.
 const NAME_TOLD: usize = 120;
 
-/// A graph that can be read and changed. What is launched is made of it, and needs it to be changed only.
+/// A graph that can be read and changed. What is launched is made of it, and needs it no more but to be changed itself.
 pub(super) struct Drawn {
     context: Arc<Context>,
     raw: usize,
@@ -107,7 +107,7 @@ impl Call {
         (told == cu::CUresult::CUDA_SUCCESS).then_some(value)
     }
 
-    /// Does something with the launch as the driver wants it told; each of its places has as many bytes as the argument, and all of it is
+    /// Does something with the launch as the driver wants it told: each argument's place has as many bytes as the argument, and all of it is
     /// there until `work` returns.
     fn with<T>(&mut self, work: impl FnOnce(*const cu::CUDA_KERNEL_NODE_PARAMS) -> T) -> T {
         let mut places: Vec<*mut c_void> = self.arguments.iter_mut().map(|bytes| bytes.as_mut_ptr().cast()).collect();
@@ -364,7 +364,7 @@ fn argument_size(p: &cu::CUDA_KERNEL_NODE_PARAMS, index: usize) -> Result<Option
 /// that node's. Whenever it is launched, what the arguments name must be there.
 pub(super) unsafe fn set_in(exec: cu::CUgraphExec, node: usize, call: &mut Call) -> Result<(), DeviceError> {
     let node = ptr::with_exposed_provenance_mut(node);
-    // SAFETY: the caller's promise.
+    // SAFETY: the launch is told whole, and the driver copies it before it returns; the rest is the caller's promise.
     let set = call.with(|parameters| unsafe { cu::cuGraphExecKernelNodeSetParams_v2(exec, node, parameters) });
     check("cuGraphExecKernelNodeSetParams", set)
 }
@@ -376,7 +376,7 @@ pub(super) unsafe fn set_in(exec: cu::CUgraphExec, node: usize, call: &mut Call)
 /// instantiated of it is launched, what the arguments name must be there.
 pub(super) unsafe fn set(node: usize, call: &mut Call) -> Result<(), DeviceError> {
     let node = ptr::with_exposed_provenance_mut(node);
-    // SAFETY: the caller's promise.
+    // SAFETY: as above.
     let set = call.with(|parameters| unsafe { cu::cuGraphKernelNodeSetParams_v2(node, parameters) });
     check("cuGraphKernelNodeSetParams", set)
 }

@@ -1,10 +1,12 @@
 //! Puts Await nodes into a graph, so that no node touches weights that are not there yet.
 //!
 //! Every value has a *level*: so many groups have been awaited once the value exists. A node that uses a later group
-//! than its inputs' level gets an Await in front of one of its inputs. Nodes are looked at in the order in which they run (`order.rs`), for
-//! one Await does for all nodes behind it. An Await stands in the file behind the node whose output it hands on, so that nodes run in the
-//! same order with it as without, and it waits on that input that is there last, so that it waits for nothing else's sake. Levels follow data, not the order in which nodes
-//! happen to run, so the promise holds for every order that a runtime may choose. `check` proves it independently.
+//! than its inputs' level gets an Await in front of one of its inputs. Levels follow data, not the order in which nodes happen to run, so
+//! the promise holds for every order that a runtime may choose. `check` proves it independently.
+//!
+//! How long a run waits does depend on the order (`order.rs`). So nodes are looked at as they run, for one Await does for all that is
+//! behind it. It stands in the file behind the node whose output it hands on, and waits on the input that is made last: then nodes run in
+//! the same order with it as without, and nothing that could run before is behind it.
 
 use std::{
     collections::{BTreeSet, HashMap},

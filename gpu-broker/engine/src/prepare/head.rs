@@ -7,30 +7,38 @@
 
 use std::collections::HashSet;
 
+use super::order;
 use crate::{
     limits::{HEAD_BYTES_MAX, HEAD_OF_BYTES_MAX, HEAD_ONE_IN},
     onnx::{self, GraphProto, NodeProto},
 };
 
 /// How many of the initializers, in order of first use, are the head.
-pub(super) fn count(graph: &GraphProto, order: &[usize]) -> usize {
+pub(super) fn count(graph: &GraphProto, uses: &[usize]) -> usize {
     let len = |index: usize| {
         let tensor = &graph.initializer[index];
         onnx::data_len(tensor.data_type(), &tensor.dims).unwrap_or(u64::MAX)
     };
-    let total = order.iter().fold(0_u64, |sum, &index| sum.saturating_add(len(index)));
+    let total = uses.iter().fold(0_u64, |sum, &index| sum.saturating_add(len(index)));
     if total > HEAD_OF_BYTES_MAX.get() {
         return 0;
     }
     let most = HEAD_BYTES_MAX.get().min(total / HEAD_ONE_IN);
-    let beginning = graph.node.iter().take_while(|node| may_come_first(node));
-    let used: HashSet<&str> = beginning.flat_map(|node| node.input.iter().map(String::as_str)).collect();
+    // Of the file as of a run: what has no place in the order of data may be run by another one.
+    let in_run: Vec<_> = order::of_run(graph).into_iter().map(|at| &graph.node[at]).collect();
+    let used = &used_first(&graph.node) & &used_first(in_run);
     let mut bytes = 0_u64;
     let fits = |index: &&usize| {
         bytes = bytes.saturating_add(len(**index));
         bytes <= most && used.contains(graph.initializer[**index].name())
     };
-    order.iter().take_while(fits).count()
+    uses.iter().take_while(fits).count()
+}
+
+/// What the first of these nodes read, up to one that may not come first.
+fn used_first<'g>(nodes: impl IntoIterator<Item = &'g NodeProto>) -> HashSet<&'g str> {
+    let first = nodes.into_iter().take_while(|node| may_come_first(node));
+    first.flat_map(|node| node.input.iter().map(String::as_str)).collect()
 }
 
 /// Whether a node may run before the first Await: that is where matrix products get their workspace, which is part of
@@ -86,6 +94,14 @@ mod tests {
         let body = AttributeProto { g: Some(GraphProto::default()), ..AttributeProto::default() };
         late.node[1] = NodeProto { op_type: Some("If".to_owned()), attribute: vec![body], ..NodeProto::default() };
         assert_eq!(count(&late, &[0, 1, 2]), 1, "bodies may have some");
+        // A branch that comes last in the file runs first.
+        let mut joined = graph(&[("Conv", 36), ("Conv", 2), ("Conv", 40 << 10)]);
+        let (input, output) = (vec!["x0".to_owned()], vec!["product".to_owned()]);
+        let product = NodeProto { op_type: Some("MatMul".to_owned()), input, output, ..NodeProto::default() };
+        joined.node.insert(2, product);
+        assert_eq!(count(&joined, &[0, 1, 2]), 2, "nobody reads it");
+        joined.node[3].input.push("product".to_owned());
+        assert_eq!(count(&joined, &[0, 1, 2]), 0, "it runs before all");
     }
 
     #[test]
