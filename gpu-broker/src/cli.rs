@@ -5,7 +5,7 @@
 use std::{
     ffi::OsString,
     io::IsTerminal,
-    os::unix::process::CommandExt,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command as Exec, ExitCode},
     time::Duration,
@@ -19,6 +19,7 @@ use tracing_subscriber::{EnvFilter, fmt};
 use crate::{
     config::Settings,
     device_plugin::{self, PluginSettings},
+    devices::probe,
     limits::BLOCKING_THREADS_MAX,
     replay,
     serve::{self, End},
@@ -64,6 +65,15 @@ enum Command {
     /// Prepares one model; started by the broker itself.
     #[command(hide = true)]
     Prepare,
+    /// Has one device for a broker, which starts it and is at the other end of its standard input.
+    #[command(hide = true)]
+    Worker,
+    /// Measures the links of GPUs; started by the broker itself.
+    #[command(hide = true)]
+    ProbeLinks {
+        /// The GPUs, by the driver's count.
+        ordinals: Vec<u32>,
+    },
 }
 
 /// Does what the arguments say; the first of them is the program's name.
@@ -78,6 +88,16 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Prepare => {
             log_to_stderr("warn");
             store::child()
+        }
+        Command::Worker => {
+            log_to_stderr("info");
+            die_with_the_first_panic();
+            let socket = std::io::stdin().as_fd().try_clone_to_owned();
+            socket.and_then(faaswap_worker::run).map_err(|error| error.to_string())
+        }
+        Command::ProbeLinks { ordinals } => {
+            log_to_stderr("warn");
+            probe::child(&ordinals)
         }
     };
     match result {

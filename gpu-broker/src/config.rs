@@ -26,6 +26,9 @@ const GPU_GRANULARITY: Bytes = Bytes::mib(2);
 /// How yes and no are written.
 const SWITCH: [(&str, bool); 4] = [("true", true), ("false", false), ("on", true), ("off", false)];
 
+/// Whether devices have processes of their own.
+const WORKERS: [(&str, Option<bool>); 3] = [("auto", None), ("on", Some(true)), ("off", Some(false))];
+
 /// What the random policy's choices follow from.
 pub(crate) const POLICY_SEED: u64 = 1;
 /// Policies of the scheduler; all but the first are there to be compared with.
@@ -124,6 +127,8 @@ pub struct Settings {
     pub drain_within: Duration,
     /// Which devices to use where none is listed.
     pub devices_choice: DevicesChoice,
+    /// Whether each device has a process of its own, so that its faults are nobody else's; absent: GPUs, where there are several.
+    pub workers: Option<bool>,
     /// Memory for weights on each GPU that names none of its own; absent: what is free, less a reserve.
     pub gpu_memory: Option<Bytes>,
     /// Whether to serve with the host device where no GPU can be used.
@@ -202,6 +207,7 @@ impl Settings {
                 DevicesChoice::Auto,
                 &[("auto", DevicesChoice::Auto), ("gpu", DevicesChoice::Gpu), ("host", DevicesChoice::Host)],
             ),
+            workers: from.choice("workers", None, &WORKERS),
             gpu_memory: from.optional_bytes("gpu_memory"),
             gpu_fallback: from.choice("gpu_fallback", false, &SWITCH),
             tf32: from.choice("tf32", true, &SWITCH),
@@ -252,6 +258,14 @@ impl Settings {
 }
 
 impl DeviceSettings {
+    /// Which GPU it is, by the driver's count.
+    pub(crate) fn ordinal(&self) -> Option<u32> {
+        match self.kind {
+            DeviceKind::Gpu { ordinal, .. } => Some(ordinal),
+            DeviceKind::Host { .. } => None,
+        }
+    }
+
     /// What there is where nothing was configured: the processor as a device of 1 GiB.
     pub(crate) fn host0() -> Self {
         Self {

@@ -6,6 +6,7 @@
 mod disk;
 mod functions;
 mod knowledge;
+mod losses;
 mod models;
 mod peers;
 mod report;
@@ -56,6 +57,8 @@ pub(crate) struct DeviceEntry {
     pub(crate) device: Arc<dyn Device>,
     pub(crate) lanes: Vec<Lane>,
     pub(crate) lost: bool,
+    /// Whether what ran when it was lost is suspected already.
+    pub(crate) suspected: bool,
 }
 
 /// A connection, never used twice.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use faaswap_device::{
     Device, PciAddress,
-    links::{self, LinkMap},
+    links::LinkMap,
     nvml::{Observation, Pair, Watch},
 };
 use serde::Serialize;
@@ -22,13 +22,9 @@ pub(crate) struct Gpus {
 }
 
 impl Gpus {
-    /// Measures the links of the devices, and watches the GPUs of the machine, if NVML is there. Takes a second at most.
-    pub(crate) fn watch(devices: &[Arc<dyn Device>]) -> Self {
+    /// Watches the GPUs of the machine, if NVML is there.
+    pub(crate) fn watch(devices: &[Arc<dyn Device>], links: LinkMap) -> Self {
         let name = |device: &Arc<dyn Device>| Some((device.pci_address()?, device.info().name.clone()));
-        let links = links::measure(devices).unwrap_or_else(|error| {
-            tracing::warn!(%error, "links are not measured");
-            LinkMap::default()
-        });
         for (gpu, rate) in links.gpus.iter().zip(&links.alone) {
             let gb_per_s = rate.map(|rate| rate.0 / 1e9);
             tracing::info!(%gpu, gb_per_s, contending = ?links.groups(), "link from host memory");

@@ -19,13 +19,14 @@ use std::{
 
 use bytes::Bytes as Buffer;
 use faaswap_device::{Device, DeviceError, HostWeights, cuda::Registered};
-use faaswap_engine::{Bound, Input, InputData};
+use faaswap_engine::{Input, InputData};
 use faaswap_protocol::{Batching, DType, ModelDigest, RequestId, Shape, Span, Timing};
 use faaswap_scheduler::RequestKey;
 use faaswap_slab::{Region, Slab, SlotAllocator};
 
 use self::{answer::Places, batch::Trials};
 use crate::{
+    bound::BoundThere,
     limits::{EXPECTED_LOOKS_FOR, LANE_LOOKS_FOR},
     mailbox::{Ended, Mailbox},
     registrar::{Lease, Registrar},
@@ -138,7 +139,7 @@ pub(crate) struct Ask {
 #[derive(Debug)]
 pub(crate) struct BoundModel {
     pub(crate) digest: ModelDigest,
-    pub(crate) bound: Bound,
+    pub(crate) bound: BoundThere,
     pub(crate) device: Arc<dyn Device>,
     copied_at: Mutex<Option<Instant>>,
     /// Its weights in host memory, while they are copied, and while they are on the device.
@@ -147,7 +148,7 @@ pub(crate) struct BoundModel {
 }
 
 impl BoundModel {
-    pub(crate) fn new(digest: ModelDigest, bound: Bound, device: Arc<dyn Device>) -> Self {
+    pub(crate) fn new(digest: ModelDigest, bound: BoundThere, device: Arc<dyn Device>) -> Self {
         Self { digest, bound, device, copied_at: Mutex::default(), held: Mutex::default(), trials: Trials::default() }
     }
 
@@ -178,7 +179,7 @@ impl BoundModel {
 
     /// Whether the device under it has failed for good.
     fn is_lost(&self) -> bool {
-        self.bound.range().is_some_and(|range| self.device.address(range) == Err(DeviceError::Lost))
+        self.bound.is_gone() || self.bound.range().is_some_and(|range| self.device.address(range) == Err(DeviceError::Lost))
     }
 
     /// Whether a request that came at that moment found the weights there; `resident` says whether they are by now.

@@ -4,6 +4,7 @@
 //! meet. Settings are in [`config`], models on disk and in host memory in [`store`].
 
 mod admin;
+mod bound;
 pub mod cli;
 pub mod config;
 mod core;

@@ -70,6 +70,10 @@ pub const SLABS_QUEUED_MAX: usize = 1024;
 pub const GPUS_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 /// How long there must have been nothing to do before a broker with lost devices starts anew to have them back.
 pub const QUIET_FOR: Duration = Duration::from_secs(5);
+/// How long a device that could not be opened anew is left alone; twice as long each time.
+pub const REOPEN_PAUSE: Duration = Duration::from_secs(1);
+/// At most so long.
+pub const REOPEN_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// Losses of devices within this time are of one fault.
 pub const ONE_FAULT: Duration = Duration::from_secs(10);
 /// Largest inputs of a request that may share a run: they are copied, with those of the others, below each other.

@@ -14,11 +14,8 @@ use std::{
 };
 
 use bytes::Bytes as Buffer;
-use faaswap_device::{
-    Device,
-    cuda::{KINDS_MAX, KindKey},
-};
-use faaswap_engine::{Bound, EngineError, Prepared, Runtime};
+use faaswap_device::cuda::{KINDS_MAX, KindKey};
+use faaswap_engine::{EngineError, Prepared, Runtime};
 use faaswap_protocol::{Bytes, Detail, ModelDigest, ModelFile, Refusal};
 use faaswap_scheduler::DeviceId;
 use tokio::{
@@ -28,7 +25,9 @@ use tokio::{
 };
 
 use crate::{
+    bound::BoundThere,
     core::{Loaded, charge, device_id},
+    devices::Opened,
     lane::BoundModel,
     store::{Home, Memory, MemoryError, Preparer, Store, Upload, UploadError, copy_files, memory_key},
     turns::{Turns, Wanted},
@@ -68,7 +67,7 @@ pub(crate) struct Loader {
     pub(crate) preparer: Preparer,
     pub(crate) memory: Arc<Memory>,
     pub(crate) runtime: Runtime,
-    pub(crate) devices: Vec<Arc<dyn Device>>,
+    pub(crate) devices: Vec<Opened>,
     pub(crate) uploads: Semaphore,
     /// For loading models, and binding them to further devices.
     pub(crate) loads: Turns,
@@ -100,7 +99,7 @@ impl Begun {
 }
 
 /// A device and its name in the scheduler.
-pub(crate) type OnDevice = (DeviceId, Arc<dyn Device>);
+pub(crate) type OnDevice = (DeviceId, Opened);
 
 impl Loader {
     /// Whether the model was uploaded or prepared before.
@@ -140,9 +139,9 @@ impl Loader {
     fn in_order(&self, prepared: &Prepared, mut devices: Vec<OnDevice>) -> Result<Vec<OnDevice>, EngineError> {
         let next = self.opened.fetch_add(1, Ordering::Relaxed) % devices.len();
         devices.rotate_left(next);
-        let has_kinds = devices.len() > 1 && devices[0].1.as_cuda().is_some();
+        let has_kinds = devices.len() > 1 && self.machine != Machine::Host;
         let Some(kind) = (if has_kinds { prepared.kind_key()? } else { None }) else { return Ok(devices) };
-        let knows = |(_, device): &OnDevice| device.as_cuda().and_then(|cuda| cuda.knows(&kind));
+        let knows = |(_, device): &OnDevice| device.device().knows_kind(&kind);
         let knowing = devices.iter().position(|device| knows(device) == Some(true));
         let first = knowing.or_else(|| {
             let all: Vec<_> = devices.iter().map(|(id, _)| *id).collect();
@@ -165,30 +164,41 @@ impl Loader {
         let mut devices = devices.into_iter();
         while let Some(device) = devices.next() {
             match self.bind(model, prepared, device.clone()) {
-                Ok(bound) => return Ok((bound, devices.filter(|(_, device)| !device.is_lost()).collect())),
-                Err(_) if device.1.is_lost() => {}
+                Ok(bound) => return Ok((bound, devices.filter(|(_, device)| !device.device().is_lost()).collect())),
+                Err(_) if device.1.device().is_lost() => {}
                 Err(error) => return Err(rejected(error)),
             }
         }
         Err(Refusal::HardwareFault)
     }
 
-    fn bind(&self, model: &Variant, prepared: &Prepared, (id, device): OnDevice) -> Result<OnDeviceBound, EngineError> {
+    fn bind(&self, model: &Variant, prepared: &Prepared, (id, opened): OnDevice) -> Result<OnDeviceBound, EngineError> {
         let begun = Instant::now();
-        let made = Bound::new(&self.runtime, prepared, &device)?;
-        let (took, is_twin) = (begun.elapsed(), made.is_twin());
+        let made = BoundThere::new(&self.runtime, prepared, &opened)?;
+        let (took, is_twin, device) = (begun.elapsed(), made.is_twin(), opened.device());
         tracing::debug!(model = ?model.digest, device = %device.info().name, ?took, is_twin, "bound");
         Ok((id, Arc::new(BoundModel::new(model.digest, made, device))))
+    }
+
+    /// Readies weights that are in host memory for a device that may have come since they were readied.
+    fn ready_for(&self, model: &Variant, prepared: &Prepared, (_, device): &OnDevice) {
+        let Some(weights) = self.memory.there(&memory_key(&model.digest, prepared.manifest())) else { return };
+        if let Err(error) = device.device().prepare_weights(&weights) {
+            tracing::warn!(%error, model = ?model.digest, "weights are not ready for fast copies");
+        }
     }
 
     /// The devices that can hold so many weights.
     fn fitting(&self, weights: Bytes) -> Result<Vec<OnDevice>, Refusal> {
         let all = self.devices.iter().enumerate();
-        let fits = |device: &Arc<dyn Device>| charge(weights, device.as_ref()) <= device.info().capacity;
+        let fits = |opened: &Opened| {
+            let device = opened.device();
+            charge(weights, device.as_ref()) <= device.info().capacity
+        };
         let fitting: Vec<_> =
-            all.filter(|(_, d)| fits(d)).map(|(index, d)| (device_id(index), Arc::clone(d))).collect();
+            all.filter(|(_, d)| fits(d)).map(|(index, d)| (device_id(index), d.clone())).collect();
         if fitting.is_empty() {
-            let capacity = self.devices.iter().map(|device| device.info().capacity).max().unwrap_or_default();
+            let capacity = self.devices.iter().map(|device| device.device().info().capacity).max().unwrap_or_default();
             return Err(Refusal::ModelTooLarge { needed: weights, capacity });
         }
         Ok(fitting)
@@ -236,8 +246,9 @@ pub(crate) async fn bind_too(loader: &Arc<Loader>, model: Variant, device: OnDev
     let _turn = loader.loads.take(&Wanted::later()).await;
     let loader = Arc::clone(loader);
     let bind = move || {
-        let prepared = Prepared::open(loader.store_for(&model).prepared_dir(&model.digest));
-        prepared.and_then(|prepared| loader.bind(&model, &prepared, device)).map_err(rejected)
+        let prepared = Prepared::open(loader.store_for(&model).prepared_dir(&model.digest)).map_err(rejected)?;
+        loader.ready_for(&model, &prepared, &device);
+        loader.bind(&model, &prepared, device).map_err(rejected)
     };
     spawn_blocking(bind).await.unwrap_or(Err(Refusal::Draining))
 }

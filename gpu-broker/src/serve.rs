@@ -24,7 +24,7 @@ use crate::{
     admin,
     config::{DeviceSettings, Settings},
     core::{Core, DeviceEntry},
-    devices::{self, Opened},
+    devices::{self, Devices, Opened},
     gpus::Gpus,
     lane::Lane,
     limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
@@ -94,10 +94,12 @@ async fn serve_here(settings: Settings, program: PathBuf, stop: impl Future<Outp
     let mailbox = Arc::new(Mailbox::default());
     let options = RuntimeOptions { threads_per_run: settings.threads_per_run, scratch_max: settings.scratch_max };
     let runtime = Runtime::load(&settings.onnxruntime, options)?;
-    let opened = devices::open(&settings, &runtime)?;
+    let mut opened = devices::open(&settings, &program, &runtime)?;
+    let links = std::mem::take(&mut opened.links);
     let loader = Arc::new(loader(&settings, program, runtime, &opened)?);
-    let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&loader.devices)), Some(Arc::clone(&loader.memory))));
-    let may_fail = loader.devices.iter().filter(|_| settings.test_faults).map(Arc::clone).collect();
+    let all: Vec<_> = loader.devices.iter().map(Opened::device).collect();
+    let telemetry = Arc::new(Telemetry::of(Arc::new(Gpus::watch(&all, links)), Some(Arc::clone(&loader.memory))));
+    let may_fail = all.into_iter().filter(|_| settings.test_faults).collect();
     let devices = lanes(opened, &mailbox)?;
     let verifier = Verifier::start(settings.verify_every).map_err(ServeError::io("starting a thread"))?;
     let core =
@@ -157,10 +159,10 @@ fn raise_file_limit() {
     }
 }
 
-fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Opened) -> Result<Loader, ServeError> {
+fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Devices) -> Result<Loader, ServeError> {
     let store = Store::open(&settings.store_dir, settings.store_max)
         .map_err(ServeError::io(format!("store_dir {}", settings.store_dir.display())))?;
-    let devices: Vec<_> = opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect();
+    let devices: Vec<_> = opened.all.iter().map(|(_, device)| device.clone()).collect();
     let memory = Memory::open(&settings.memory_dir, settings.host_memory, weights_ready(&devices))
         .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
     let parallel = match opened.machine {
@@ -185,28 +187,34 @@ fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Open
 }
 
 /// Makes weights in host memory ready for the devices that copy them. Where one cannot, its copies are slower.
-fn weights_ready(devices: &[Arc<dyn Device>]) -> Ready {
-    let devices = devices.to_vec();
+fn weights_ready(devices: &[Opened]) -> Ready {
+    let devices: Vec<_> = devices.iter().map(Opened::device).collect();
     Box::new(move |weights| {
-        for device in &devices {
+        let prepare = |device: &Arc<dyn Device>| {
             if let Err(error) = device.prepare_weights(weights) {
                 tracing::warn!(device = device.info().name, %error, "weights are not ready for fast copies");
             }
-        }
+        };
+        // Devices of this process do it once for all, those of other processes each by itself.
+        std::thread::scope(|scope| {
+            let (first, others) = devices.split_first().unzip();
+            others.into_iter().flatten().for_each(|device| drop(scope.spawn(move || prepare(device))));
+            first.inspect(|first| prepare(first));
+        });
     })
 }
 
-fn lanes(opened: Opened, mailbox: &Arc<Mailbox>) -> Result<Vec<DeviceEntry>, ServeError> {
-    let devices: Vec<_> = opened.devices.iter().map(|(_, device)| Arc::clone(device)).collect();
+fn lanes(opened: Devices, mailbox: &Arc<Mailbox>) -> Result<Vec<DeviceEntry>, ServeError> {
+    let devices: Vec<_> = opened.all.iter().map(|(_, device)| device.device()).collect();
     let registrar = Registrar::start(&devices).map_err(ServeError::io("starting a thread"))?;
-    let entry = |(settings, device): (DeviceSettings, Arc<dyn Device>)| {
+    let entry = |(settings, device): (DeviceSettings, Opened)| {
         let name = |lane| format!("lane-{}-{lane}", settings.name);
         let lane = |lane| Lane::start(&name(lane), Arc::clone(mailbox), registrar.clone());
         let lanes = (0..settings.lanes).map(lane).collect::<io::Result<_>>();
         let lanes = lanes.map_err(ServeError::io("starting a lane"))?;
-        Ok(DeviceEntry { device, lanes, lost: false })
+        Ok(DeviceEntry { device: device.device(), lanes, lost: false, suspected: false })
     };
-    opened.devices.into_iter().map(entry).collect()
+    opened.all.into_iter().map(entry).collect()
 }
 
 async fn listen_to_threads(core: Rc<RefCell<Core>>, mailbox: Arc<Mailbox>) {

@@ -1,6 +1,6 @@
 //! Models that were running when devices were lost.
 //!
-//! A kernel that fails takes all GPUs of its process with it, and nobody says whose it was. What is known are the models that were
+//! A kernel that fails takes all GPUs of its process with it, and nobody says whose it was. A GPU in a worker goes alone. What is known are the models that were
 //! running. One that was so again and again is refused for a while, twice as long each time, so that it cannot keep a node from
 //! serving all others; a bystander, who is in company each time, gets there half as fast. It is kept in a file, for the process
 //! is replaced after a fault.
@@ -13,7 +13,7 @@ use std::{
 };
 
 use faaswap_protocol::ModelDigest;
-use faaswap_scheduler::RequestKey;
+use faaswap_scheduler::{DeviceId, RequestKey};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::ONE_FAULT;
@@ -62,14 +62,23 @@ impl Suspect {
     }
 }
 
+/// Which devices a fault has cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// One in a worker.
+    One(DeviceId),
+    /// Those of this process.
+    All,
+}
+
 /// All suspects of the node, and what is running.
 #[derive(Debug)]
 pub(crate) struct Suspects {
     path: PathBuf,
     known: BTreeMap<ModelDigest, Suspect>,
     /// By the request that each run was started for.
-    running: HashMap<RequestKey, ModelDigest>,
-    /// When a device was lost last.
+    running: HashMap<RequestKey, (ModelDigest, DeviceId)>,
+    /// When devices of this process were lost last.
     lost_at: Option<Instant>,
     /// Losses that were the fault of weights, until then.
     damaged: u64,
@@ -93,22 +102,26 @@ impl Suspects {
         Self { path, known, running: HashMap::new(), lost_at: None, damaged: 0 }
     }
 
-    pub(crate) fn begins(&mut self, run: RequestKey, model: ModelDigest) {
-        self.running.insert(run, model);
+    pub(crate) fn begins(&mut self, run: RequestKey, model: ModelDigest, device: DeviceId) {
+        self.running.insert(run, (model, device));
     }
 
     pub(crate) fn ends(&mut self, run: &RequestKey) {
         self.running.remove(run);
     }
 
-    /// A device was lost: what runs may have been at fault. `damaged` counts losses that were the fault of weights. One kernel costs
-    /// a process all of its devices, one after the other; that counts once.
-    pub(crate) fn device_lost(&mut self, damaged: u64, (at, now): (Instant, SystemTime)) {
-        let is_known = self.lost_at.is_some_and(|last| at.saturating_duration_since(last) < ONE_FAULT);
-        let is_of_weights = self.damaged != damaged;
-        (self.lost_at, self.damaged) = (Some(at), damaged);
+    /// A device was lost: what runs there may have been at fault. `damaged` counts losses that were the fault of weights. One kernel
+    /// costs a process all of its devices, one after the other; that counts once.
+    pub(crate) fn device_lost(&mut self, lost: Lost, damaged: u64, (at, now): (Instant, SystemTime)) {
+        let is_known = lost == Lost::All && self.lost_at.is_some_and(|last| at.saturating_duration_since(last) < ONE_FAULT);
+        let is_of_weights = std::mem::replace(&mut self.damaged, damaged) != damaged;
+        if lost == Lost::All {
+            self.lost_at = Some(at);
+        }
         if !is_known && !is_of_weights {
-            self.lost_while_running(&self.running.values().copied().collect(), now);
+            let there = |(_, device): &&(_, DeviceId)| lost == Lost::All || lost == Lost::One(*device);
+            let models = self.running.values().filter(there).map(|(model, _)| *model).collect();
+            self.lost_while_running(&models, now);
         }
     }
 
@@ -206,19 +219,32 @@ mod tests {
         let mut suspects = Suspects::open(dir.path());
         let (start, later) = (Instant::now(), |seconds| Duration::from_secs(seconds));
         let counts = |suspects: &Suspects| suspects.known.get(&model(1)).map_or(0, |suspect| suspect.counts);
-        suspects.begins(RequestKey(7), model(1));
-        suspects.begins(RequestKey(8), model(2));
+        suspects.begins(RequestKey(7), model(1), DeviceId(0));
+        suspects.begins(RequestKey(8), model(2), DeviceId(0));
         suspects.ends(&RequestKey(8));
-        suspects.device_lost(0, (start, at(0)));
-        suspects.device_lost(0, (start + later(1), at(1)));
+        suspects.device_lost(Lost::All, 0, (start, at(0)));
+        suspects.device_lost(Lost::All, 0, (start + later(1), at(1)));
         assert_eq!((counts(&suspects), suspects.known.len()), (ALONE, 1), "the other device of the same fault");
-        suspects.device_lost(1, (start + later(60), at(60)));
+        suspects.device_lost(Lost::All, 1, (start + later(60), at(60)));
         assert_eq!(counts(&suspects), ALONE, "weights were damaged");
-        suspects.device_lost(1, (start + later(120), at(120)));
+        suspects.device_lost(Lost::All, 1, (start + later(120), at(120)));
         assert_eq!(counts(&suspects), 2 * ALONE);
         suspects.ends(&RequestKey(7));
-        suspects.device_lost(1, (start + later(180), at(180)));
+        suspects.device_lost(Lost::All, 1, (start + later(180), at(180)));
         assert_eq!(counts(&suspects), 2 * ALONE, "nothing was running");
+    }
+
+    #[test]
+    fn on_a_device_in_a_worker_only_what_runs_there_is_suspected_and_each_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut suspects = Suspects::open(dir.path());
+        suspects.begins(RequestKey(1), model(1), DeviceId(0));
+        suspects.begins(RequestKey(2), model(2), DeviceId(1));
+        let start = Instant::now();
+        suspects.device_lost(Lost::One(DeviceId(1)), 0, (start, at(0)));
+        suspects.device_lost(Lost::One(DeviceId(1)), 0, (start, at(2)));
+        let counts = |number| suspects.known.get(&model(number)).map_or(0, |suspect| suspect.counts);
+        assert_eq!([counts(1), counts(2)], [0, 2 * ALONE]);
     }
 
     #[test]

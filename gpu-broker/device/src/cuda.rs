@@ -14,6 +14,7 @@ mod detour;
 mod device;
 mod drawn;
 mod driver;
+mod foreign;
 mod host_memory;
 mod kernels;
 mod lane;
@@ -53,6 +54,7 @@ use self::{
     arena::{Arena, Purpose},
     detour::Detour,
     driver::{Addresses, Physical},
+    foreign::Pools,
     kernels::Kernels,
     lane::Lane,
     link::Link,
@@ -147,6 +149,10 @@ pub struct CudaDevice {
     /// What twins are made of; `None` where none are made.
     kinds: Option<Kinds>,
     ordinal: i32,
+    /// The pool's chunks, where other processes may have them.
+    exported: Option<Arc<Vec<Physical>>>,
+    /// Those of GPUs that other processes have.
+    pools: Pools,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -162,7 +168,7 @@ impl CudaDevice {
         let chunk = config.chunk.as_len().ok_or(DeviceError::Invalid("a chunk larger than can be"))?;
         let (free, total) = context.memory()?;
         let wanted = config.memory.unwrap_or_else(|| free.checked_sub(config.reserve).unwrap_or(Bytes::ZERO));
-        let pool = Pool::new(&context, wanted, (chunk, config.scattered), &others(&config.peers, ordinal))?;
+        let pool = Pool::new(&context, wanted, (chunk, config), &others(&config.peers, ordinal))?;
         let (taken, capacity) = (pool.size(), pool.capacity());
         if capacity == Bytes::ZERO {
             return Err(DeviceError::OutOfMemory { needed: wanted.max(config.chunk), free });
@@ -190,6 +196,7 @@ impl CudaDevice {
         let dummy = Physical::new(&context, chunk)?;
         zero(&context, &dummy, chunk)?;
         let shared = Arc::new(Shared::new(info, context, &pool));
+        let exported = config.shared.then(|| pool.all_memory());
         let threads = start_threads(&shared, pool, &others(&config.detours, ordinal))?;
         let threads = Mutex::new(threads);
         let first = config.lanes.max(1);
@@ -205,6 +212,8 @@ impl CudaDevice {
             uploads,
             kinds: config.twins.then(Kinds::default),
             ordinal,
+            exported,
+            pools: Pools::default(),
             threads,
         }))
     }

@@ -25,7 +25,7 @@ mod weights;
 pub use pci::PciAddress;
 pub use range::GROUPS_MAX;
 pub use table::RANGES_MAX;
-pub use weights::{FillReport, Filler, HostWeights, Near, READS_IN_FLIGHT_MAX};
+pub use weights::{FillReport, Filler, Follower, HostWeights, Near, Notes, READS_IN_FLIGHT_MAX};
 
 /// A reserved range of addresses on one device. Copies name the same range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -202,6 +202,22 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// The device as one that runs programs of its own; `None` where the processor runs them.
     fn as_cuda(&self) -> Option<&cuda::CudaDevice> {
         None
+    }
+
+    /// Whether models of this kind are bound by it; `None` where they never are.
+    fn knows_kind(&self, kind: &cuda::KindKey) -> Option<bool> {
+        let _ = kind;
+        None
+    }
+
+    /// Whether [`Device::reopen`] may bring the device back once it is lost.
+    fn can_reopen(&self) -> bool {
+        false
+    }
+
+    /// Brings a lost device back, empty: nothing that was bound to it is there any more. Blocks, for seconds.
+    fn reopen(&self) -> Result<(), DeviceError> {
+        Err(DeviceError::Lost)
     }
 
     /// Readies weights in host memory for fast copies. Does nothing where nothing helps.

@@ -5,12 +5,15 @@
 //! all of them are there: then they are filled from the start, up to a mark that rises, and swap-ins follow it.
 
 mod fill;
+mod follow;
 mod level;
 
 use std::{
+    any::Any,
+    collections::BTreeMap,
     fs::{File, OpenOptions},
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     ptr, slice,
     sync::{Arc, Mutex, PoisonError},
@@ -21,7 +24,10 @@ use faaswap_protocol::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags};
 
-pub use self::fill::{FillReport, Filler, Near, READS_IN_FLIGHT_MAX};
+pub use self::{
+    fill::{FillReport, Filler, Near, READS_IN_FLIGHT_MAX},
+    follow::Follower,
+};
 use self::level::Level;
 use crate::{
     DeviceError,
@@ -35,7 +41,22 @@ pub struct HostWeights {
     registered: Mutex<Option<Registration>>,
     /// `None` where there are no bytes, which cannot be mapped.
     map: Option<MmapRaw>,
+    /// What is mapped, for other processes.
+    file: Option<OwnedFd>,
     level: Level,
+    notes: Mutex<Notes>,
+}
+
+/// What others know of weights, by who they are. It is dropped with the weights.
+pub type Notes = BTreeMap<u64, Box<dyn Any + Send>>;
+
+/// When pages are put behind a mapping.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    /// At once; all bytes are there.
+    Now,
+    /// Once somebody touches them.
+    Later,
 }
 
 impl HostWeights {
@@ -50,7 +71,12 @@ impl HostWeights {
         if !metadata.is_file() {
             return Err(failed(io::Error::other("not a regular file")));
         }
-        Self::map(&file.into(), Bytes::new(metadata.len()), true)
+        Self::map(file.into(), Bytes::new(metadata.len()), Pages::Now)
+    }
+
+    /// Maps a file that another process has given, with all of its bytes there.
+    pub fn of_file(file: OwnedFd, size: Bytes) -> Result<Self, DeviceError> {
+        Ok(Self { level: Level::full(size.as_len().unwrap_or(0)), ..Self::map(file, size, Pages::Later)? })
     }
 
     /// Weights of this size in memory of their own, to be filled.
@@ -72,8 +98,9 @@ impl HostWeights {
     }
 
     fn promise(file: OwnedFd, size: Bytes) -> Result<(Arc<Self>, Filler), DeviceError> {
-        let weights = Arc::new(Self::map(&file, size, false)?);
-        Ok((Arc::clone(&weights), Filler::new(weights, file)?))
+        let written = file.try_clone().map_err(|e| DeviceError::Failed { call: "dup", reason: e.to_string() })?;
+        let weights = Arc::new(Self::map(file, size, Pages::Later)?);
+        Ok((Arc::clone(&weights), Filler::new(weights, written)?))
     }
 
     /// Copies bytes into memory of their own, for weights that come from no file.
@@ -87,24 +114,35 @@ impl HostWeights {
         }
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).map_err(failed("fcntl(F_ADD_SEALS)"))?;
-        Self::map(&file, Bytes::of_len(bytes.len()), true)
+        Self::map(file, Bytes::of_len(bytes.len()), Pages::Now)
     }
 
-    fn map(file: &OwnedFd, size: Bytes, full: bool) -> Result<Self, DeviceError> {
+    fn map(file: OwnedFd, size: Bytes, pages: Pages) -> Result<Self, DeviceError> {
+        let (registered, notes) = (Mutex::default(), Mutex::default());
         if size == Bytes::ZERO {
-            return Ok(Self { registered: Mutex::default(), map: None, level: Level::default() });
+            return Ok(Self { registered, map: None, file: None, level: Level::default(), notes });
         }
         let len = size.as_len().ok_or(DeviceError::Invalid("the weights are larger than this machine can address"))?;
         let mut options = MmapOptions::new();
         options.len(len);
-        if full {
+        if pages == Pages::Now {
             options.populate();
         }
         let map = options
-            .map_raw_read_only(file)
+            .map_raw_read_only(&file)
             .map_err(|e| DeviceError::Failed { call: "mmap of weights", reason: e.to_string() })?;
-        let level = if full { Level::full(len) } else { Level::default() };
-        Ok(Self { registered: Mutex::default(), map: Some(map), level })
+        let level = if pages == Pages::Now { Level::full(len) } else { Level::default() };
+        Ok(Self { registered, map: Some(map), file: Some(file), level, notes })
+    }
+
+    /// The file, for another process; `None` where there are no bytes.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Reads and changes what others know of the weights. Nobody else does meanwhile.
+    pub fn with_notes<R>(&self, f: impl FnOnce(&mut Notes) -> R) -> R {
+        f(&mut self.notes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Number of bytes.
@@ -203,6 +241,20 @@ mod tests {
         assert_eq!(HostWeights::open(file.path()).unwrap().as_slice(), bytes);
         assert_eq!(HostWeights::from_bytes(&bytes).unwrap().as_slice(), bytes);
         assert_eq!(HostWeights::from_bytes(&[]).unwrap().as_slice(), []);
+    }
+
+    #[test]
+    fn another_process_maps_the_same_bytes_and_notes_go_with_the_weights() {
+        let weights = HostWeights::from_bytes(&[7; 5000]).unwrap();
+        let file = weights.file().unwrap().try_clone_to_owned().unwrap();
+        assert_eq!(HostWeights::of_file(file, weights.size()).unwrap().as_slice(), [7; 5000]);
+        let note = Arc::new(());
+        let theirs = Arc::clone(&note);
+        weights.with_notes(move |notes| notes.insert(1, Box::new(theirs)));
+        assert_eq!(weights.with_notes(|notes| (notes.contains_key(&1), notes.contains_key(&2))), (true, false));
+        assert_eq!(Arc::strong_count(&note), 2);
+        drop(weights);
+        assert_eq!(Arc::strong_count(&note), 1);
     }
 
     #[test]

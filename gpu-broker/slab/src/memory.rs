@@ -154,6 +154,15 @@ impl Region {
         Ok(())
     }
 
+    /// Copies all bytes of another region of this length, of whatever slab.
+    pub fn copy_from(&self, from: &Self) -> Result<(), SlabError> {
+        self.check(0, from.len)?;
+        // SAFETY: both regions lie in live mappings, this one in one that is writable, and have this length; they may overlap.
+        // Any bytes are valid bytes, and bytes need no alignment.
+        unsafe { ptr::copy(from.as_ptr(), self.as_mut_ptr(), from.len) };
+        Ok(())
+    }
+
     /// A view of the region as a slice, for [`bytes::Bytes::from_owner`](https://docs.rs/bytes) and its like.
     ///
     /// Only for the end that was *given* these bytes, by a broker that it trusts, and that has not released them yet:

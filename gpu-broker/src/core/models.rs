@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use faaswap_protocol::{Bytes, CallId, FromBroker, FunctionSpec, Refusal, Signature};
-use faaswap_scheduler::{Event, ModelId, trace::Named};
+use faaswap_scheduler::{DeviceId, Event, ModelId, trace::Named};
 
 use super::{Core, Home, Model, PeerId, charge};
 use crate::{
@@ -109,7 +109,7 @@ impl Core {
         let (loader, me) = (Arc::clone(&self.loader), self.me.clone());
         tokio::task::spawn_local(async move {
             for device in devices {
-                let name = device.1.info().name.clone();
+                let name = device.1.device().info().name.clone();
                 let bound = load::bind_too(&loader, variant, device).await;
                 let Some(core) = me.upgrade() else { return };
                 match bound {
@@ -122,11 +122,23 @@ impl Core {
         });
     }
 
+    /// Binds all models to a device that has come back, where it can hold them.
+    pub(super) fn bind_all_to(&self, device: DeviceId) {
+        let opened = self.loader.devices[usize::from(device.0)].clone();
+        for (id, model) in self.models.iter().filter(|(_, model)| !model.leaving) {
+            if charge(model.loaded.weights, opened.device().as_ref()) <= opened.device().info().capacity {
+                self.bind_to_others(model.variant, *id, vec![(device, opened.clone())]);
+            }
+        }
+    }
+
     /// A model that was not bound to this device is now.
     fn bound_too(&mut self, id: ModelId, (device, bound): OnDeviceBound) {
         self.take_ended();
-        let Some(model) = self.models.get_mut(&id).filter(|model| !model.leaving) else {
-            // Nobody wants it any more.
+        let is_new = |model: &&mut Model| model.loaded.bound.iter().all(|(on, _)| *on != device);
+        let wanted = self.models.get_mut(&id).filter(|model| !model.leaving && !bound.bound.is_gone()).filter(is_new);
+        let Some(model) = wanted else {
+            // Nobody wants it any more, or it is bound to the device's life before this one.
             drop(tokio::task::spawn_blocking(move || drop(bound)));
             return;
         };

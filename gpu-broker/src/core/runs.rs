@@ -41,7 +41,7 @@ impl Core {
                 // What begins on a device that is lost already did not cost it.
                 self.suspect_what_runs();
                 if handed {
-                    self.suspects.begins(request, digest);
+                    self.suspects.begins(request, digest, device);
                 }
                 handed
             }

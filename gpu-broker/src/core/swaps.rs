@@ -1,16 +1,13 @@
-//! Swaps: asked of devices, and their ends; and devices that do not come back.
+//! Swaps: asked of devices, and their ends.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::{Instant, SystemTime},
-};
+use std::{sync::Arc, time::Instant};
 
 use faaswap_device::DeviceError;
 use faaswap_protocol::{Detail, Refusal};
 use faaswap_scheduler::{DeviceId, Event, ModelId, RequestKey, Source};
 
-use super::{Core, Home, device_id};
-use crate::{lane::BoundModel, limits::QUIET_FOR, mailbox::Ended, verify::Stay};
+use super::{Core, Home};
+use crate::{lane::BoundModel, mailbox::Ended, verify::Stay};
 
 impl Core {
     /// Begins a swap-in, from another device where the scheduler names one.
@@ -153,43 +150,7 @@ impl Core {
         self.gone_from(model, device);
     }
 
-    /// Where a device was lost since the last look, whatever runs now may have been at fault.
-    pub(super) fn suspect_what_runs(&mut self) {
-        if self.devices.iter().any(|entry| !entry.lost && entry.device.is_lost()) {
-            let damaged = self.verifier.seen.damaged.load(Ordering::Relaxed);
-            self.suspects.device_lost(damaged, (Instant::now(), SystemTime::now()));
-        }
-    }
-
-    /// Tells the scheduler of devices that have failed for good: what ran there is refused, what waits goes elsewhere.
-    pub(super) fn look_for_lost_devices(&mut self) {
-        self.suspect_what_runs();
-        for index in 0..self.devices.len() {
-            let entry = &mut self.devices[index];
-            if entry.lost || !entry.device.is_lost() {
-                continue;
-            }
-            entry.lost = true;
-            let name = entry.device.info().name.clone();
-            tracing::error!(device = %name, "the device is lost: its requests are refused, others take over its functions");
-            self.telemetry.device_lost(&name);
-            self.happen(Event::DeviceLost { device: device_id(index) });
-        }
-        if self.devices.iter().all(|entry| entry.lost) {
-            self.broken.notify_one();
-        }
-    }
-
-    /// Where other devices have taken over, a lost one is brought back when nobody would notice.
-    pub(super) fn start_anew_when_quiet(&mut self) {
-        if self.is_busy() || !self.loading.is_empty() || !self.devices.iter().any(|entry| entry.lost) {
-            self.quiet_since = None;
-        } else if self.quiet_since.get_or_insert_with(Instant::now).elapsed() >= QUIET_FOR {
-            self.broken.notify_one();
-        }
-    }
-
-    fn gone_from(&mut self, model: ModelId, device: DeviceId) {
+    pub(super) fn gone_from(&mut self, model: ModelId, device: DeviceId) {
         if let Some(model) = self.models.get_mut(&model) {
             model.on.retain(|on| *on != device);
         }

@@ -171,6 +171,12 @@ impl Memory {
         Ok(Home { memory: Arc::clone(self), key: key.to_owned(), from: from.to_owned(), size })
     }
 
+    /// The weights of this content, where they are in host memory.
+    pub fn there(&self, key: &str) -> Option<Arc<HostWeights>> {
+        let books = self.books();
+        books.files.get(key).filter(|entry| entry.state == State::Here)?.weights.clone()
+    }
+
     fn draft(&self, key: &str, generation: u64) -> PathBuf {
         self.dir.join(format!("{key}.{generation}.{DRAFT}"))
     }

@@ -36,6 +36,8 @@ pub struct CudaConfig {
     pub detours: Vec<u32>,
     /// Whether programs are made of others of their kind, without a session, and move to where their weights are.
     pub twins: bool,
+    /// Whether other processes may have the pool's chunks, to copy from them.
+    pub shared: bool,
     /// Whether no two chunks of a model's weights shall lie in a row: for trials.
     pub scattered: bool,
 }
@@ -55,6 +57,7 @@ impl CudaConfig {
             peers: Vec::new(),
             detours: Vec::new(),
             twins: true,
+            shared: false,
             scattered: false,
         }
     }

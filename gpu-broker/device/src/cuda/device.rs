@@ -8,7 +8,7 @@ use std::{
 use faaswap_protocol::Bytes;
 
 use super::{
-    CudaDevice,
+    CudaDevice, KindKey,
     driver::Addresses,
     kernels::Work,
     queue,
@@ -183,6 +183,10 @@ impl Device for CudaDevice {
 
     fn as_cuda(&self) -> Option<&CudaDevice> {
         Some(self)
+    }
+
+    fn knows_kind(&self, kind: &KindKey) -> Option<bool> {
+        self.knows(kind)
     }
 
     fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {

@@ -4,6 +4,7 @@
 //! and with it the device, is lost.
 
 use std::{
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
     sync::{
         Arc,
@@ -168,7 +169,7 @@ impl Context {
         String::from_utf8_lossy(&text[..end]).parse()
     }
 
-    fn properties(&self) -> cu::CUmemAllocationProp {
+    fn properties(&self, handles: cu::CUmemAllocationHandleType) -> cu::CUmemAllocationProp {
         let flags = cu::CUmemAllocationProp_st__bindgen_ty_1 {
             compressionType: 0,
             gpuDirectRDMACapable: 0,
@@ -177,7 +178,7 @@ impl Context {
         };
         cu::CUmemAllocationProp {
             type_: cu::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-            requestedHandleTypes: cu::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
+            requestedHandleTypes: handles,
             location: location(self.device),
             win32HandleMetaData: ptr::null_mut(),
             allocFlags: flags,
@@ -208,7 +209,7 @@ impl Context {
     pub(super) fn granularity(&self) -> Result<Bytes, DeviceError> {
         let mut granularity = 0;
         let wanted = cu::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
-        let properties = self.properties();
+        let properties = self.properties(NOT_SHARED);
         // SAFETY: the driver reads the properties and writes a size.
         let result = unsafe { cu::cuMemGetAllocationGranularity(&raw mut granularity, &raw const properties, wanted) };
         check("cuMemGetAllocationGranularity", result)?;
@@ -282,16 +283,51 @@ fn location(device: i32) -> cu::CUmemLocation {
 #[derive(Debug)]
 pub(super) struct Physical(u64);
 
+/// Memory that no other process can have.
+const NOT_SHARED: cu::CUmemAllocationHandleType = cu::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE;
+/// Memory that descriptors can be had of.
+const SHARED: cu::CUmemAllocationHandleType = cu::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+
 impl Physical {
     pub(super) fn new(context: &Context, len: usize) -> Result<Self, DeviceError> {
+        Self::with(context, len, NOT_SHARED)
+    }
+
+    /// Memory that other processes may have too.
+    pub(super) fn new_shared(context: &Context, len: usize) -> Result<Self, DeviceError> {
+        Self::with(context, len, SHARED)
+    }
+
+    fn with(context: &Context, len: usize, handles: cu::CUmemAllocationHandleType) -> Result<Self, DeviceError> {
         let mut handle = 0;
-        let properties = context.properties();
+        let properties = context.properties(handles);
         // SAFETY: the driver reads the properties and writes a handle, which is ours.
         let made = check("cuMemCreate", unsafe { cu::cuMemCreate(&raw mut handle, len, &raw const properties, 0) });
         if matches!(made, Err(DeviceError::OutOfMemory { .. })) {
             return Err(DeviceError::OutOfMemory { needed: Bytes::of_len(len), free: context.memory()?.0 });
         }
         made?;
+        Ok(Self(handle))
+    }
+
+    /// A descriptor of it, for another process.
+    pub(super) fn export(&self) -> Result<OwnedFd, DeviceError> {
+        let mut fd: RawFd = -1;
+        // SAFETY: the driver writes a descriptor; the handle is ours.
+        let exported = unsafe { cu::cuMemExportToShareableHandle((&raw mut fd).cast(), self.0, SHARED, 0) };
+        check("cuMemExportToShareableHandle", exported)?;
+        // SAFETY: it is open, and the driver has given it to us alone.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Another process' memory.
+    pub(super) fn import(context: &Context, fd: BorrowedFd<'_>) -> Result<Self, DeviceError> {
+        context.enter()?;
+        let mut handle = 0;
+        let fd = usize::try_from(fd.as_raw_fd()).map_err(|_| DeviceError::Invalid("no descriptor"))?;
+        // SAFETY: the driver takes the descriptor's number in the place of a pointer, and writes a handle, which is ours.
+        let imported = unsafe { cu::cuMemImportFromShareableHandle(&raw mut handle, ptr::without_provenance_mut(fd), SHARED) };
+        check("cuMemImportFromShareableHandle", imported)?;
         Ok(Self(handle))
     }
 }

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use faaswap_protocol::Bytes;
 
 use super::{
+    CudaConfig,
     chunks::{Chunks, SPARE_ONE_IN},
     driver::{Addresses, Context, Physical, can_reach},
 };
 use crate::DeviceError;
 
 pub(super) struct Pool {
-    memory: Vec<Physical>,
+    memory: Arc<Vec<Physical>>,
     window: Addresses,
     chunks: Chunks,
     pub(super) chunk: usize,
@@ -21,23 +22,22 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Takes as much memory as is wanted, or as there is, in chunks that are given out in rows, or `scattered`. GPUs in `peers` that
-    /// can reach it may read it.
+    /// Takes as much memory as is wanted, or as there is, in chunks. GPUs in `peers` that can reach it may read it.
     pub(super) fn new(
         context: &Arc<Context>,
         wanted: Bytes,
-        (chunk, scattered): (usize, bool),
+        (chunk, config): (usize, &CudaConfig),
         peers: &[i32],
     ) -> Result<Self, DeviceError> {
         let wanted = wanted.as_len().ok_or(DeviceError::Invalid("more device memory than can be"))? / chunk;
-        let memory = take_memory(context, wanted, chunk)?;
+        let memory = Arc::new(take_memory(context, wanted, (chunk, config.shared))?);
         let window = Addresses::reserve(context, memory.len().max(1) * chunk)?;
         let readers = peers
             .iter()
             .map(|&peer| can_reach(peer, context.device).map(|can| can.then_some(peer)))
             .collect::<Vec<_>>();
         let readers = readers.into_iter().filter_map(Result::transpose).collect::<Result<_, _>>()?;
-        let chunks = Chunks::new(memory.len(), scattered);
+        let chunks = Chunks::new(memory.len(), config.scattered);
         let pool = Self { memory, window, chunks, chunk, readers };
         pool.show()?;
         Ok(pool)
@@ -75,6 +75,11 @@ impl Pool {
         self.chunks.give(chunks);
     }
 
+    /// All chunks, in order.
+    pub(super) fn all_memory(&self) -> Arc<Vec<Physical>> {
+        Arc::clone(&self.memory)
+    }
+
     pub(super) fn memory(&self, chunk: usize) -> &Physical {
         &self.memory[chunk]
     }
@@ -86,10 +91,10 @@ impl Pool {
 }
 
 /// So many chunks, or as many as there are.
-fn take_memory(context: &Arc<Context>, wanted: usize, chunk: usize) -> Result<Vec<Physical>, DeviceError> {
+fn take_memory(context: &Arc<Context>, wanted: usize, (chunk, shared): (usize, bool)) -> Result<Vec<Physical>, DeviceError> {
     let mut memory = Vec::with_capacity(wanted);
     while memory.len() < wanted {
-        match Physical::new(context, chunk) {
+        match if shared { Physical::new_shared(context, chunk) } else { Physical::new(context, chunk) } {
             Ok(piece) => memory.push(piece),
             Err(DeviceError::OutOfMemory { .. }) => break,
             Err(error) => return Err(error),

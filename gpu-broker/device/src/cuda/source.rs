@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{placement::Placement, shared::Shared};
+use super::{foreign::Foreign, placement::Placement, shared::Shared};
 use crate::{HostWeights, RangeId};
 
 /// The source of one swap-in. It stays until the copies have ended.
@@ -17,15 +17,26 @@ pub(super) enum Source {
 
 /// Weights on another GPU, which stay there as long as this.
 pub(super) struct Lent {
-    peer: Arc<Shared>,
-    range: RangeId,
+    holder: Holder,
     placed: Arc<Placement>,
+}
+
+enum Holder {
+    /// Counts this as a reader of the range.
+    Here(Arc<Shared>, RangeId),
+    /// A GPU of another process, where somebody else keeps them.
+    Elsewhere { _pool: Arc<Foreign> },
 }
 
 impl Lent {
     /// `placed` is where the range's are on `peer`, which counts this as a reader already.
     pub(super) fn new(peer: Arc<Shared>, range: RangeId, placed: Arc<Placement>) -> Self {
-        Self { peer, range, placed }
+        Self { holder: Holder::Here(peer, range), placed }
+    }
+
+    /// Weights in another process' GPU, `placed` in its pool as it is mapped here.
+    pub(super) fn of_foreign(pool: Arc<Foreign>, placed: Placement) -> Self {
+        Self { holder: Holder::Elsewhere { _pool: pool }, placed: Arc::new(placed) }
     }
 
     /// Calls `copy` with address, offset and length of each piece of a stretch that lies in a row.
@@ -65,6 +76,9 @@ impl Source {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        self.peer.change(self.range, |range| range.readers -= 1);
+        match &self.holder {
+            Holder::Here(peer, range) => peer.change(*range, |range| range.readers -= 1),
+            Holder::Elsewhere { .. } => {}
+        }
     }
 }

@@ -170,7 +170,7 @@ impl CudaDevice {
     }
 
     /// Whether twins of this kind can be made; `None` where they never can.
-    pub fn knows(&self, key: &KindKey) -> Option<bool> {
+    pub(super) fn knows(&self, key: &KindKey) -> Option<bool> {
         self.kinds.as_ref()?.with(key, |known| match known {
             Some(Known::Template(_)) => Some(true),
             Some(Known::One(..)) | None => Some(false),

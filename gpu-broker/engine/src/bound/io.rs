@@ -18,7 +18,13 @@ pub enum InputData<'a> {
 }
 
 impl InputData<'_> {
-    pub(super) fn len(&self) -> usize {
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Number of bytes.
+    pub fn len(&self) -> usize {
         match self {
             Self::Region(region) | Self::Registered(region, _) => region.len(),
             Self::Bytes(bytes) => bytes.len(),

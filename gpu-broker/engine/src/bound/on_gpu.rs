@@ -116,7 +116,7 @@ impl Bound {
             return Ok(());
         };
         for _ in 0..COMPARED_MAX {
-            if cuda.knows(&kind.key) == Some(false) {
+            if cuda.knows_kind(&kind.key) == Some(false) {
                 drop(Self::with(runtime, prepared, device, false)?);
             }
         }

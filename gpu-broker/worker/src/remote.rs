@@ -1,0 +1,488 @@
+//! The device of a worker, as the broker's other parts see one.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use faaswap_device::{
+    Device, DeviceError, DeviceInfo, DeviceMemory, Group, HostWeights, OnDone, PciAddress, RangeId, Stream, SwapReport,
+    cuda::KindKey,
+};
+use faaswap_protocol::Bytes;
+
+use crate::{
+    life::{Life, TellChunks, amount},
+    message::{Answer, DeviceSpec, Facts, Fault, Held, ModelId, Spec, ToWorker, WeightsId},
+};
+
+/// Most bytes that are read back in one call.
+const READ_BYTES: u32 = 64 << 10;
+/// How often it is looked how far weights are filled, and how many bytes more are told at least.
+const FILLED_LOOK_EVERY: Duration = Duration::from_millis(20);
+const FILLED_STEP: usize = 4 << 20;
+/// How long a device that is made to fail may take to do so.
+const FAILS_WITHIN: Duration = Duration::from_secs(5);
+
+/// A device in a process of its own. Where that ends, the device is lost, and can be opened anew.
+pub struct RemoteDevice {
+    me: Weak<Self>,
+    program: PathBuf,
+    spec: Spec,
+    info: DeviceInfo,
+    facts: Facts,
+    life: Mutex<(Arc<Life>, Option<JoinHandle<()>>)>,
+    ranges: Mutex<HashMap<RangeId, Ranged>>,
+    range_next: AtomicU32,
+    model_next: AtomicU32,
+    others: Mutex<Vec<Weak<Self>>>,
+}
+
+/// The weights of a model in the worker.
+struct Ranged {
+    life: Weak<Life>,
+    model: ModelId,
+    /// Where all of them are in the pool, while they are there.
+    chunks: Vec<u32>,
+}
+
+/// What a worker knows of weights. It forgets them with this.
+struct Known {
+    life: Weak<Life>,
+    id: WeightsId,
+    followed: bool,
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        if let Some(life) = self.life.upgrade() {
+            // A worker that is gone has forgotten everything.
+            let _ = life.say(&ToWorker::Forget { weights: self.id }, &[]);
+        }
+    }
+}
+
+static WEIGHTS: AtomicU64 = AtomicU64::new(1);
+
+impl RemoteDevice {
+    /// Starts a worker: `program` with the argument `worker`. Blocks until its device is open.
+    pub fn open(program: &Path, spec: Spec) -> Result<Arc<Self>, DeviceError> {
+        let later: Arc<Mutex<Weak<Self>>> = Arc::default();
+        let (life, facts, thread) = Life::start(program, &spec, tell_chunks(&later))?;
+        let info = DeviceInfo { name: spec.device.name().to_owned(), capacity: facts.capacity, chunk: facts.chunk };
+        let spec = spec.as_found(&facts);
+        let device = Arc::new_cyclic(|me: &Weak<Self>| Self {
+            me: me.clone(),
+            program: program.to_owned(),
+            spec,
+            info,
+            facts,
+            life: Mutex::new((life, Some(thread))),
+            ranges: Mutex::default(),
+            range_next: AtomicU32::new(0),
+            model_next: AtomicU32::new(0),
+            others: Mutex::default(),
+        });
+        *later.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&device);
+        Ok(device)
+    }
+
+    /// Lets each of these devices copy weights from the others, where they are GPUs.
+    pub fn introduce(devices: &[Arc<Self>]) {
+        for device in devices {
+            let others = devices.iter().filter(|other| !Arc::ptr_eq(other, device)).map(Arc::downgrade);
+            *device.others.lock().unwrap_or_else(PoisonError::into_inner) = others.collect();
+        }
+        devices.iter().for_each(|device| device.share(None));
+    }
+
+    /// A GPU's compute capability.
+    pub fn capability(&self) -> Option<i32> {
+        self.facts.capability
+    }
+
+    /// The worker now.
+    pub(crate) fn life(&self) -> Arc<Life> {
+        Arc::clone(&self.lives().0)
+    }
+
+    fn lives(&self) -> MutexGuard<'_, (Arc<Life>, Option<JoinHandle<()>>)> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ranges(&self) -> MutexGuard<'_, HashMap<RangeId, Ranged>> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn new_model(&self) -> ModelId {
+        self.model_next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A number for the weights of a model that was bound.
+    pub(crate) fn range_of(&self, life: &Arc<Life>, model: ModelId) -> RangeId {
+        let range = RangeId(self.range_next.fetch_add(1, Ordering::Relaxed));
+        self.ranges().insert(range, Ranged { life: Arc::downgrade(life), model, chunks: Vec::new() });
+        range
+    }
+
+    pub(crate) fn forget(&self, range: RangeId) {
+        self.ranges().remove(&range);
+    }
+
+    /// The model of a range, and the worker, which is the one that has bound it.
+    fn found(&self, range: RangeId) -> Result<(Arc<Life>, ModelId), DeviceError> {
+        let life = self.life();
+        let ranges = self.ranges();
+        let found = ranges.get(&range).ok_or(DeviceError::Invalid("a range that nobody has reserved"))?;
+        let is_of_now = found.life.upgrade().is_some_and(|theirs| Arc::ptr_eq(&theirs, &life));
+        if is_of_now && !life.is_lost() { Ok((life, found.model)) } else { Err(DeviceError::Lost) }
+    }
+
+    fn gpu(&self) -> Option<u32> {
+        match self.spec.device {
+            DeviceSpec::Gpu { ordinal, .. } => Some(ordinal),
+            DeviceSpec::Host { .. } => None,
+        }
+    }
+
+    fn others(&self) -> Vec<Arc<Self>> {
+        let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+        others.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Has the worker give its pool's chunks to all others, or to one.
+    fn share(&self, to: Option<u32>) {
+        if self.gpu().is_none() || self.others().is_empty() {
+            return;
+        }
+        match self.life().ask(|call| ToWorker::Share { call, to }) {
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, name = self.info.name, "no GPU copies weights from this one's memory");
+            }
+        }
+    }
+
+    /// Hands some of this pool's chunks on.
+    fn hand_on(&self, to: Option<u32>, chunks: &[OwnedFd]) {
+        let Some(gpu) = self.gpu() else { return };
+        let chunk = self.info.chunk;
+        let of = u32::try_from(self.facts.chunks).unwrap_or(u32::MAX);
+        let fds: Vec<_> = chunks.iter().map(AsFd::as_fd).collect();
+        let others = self.others().into_iter().filter(|other| to.is_none() || other.gpu() == to);
+        for other in others {
+            // One that is lost gets them when it is back.
+            let _ = other.life().say(&ToWorker::Chunks { gpu, chunk, of }, &fds);
+        }
+    }
+
+    /// What the worker calls these weights; tells it of them where it does not know them.
+    fn known(&self, life: &Arc<Life>, weights: &HostWeights) -> Result<WeightsId, DeviceError> {
+        weights.with_notes(|notes| {
+            if let Some(known) = notes.get(&life.number).and_then(|note| note.downcast_ref::<Known>()) {
+                return Ok(known.id);
+            }
+            let id = WEIGHTS.fetch_add(1, Ordering::Relaxed);
+            let file = weights.file().ok_or(DeviceError::Invalid("weights without bytes are swapped"))?;
+            let full = weights.filled() == weights.len();
+            life.say(&ToWorker::Weights { weights: id, size: weights.size(), full }, &[file])?;
+            notes.retain(|_, note| note.downcast_ref::<Known>().is_none_or(|known| known.life.strong_count() > 0));
+            notes.insert(life.number, Box::new(Known { life: Arc::downgrade(life), id, followed: full }));
+            Ok(id)
+        })
+    }
+
+    /// Tells the worker how far weights are filled, until they are, where nobody does so yet.
+    fn follow(&self, life: &Arc<Life>, weights: &Arc<HostWeights>, id: WeightsId) -> Result<(), DeviceError> {
+        let begins = weights.with_notes(|notes| {
+            let known = notes.get_mut(&life.number).and_then(|note| note.downcast_mut::<Known>());
+            known.is_some_and(|known| !std::mem::replace(&mut known.followed, true))
+        });
+        if !begins {
+            return Ok(());
+        }
+        let (life, weights) = (Arc::downgrade(life), Arc::clone(weights));
+        let followed = thread::Builder::new().name("filled".to_owned()).spawn(move || tell_filled(&life, &weights, id));
+        let failed = |e: std::io::Error| DeviceError::Failed { call: "starting a thread", reason: e.to_string() };
+        followed.map(drop).map_err(failed)
+    }
+
+    fn begin(
+        &self,
+        held: Option<(Arc<Self>, RangeId)>,
+        range: RangeId,
+        weights: &Arc<HostWeights>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        let (life, model) = self.found(range)?;
+        let id = self.known(&life, weights)?;
+        self.follow(&life, weights, id)?;
+        let lent = held.and_then(|(holder, range)| holder.lend(range));
+        let from = lent.as_ref().map(|lent| lent.held.clone());
+        let (device, mapped_of) = (self.me.clone(), Arc::downgrade(&life));
+        let told = move |answer: Result<Answer, DeviceError>| {
+            drop(lent);
+            let result = answer.and_then(|answer| match answer {
+                Answer::SwappedIn { report, chunks, mapped } => {
+                    note_mapped(&mapped_of, mapped);
+                    if let Some(device) = device.upgrade()
+                        && let Some(found) = device.ranges().get_mut(&range)
+                    {
+                        found.chunks = chunks;
+                    }
+                    Ok(report.into())
+                }
+                other => Err(unexpected(&other)),
+            });
+            done(result);
+        };
+        life.call(|call| ToWorker::SwapIn { call, model, weights: id, from }, Box::new(told))
+    }
+
+    /// Has weights stay where they are for a reader, where all of them are there.
+    fn lend(&self, range: RangeId) -> Option<Lent> {
+        let (life, model) = self.found(range).ok()?;
+        let gpu = self.gpu()?;
+        let chunks = self.ranges().get(&range).map(|found| found.chunks.clone()).filter(|chunks| !chunks.is_empty())?;
+        life.say(&ToWorker::Lend { model }, &[]).ok()?;
+        Some(Lent { life, model, held: Held { gpu, chunks } })
+    }
+}
+
+/// Weights that another worker copies, until this is dropped.
+struct Lent {
+    life: Arc<Life>,
+    model: ModelId,
+    held: Held,
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        // One that is gone keeps nothing.
+        let _ = self.life.say(&ToWorker::Return { model: self.model }, &[]);
+    }
+}
+
+/// Hands chunks on to the other workers.
+fn tell_chunks(device: &Arc<Mutex<Weak<RemoteDevice>>>) -> TellChunks {
+    let device = Arc::clone(device);
+    Box::new(move |to, chunks| {
+        let device = device.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        if let Some(device) = device {
+            device.hand_on(to, &chunks);
+        }
+    })
+}
+
+fn tell_filled(life: &Weak<Life>, weights: &HostWeights, id: WeightsId) {
+    let mut told = 0;
+    while told < weights.len() {
+        let wanted = (told + FILLED_STEP).min(weights.len());
+        let filled = weights.wait_filled(wanted, FILLED_LOOK_EVERY);
+        let Some(life) = life.upgrade().filter(|life| !life.is_lost()) else { return };
+        let message = match filled {
+            Ok(false) => continue,
+            Ok(true) => {
+                told = weights.filled();
+                ToWorker::Filled { weights: id, until: Bytes::of_len(told) }
+            }
+            Err(error) => {
+                told = weights.len();
+                ToWorker::NotFilled { weights: id, why: Fault::from(error) }
+            }
+        };
+        if life.say(&message, &[]).is_err() {
+            return;
+        }
+    }
+}
+
+fn note_mapped(life: &Weak<Life>, mapped: Bytes) {
+    if let Some(life) = life.upgrade() {
+        life.mapped.store(mapped.get(), Ordering::Relaxed);
+    }
+}
+
+fn unexpected(answer: &Answer) -> DeviceError {
+    tracing::error!(?answer, "a device's process answers something else than it was asked");
+    DeviceError::Invalid("the device's process answers something else than it was asked")
+}
+
+impl Device for RemoteDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn is_lost(&self) -> bool {
+        self.life().is_lost()
+    }
+
+    fn fail(&self) {
+        let life = self.life();
+        // One that does not listen is lost already.
+        let _ = life.say(&ToWorker::Fail, &[]);
+        let until = Instant::now() + FAILS_WITHIN;
+        while !life.is_lost() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if !life.is_lost() {
+            tracing::error!(name = self.info.name, "the device does not fail as it was told: its process is ended");
+            life.end();
+        }
+    }
+
+    fn memory(&self) -> DeviceMemory {
+        DeviceMemory { capacity: self.info.capacity, mapped: amount(&self.life().mapped) }
+    }
+
+    fn reserve(&self, _weights: Bytes) -> Result<RangeId, DeviceError> {
+        Err(DeviceError::Invalid("a worker reserves addresses itself, for the models that it binds"))
+    }
+
+    fn release(&self, _range: RangeId) -> Result<(), DeviceError> {
+        Err(DeviceError::Invalid("a worker releases addresses itself, with the models that it has bound"))
+    }
+
+    fn address(&self, range: RangeId) -> Result<usize, DeviceError> {
+        self.found(range)?;
+        Err(DeviceError::Invalid("addresses of another process"))
+    }
+
+    fn swap_in(
+        &self,
+        range: RangeId,
+        weights: Arc<HostWeights>,
+        _groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        self.begin(None, range, &weights, done)
+    }
+
+    fn swap_in_from(
+        &self,
+        (holder, held): (&dyn Device, RangeId),
+        range: RangeId,
+        weights: Arc<HostWeights>,
+        _groups: Arc<[Group]>,
+        done: OnDone<SwapReport>,
+    ) -> Result<(), DeviceError> {
+        let is_it = |other: &Arc<Self>| std::ptr::addr_eq(Arc::as_ptr(other), std::ptr::from_ref(holder));
+        let holder = self.others().into_iter().find(is_it);
+        self.begin(holder.map(|holder| (holder, held)), range, &weights, done)
+    }
+
+    fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError> {
+        let (life, model) = self.found(range)?;
+        if let Some(found) = self.ranges().get_mut(&range) {
+            found.chunks = Vec::new();
+        }
+        let mapped_of = Arc::downgrade(&life);
+        let told = move |answer: Result<Answer, DeviceError>| {
+            done(answer.and_then(|answer| match answer {
+                Answer::SwappedOut { mapped } => {
+                    note_mapped(&mapped_of, mapped);
+                    Ok(())
+                }
+                other => Err(unexpected(&other)),
+            }));
+        };
+        life.call(|call| ToWorker::SwapOut { call, model }, Box::new(told))
+    }
+
+    fn await_group(&self, _range: RangeId, _group: u32, _stream: Stream) -> Result<(), DeviceError> {
+        Err(DeviceError::Invalid("whoever awaits weights does so in the worker"))
+    }
+
+    fn pci_address(&self) -> Option<PciAddress> {
+        self.facts.pci
+    }
+
+    fn knows_kind(&self, kind: &KindKey) -> Option<bool> {
+        match self.life().ask(|call| ToWorker::Knows { call, kind: *kind }) {
+            Ok(Answer::Knows(knows)) => knows,
+            Ok(_) | Err(_) => None,
+        }
+    }
+
+    fn can_reopen(&self) -> bool {
+        true
+    }
+
+    fn reopen(&self) -> Result<(), DeviceError> {
+        let (old, thread) = {
+            let mut lives = self.lives();
+            (Arc::clone(&lives.0), lives.1.take())
+        };
+        if !old.is_lost() {
+            return Err(DeviceError::Invalid("a device that is there is not opened anew"));
+        }
+        // Until then its memory is not free.
+        if let Some(thread) = thread {
+            drop(thread.join());
+        }
+        // Nor where others have it mapped.
+        if let Some(gpu) = self.gpu() {
+            for other in self.others() {
+                if let Err(error) = other.life().ask(|call| ToWorker::ForgetPool { call, gpu }) {
+                    tracing::debug!(%error, name = other.info.name, "has no other GPU's memory");
+                }
+            }
+        }
+        let device = Arc::new(Mutex::new(self.me.clone()));
+        let (life, facts, thread) = Life::start(&self.program, &self.spec, tell_chunks(&device))?;
+        if facts != self.facts {
+            life.end();
+            drop(thread.join());
+            let (now, before) = (facts.capacity, self.facts.capacity);
+            let reason = format!("{now} for weights now, {before} before: does another process use it?");
+            return Err(DeviceError::Failed { call: "opening the device anew", reason });
+        }
+        *self.lives() = (life, Some(thread));
+        self.share(None);
+        self.others().iter().for_each(|other| other.share(self.gpu()));
+        Ok(())
+    }
+
+    fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {
+        if weights.is_empty() {
+            return Ok(());
+        }
+        let life = self.life();
+        let id = self.known(&life, weights)?;
+        life.ask(|call| ToWorker::Pin { call, weights: id }).map(drop)
+    }
+
+    fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+        let (life, model) = self.found(range)?;
+        let mut at = offset;
+        for piece in into.chunks_mut(READ_BYTES as usize) {
+            let len = u32::try_from(piece.len()).unwrap_or(READ_BYTES);
+            match life.ask(|call| ToWorker::Read { call, model, offset: at, len })? {
+                Answer::Bytes(bytes) if bytes.len() == piece.len() => piece.copy_from_slice(&bytes),
+                other => return Err(unexpected(&other)),
+            }
+            at += u64::from(len);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for RemoteDevice {
+    fn drop(&mut self) {
+        self.life().end();
+    }
+}
+
+impl fmt::Debug for RemoteDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteDevice").field("info", &self.info).field("life", &self.life()).finish_non_exhaustive()
+    }
+}
