@@ -63,6 +63,14 @@ impl Broker {
         broker
     }
 
+    /// What a broker says that cannot serve with these settings.
+    pub fn refused(settings: &str) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = Self::spawn(dir.path(), settings, 0, 0);
+        assert!(!child.wait().unwrap().success());
+        fs::read_to_string(dir.path().join("broker.log")).unwrap()
+    }
+
     fn spawn(dir: &Path, settings: &str, admin: u16, tcp: u16) -> Child {
         let config = dir.join("faaswap.toml");
         let text = format!(
@@ -106,6 +114,10 @@ impl Broker {
 
     pub fn wait(&mut self) -> std::process::ExitStatus {
         self.child.wait().unwrap()
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn is_alive(&mut self) -> bool {

@@ -24,6 +24,8 @@ pub(crate) struct Channel {
     wire: Wire,
     slab: Slab,
     buffer: Buffer,
+    /// Whether the other end was gone when it was needed last.
+    pub(crate) is_cut: bool,
 }
 
 /// What the worker needs for the other end: a socket, and the memory.
@@ -37,7 +39,7 @@ impl Channel {
         let failed = |call| move |reason: String| DeviceError::Failed { call, reason };
         let (wire, socket) = Wire::pair().map_err(|e| failed("socketpair")(e.to_string()))?;
         let (slab, memory) = Slab::create(exchange).map_err(|e| failed("making memory for a lane")(e.to_string()))?;
-        Ok((Self { wire, slab, buffer: Buffer::default() }, [socket, memory]))
+        Ok((Self { wire, slab, buffer: Buffer::default(), is_cut: false }, [socket, memory]))
     }
 
     /// Runs a model once, as [`faaswap_engine::Bound::run`] does.
@@ -50,16 +52,22 @@ impl Channel {
     ) -> Result<Vec<RunOutput>, RunError> {
         let inputs = self.copy_inputs(inputs)?;
         let ask = Ask { after, model, inputs, wanted: wanted.to_vec() };
-        let gone = |error: std::io::Error| failed(format!("the device's process: {error}"));
-        self.wire.send(&ask, &[]).map_err(gone)?;
-        match self.wire.receive(&mut self.buffer, &mut Vec::new(), ANSWER_LOOKS_FOR).map_err(gone)? {
-            Some(Ran::Done(outputs)) => {
+        let told = self.wire.send(&ask, &[]);
+        let ran = told.and_then(|()| self.wire.receive(&mut self.buffer, &mut Vec::new(), ANSWER_LOOKS_FOR));
+        match ran {
+            Ok(Some(Ran::Done(outputs))) => {
                 outputs.into_iter().map(|output| self.copy_output(output, place)).collect()
             }
-            Some(Ran::Refused(refusal)) => Err(refusal.into()),
-            Some(Ran::Failed(reason)) => Err(RunError::Failed(reason)),
-            None => Err(failed("the device's process has ended")),
+            Ok(Some(Ran::Refused(refusal))) => Err(refusal.into()),
+            Ok(Some(Ran::Failed(reason))) => Err(RunError::Failed(reason)),
+            Ok(None) => Err(self.cut("it has ended")),
+            Err(error) => Err(self.cut(&error.to_string())),
         }
+    }
+
+    fn cut(&mut self, why: &str) -> RunError {
+        self.is_cut = true;
+        failed(format!("the device's process: {why}"))
     }
 
     fn copy_inputs(&self, inputs: &[Input<'_>]) -> Result<Vec<(DType, Shape, Span)>, RunError> {

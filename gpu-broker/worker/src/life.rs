@@ -160,6 +160,10 @@ impl Life {
         let channels = || self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         let mut channel = channels().pop()?;
         let done = work(&mut channel, self.sent_seen.load(Ordering::Acquire));
+        if channel.is_cut {
+            // Whoever hears of this run's end asks at once whether the device is lost.
+            self.end();
+        }
         channels().push(channel);
         Some(done)
     }

@@ -17,7 +17,7 @@
 //!     faaswap-gpu lose MODELS OUT            one device fails under load
 //!     faaswap-gpu tiny-models MODELS         small models, for dry runs without a GPU
 //!     faaswap-gpu prepare-model              one job, from standard input, in a process of its own
-//!     faaswap-gpu broker ...                 the broker itself, with its own arguments; and `prepare`, which it starts
+//!     faaswap-gpu broker ...                 the broker itself, with its own arguments; and `prepare`, `worker` and `probe-links`, which it starts
 //!
 //! `density` and those below it take `--name value` pairs, or variables such as FAASWAP_NODE_SECONDS: see `node/options.rs`. With
 //! `--host N` it runs on N host devices.
@@ -58,15 +58,16 @@ fn stress_plan() -> many::Plan {
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// What this program is when it is started as the broker, or by the broker to prepare a model.
+/// What this program is when it is started as the broker, or by the broker.
 fn as_broker(args: &[String]) -> Option<ExitCode> {
     let theirs = match args.first().map(String::as_str) {
         Some("broker") => &args[1..],
-        Some("prepare") => args,
+        Some("prepare" | "worker" | "probe-links") => args,
         Some(_) | None => return None,
     };
-    // Without whoever has started it, nobody needs it.
-    if let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM)) {
+    // Without whoever has started it, nobody needs it. A worker notices by itself; it would be told when the thread ends that began it.
+    if args[0] != "worker"
+        && let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM)) {
         eprintln!("faaswap-gpu: {error}");
     }
     let name = std::iter::once("faaswap-gpu broker".into());
