@@ -14,13 +14,12 @@ use faaswap_protocol::Bytes;
 use faaswap_scheduler::PolicyKind;
 
 use self::read::Reader;
+use crate::limits::DEVICES_MAX;
 
 /// Lanes of a GPU where no number is named: more run at once than one program fills, few enough to keep each quick.
 const GPU_LANES: u16 = 4;
 /// How rarely weights are read back: a large model's take tens of milliseconds of a link's other direction.
 const VERIFY_EVERY: usize = 1000;
-/// Most GPUs of a node.
-const GPUS_MAX: usize = 64;
 /// What chunks of a GPU's memory are multiples of.
 const GPU_GRANULARITY: Bytes = Bytes::mib(2);
 /// How yes and no are written.
@@ -292,7 +291,7 @@ fn device(reader: &mut Reader, index: usize, value: config::Value) -> DeviceSett
     let mut from = Reader::of_table(table, format!("device {index}: "));
     let default = match from.choice("kind", false, &[("host", false), ("gpu", true)]) {
         true => {
-            let ordinal = from.count("gpu", index, 0..=GPUS_MAX);
+            let ordinal = from.count("gpu", index, 0..=DEVICES_MAX);
             let mut gpu = DeviceSettings::gpu(u32::try_from(ordinal).unwrap_or(0));
             if let DeviceKind::Gpu { reserve, .. } = &mut gpu.kind {
                 *reserve = from.bytes("reserve", *reserve);

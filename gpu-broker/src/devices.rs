@@ -14,7 +14,10 @@ use faaswap_device::{
     links::{self, LinkMap},
 };
 use faaswap_engine::{CudaTarget, Runtime, Target};
-use faaswap_protocol::{Bytes, SlabLayout, limits::{PAYLOAD_BYTES_MAX, SLAB_BYTES_MAX}};
+use faaswap_protocol::{
+    Bytes, SlabLayout,
+    limits::{PAYLOAD_BYTES_MAX, SLAB_BYTES_MAX},
+};
 use faaswap_worker::{DeviceSpec, RemoteDevice, Spec};
 
 use crate::{

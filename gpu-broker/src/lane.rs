@@ -179,7 +179,8 @@ impl BoundModel {
 
     /// Whether the device under it has failed for good.
     fn is_lost(&self) -> bool {
-        self.bound.is_gone() || self.bound.range().is_some_and(|range| self.device.address(range) == Err(DeviceError::Lost))
+        self.bound.is_gone()
+            || self.bound.range().is_some_and(|range| self.device.address(range) == Err(DeviceError::Lost))
     }
 
     /// Whether a request that came at that moment found the weights there; `resident` says whether they are by now.

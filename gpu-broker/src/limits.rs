@@ -44,6 +44,8 @@ pub const UPLOAD_PARTS_QUEUED_MAX: usize = 2;
 pub const SHARES_MAX: usize = 4;
 /// Most models that are opened (read, copied to host memory, bound) at a time.
 pub const LOADS_MAX: usize = 4;
+/// The same for each worker: what binding takes of a process it takes of one worker.
+pub const LOADS_PER_WORKER: usize = 2;
 /// Reads of weights from disk at a time; a disk that is fast needs several to be so.
 pub const WEIGHT_READS_IN_FLIGHT: usize = 4;
 /// Most models that wait to be read from disk.
@@ -53,7 +55,9 @@ pub const SCHEDULED_WITH_LEFT: usize = 8;
 /// How long weights from disk wait for room in host memory, where others that are being copied take it.
 pub const HOST_ROOM_WITHIN: Duration = Duration::from_secs(5);
 /// Threads for work that blocks: uploads, loads, and what the runtime does itself.
-pub const BLOCKING_THREADS_MAX: usize = UPLOADS_MAX + LOADS_MAX + 4;
+pub const BLOCKING_THREADS_MAX: usize = UPLOADS_MAX + LOADS_MAX + LOADS_PER_WORKER * DEVICES_MAX + 4;
+/// Most devices of a node.
+pub const DEVICES_MAX: usize = 64;
 /// Longest line that the preparing process may answer.
 pub const PREPARE_ANSWER_BYTES_MAX: u64 = 64 << 10;
 /// Wanted size of the later groups of weights.

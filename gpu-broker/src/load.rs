@@ -195,8 +195,7 @@ impl Loader {
             let device = opened.device();
             charge(weights, device.as_ref()) <= device.info().capacity
         };
-        let fitting: Vec<_> =
-            all.filter(|(_, d)| fits(d)).map(|(index, d)| (device_id(index), d.clone())).collect();
+        let fitting: Vec<_> = all.filter(|(_, d)| fits(d)).map(|(index, d)| (device_id(index), d.clone())).collect();
         if fitting.is_empty() {
             let capacity = self.devices.iter().map(|device| device.device().info().capacity).max().unwrap_or_default();
             return Err(Refusal::ModelTooLarge { needed: weights, capacity });

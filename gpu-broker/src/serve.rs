@@ -27,7 +27,7 @@ use crate::{
     devices::{self, Devices, Opened},
     gpus::Gpus,
     lane::Lane,
-    limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, UPLOADS_MAX},
+    limits::{EXPECTED_LOOKS_FOR, HOUSEKEEPING_EVERY, LOADS_MAX, LOADS_PER_WORKER, UPLOADS_MAX},
     load::Loader,
     mailbox::Mailbox,
     registrar::Registrar,
@@ -165,6 +165,7 @@ fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Devi
     let devices: Vec<_> = opened.all.iter().map(|(_, device)| device.clone()).collect();
     let memory = Memory::open(&settings.memory_dir, settings.host_memory, weights_ready(&devices))
         .map_err(ServeError::io(format!("memory_dir {}", settings.memory_dir.display())))?;
+    let workers = devices.iter().filter(|device| matches!(device, Opened::InWorker(_))).count();
     let parallel = match opened.machine {
         Machine::Host => settings.prepare_parallel,
         // A GPU has room for one model that is being prepared, beside those that are served.
@@ -179,7 +180,7 @@ fn loader(settings: &Settings, program: PathBuf, runtime: Runtime, opened: &Devi
         runtime,
         devices,
         uploads: Semaphore::new(UPLOADS_MAX),
-        loads: Turns::new(LOADS_MAX),
+        loads: Turns::new(LOADS_MAX.max(LOADS_PER_WORKER * workers)),
         opened: AtomicUsize::new(0),
         begun: Default::default(),
         room: std::sync::Mutex::new(()),

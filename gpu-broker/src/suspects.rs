@@ -113,7 +113,8 @@ impl Suspects {
     /// A device was lost: what runs there may have been at fault. `damaged` counts losses that were the fault of weights. One kernel
     /// costs a process all of its devices, one after the other; that counts once.
     pub(crate) fn device_lost(&mut self, lost: Lost, damaged: u64, (at, now): (Instant, SystemTime)) {
-        let is_known = lost == Lost::All && self.lost_at.is_some_and(|last| at.saturating_duration_since(last) < ONE_FAULT);
+        let is_known =
+            lost == Lost::All && self.lost_at.is_some_and(|last| at.saturating_duration_since(last) < ONE_FAULT);
         let is_of_weights = std::mem::replace(&mut self.damaged, damaged) != damaged;
         if lost == Lost::All {
             self.lost_at = Some(at);

@@ -147,6 +147,7 @@ fn workers_end_with_their_broker_however_it_ends() {
 
 #[test]
 fn a_device_that_cannot_be_opened_is_told_by_its_name() {
-    let refused = Broker::refused("workers = \"on\"\n[[device]]\nname = \"huge\"\nkind = \"host\"\nmemory = \"1000000GiB\"");
+    let refused =
+        Broker::refused("workers = \"on\"\n[[device]]\nname = \"huge\"\nkind = \"host\"\nmemory = \"1000000GiB\"");
     assert!(refused.contains("device huge") && !refused.contains("panicked"), "{refused}");
 }

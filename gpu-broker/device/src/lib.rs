@@ -210,6 +210,9 @@ pub trait Device: Send + Sync + fmt::Debug {
         None
     }
 
+    /// A run is about to come: whoever sleeps there may wake up. Returns at once.
+    fn expect_run(&self) {}
+
     /// Whether [`Device::reopen`] may bring the device back once it is lost.
     fn can_reopen(&self) -> bool {
         false

@@ -24,11 +24,11 @@ use faaswap_protocol::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags};
 
+use self::level::Level;
 pub use self::{
     fill::{FillReport, Filler, Near, READS_IN_FLIGHT_MAX},
     follow::Follower,
 };
-use self::level::Level;
 use crate::{
     DeviceError,
     cuda::{Context, Registration},

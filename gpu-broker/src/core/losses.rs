@@ -78,7 +78,9 @@ impl Core {
                         tracing::info!(device = %name, took = ?begun.elapsed(), "the device is back: models are bound to it");
                         return core.borrow_mut().device_is_back(index);
                     }
-                    Ok(Err(error)) => tracing::error!(%error, device = %name, ?pause, "the device cannot be opened anew"),
+                    Ok(Err(error)) => {
+                        tracing::error!(%error, device = %name, ?pause, "the device cannot be opened anew");
+                    }
                     // The runtime ends.
                     Err(_) => return,
                 }

@@ -15,7 +15,7 @@ use faaswap_scheduler::{Event, Form, FunctionKey, Moment, RequestKey};
 
 use super::{Core, Outcome, PeerId, Request};
 use crate::{
-    lane::{AnswerRight, Ask, InputBytes, Lane, Peer, RunInput},
+    lane::{AnswerRight, Ask, InputBytes, Peer, RunInput},
     limits::{BATCH_INPUT_BYTES_MAX, INLINE_BYTES_MAX, UNRELEASED_MAX},
 };
 
@@ -120,8 +120,10 @@ impl Core {
         }
         self.expected.notify_one();
         // All lanes are idle, and the first idle one of a device is taken.
-        let lanes = model.on.iter().filter_map(|device| self.devices.get(usize::from(device.0))?.lanes.first());
-        lanes.for_each(Lane::look);
+        for entry in model.on.iter().filter_map(|device| self.devices.get(usize::from(device.0))) {
+            entry.lanes.first().inspect(|lane| lane.look());
+            entry.device.expect_run();
+        }
     }
 
     pub(super) fn cancel(&mut self, from: PeerId, request: RequestId) {

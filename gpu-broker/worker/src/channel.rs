@@ -1,9 +1,6 @@
 //! A lane's way to the worker: inputs are copied to memory that both share, outputs from there.
 
-use std::{
-    os::fd::OwnedFd,
-    time::Duration,
-};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use faaswap_device::DeviceError;
 use faaswap_engine::{Input, InputData, Place, RunError, RunOutput};
@@ -11,7 +8,7 @@ use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape, SlabLayout, Span, l
 use faaswap_slab::{Slab, SlabError};
 
 use crate::{
-    message::{Ask, ModelId, Ran},
+    message::{Ask, ModelId, Ran, ToLane},
     wire::{Buffer, Wire},
 };
 
@@ -21,7 +18,7 @@ const ANSWER_LOOKS_FOR: Duration = Duration::ZERO;
 /// The broker's end. For one run at a time.
 #[derive(Debug)]
 pub(crate) struct Channel {
-    wire: Wire,
+    pub(crate) wire: Arc<Wire>,
     slab: Slab,
     buffer: Buffer,
     /// Whether the other end was gone when it was needed last.
@@ -39,7 +36,7 @@ impl Channel {
         let failed = |call| move |reason: String| DeviceError::Failed { call, reason };
         let (wire, socket) = Wire::pair().map_err(|e| failed("socketpair")(e.to_string()))?;
         let (slab, memory) = Slab::create(exchange).map_err(|e| failed("making memory for a lane")(e.to_string()))?;
-        Ok((Self { wire, slab, buffer: Buffer::default(), is_cut: false }, [socket, memory]))
+        Ok((Self { wire: Arc::new(wire), slab, buffer: Buffer::default(), is_cut: false }, [socket, memory]))
     }
 
     /// Runs a model once, as [`faaswap_engine::Bound::run`] does.
@@ -51,18 +48,22 @@ impl Channel {
         place: &mut AskPlace<'_>,
     ) -> Result<Vec<RunOutput>, RunError> {
         let inputs = self.copy_inputs(inputs)?;
-        let ask = Ask { after, model, inputs, wanted: wanted.to_vec() };
+        let ask = ToLane::Run(Ask { after, model, inputs, wanted: wanted.to_vec() });
         let told = self.wire.send(&ask, &[]);
         let ran = told.and_then(|()| self.wire.receive(&mut self.buffer, &mut Vec::new(), ANSWER_LOOKS_FOR));
         match ran {
-            Ok(Some(Ran::Done(outputs))) => {
-                outputs.into_iter().map(|output| self.copy_output(output, place)).collect()
-            }
+            Ok(Some(Ran::Done(outputs))) => outputs.into_iter().map(|output| self.copy_output(output, place)).collect(),
             Ok(Some(Ran::Refused(refusal))) => Err(refusal.into()),
             Ok(Some(Ran::Failed(reason))) => Err(RunError::Failed(reason)),
             Ok(None) => Err(self.cut("it has ended")),
             Err(error) => Err(self.cut(&error.to_string())),
         }
+    }
+
+    /// Wakes the other end: a run is about to come.
+    pub(crate) fn look(&self) {
+        // Where it is gone the next run tells.
+        let _ = self.wire.send(&ToLane::Look, &[]);
     }
 
     fn cut(&mut self, why: &str) -> RunError {

@@ -18,14 +18,12 @@ use std::{
     time::Duration,
 };
 
-use faaswap_device::DeviceError;
-use faaswap_protocol::Bytes;
-
 use crate::{
     channel::Channel,
     message::{Answer, Call, Facts, FromWorker, Spec, ToWorker},
     wire::{Buffer, Wire},
 };
+use faaswap_device::DeviceError;
 
 /// The argument by which a program becomes a worker.
 const ARGUMENT: &str = "worker";
@@ -47,6 +45,8 @@ pub(crate) struct Life {
     sent_seen: AtomicU64,
     calls: Mutex<Calls>,
     channels: Mutex<Vec<Channel>>,
+    /// Theirs, also while they are used.
+    lane_wires: Vec<Arc<Wire>>,
     lost: AtomicBool,
     pub(crate) mapped: AtomicU64,
     tell_chunks: TellChunks,
@@ -83,6 +83,7 @@ impl Life {
             sent: Mutex::new(sent),
             sent_seen: AtomicU64::new(sent),
             calls: Mutex::default(),
+            lane_wires: channels.iter().map(|channel| Arc::clone(&channel.wire)).collect(),
             channels: Mutex::new(channels),
             lost: AtomicBool::new(false),
             mapped: AtomicU64::new(0),
@@ -101,10 +102,11 @@ impl Life {
         self.lost.load(Ordering::Acquire)
     }
 
-    /// Ends it, as it is.
+    /// Ends it, as it is. Whoever waits for it hears of that at once.
     pub(crate) fn end(&self) {
         self.lost.store(true, Ordering::Release);
         self.wire.shut_down();
+        self.lane_wires.iter().for_each(|wire| wire.shut_down());
     }
 
     fn calls(&self) -> MutexGuard<'_, Calls> {
@@ -168,6 +170,13 @@ impl Life {
         Some(done)
     }
 
+    /// Wakes the lane that the next run goes to.
+    pub(crate) fn expect_run(&self) {
+        if let Some(channel) = self.channels.lock().unwrap_or_else(PoisonError::into_inner).last() {
+            channel.look();
+        }
+    }
+
     /// Until the worker ends.
     fn listen(&self) {
         let (mut buffer, mut fds) = (Buffer::default(), Vec::new());
@@ -199,7 +208,6 @@ impl Life {
             std::mem::take(&mut calls.told)
         };
         told.into_values().for_each(|told| told(Err(DeviceError::Lost)));
-        // Whoever runs there hears of the end by the sockets, which the process has closed.
     }
 }
 
@@ -255,9 +263,4 @@ fn lane(wire: &Wire, spec: &Spec) -> Result<Channel, DeviceError> {
 #[expect(clippy::needless_pass_by_value, reason = "made for map_err")]
 fn failed(error: io::Error) -> DeviceError {
     DeviceError::Failed { call: "starting the device's process", reason: error.to_string() }
-}
-
-/// An amount that a worker has told.
-pub(crate) fn amount(bytes: &AtomicU64) -> Bytes {
-    Bytes::new(bytes.load(Ordering::Relaxed))
 }

@@ -25,7 +25,7 @@ pub struct Spec {
 
 impl Spec {
     /// The same with as much memory as was found, for the next life: what is free by then may be something else.
-    pub(crate) fn as_found(mut self, facts: &Facts) -> Self {
+    pub(crate) fn with_memory_of(mut self, facts: &Facts) -> Self {
         if let DeviceSpec::Gpu { memory, .. } = &mut self.device {
             let found = u64::try_from(facts.chunks).ok().and_then(|chunks| facts.chunk.get().checked_mul(chunks));
             *memory = found.map(Bytes::new).or(*memory);
@@ -120,27 +120,78 @@ pub(crate) enum ToWorker {
     /// A lane's socket and memory come with it.
     Lane,
     /// The file comes with it. Where not all bytes are there, `Filled` tells when they are.
-    Weights { weights: WeightsId, size: Bytes, full: bool },
-    Filled { weights: WeightsId, until: Bytes },
-    NotFilled { weights: WeightsId, why: Fault },
+    Weights {
+        weights: WeightsId,
+        size: Bytes,
+        full: bool,
+    },
+    Filled {
+        weights: WeightsId,
+        until: Bytes,
+    },
+    NotFilled {
+        weights: WeightsId,
+        why: Fault,
+    },
     /// Readies them for fast copies.
-    Pin { call: Call, weights: WeightsId },
-    Forget { weights: WeightsId },
-    Bind { call: Call, model: ModelId, prepared: PathBuf },
-    Unbind { model: ModelId },
-    SwapIn { call: Call, model: ModelId, weights: WeightsId, from: Option<Held> },
-    SwapOut { call: Call, model: ModelId },
+    Pin {
+        call: Call,
+        weights: WeightsId,
+    },
+    Forget {
+        weights: WeightsId,
+    },
+    Bind {
+        call: Call,
+        model: ModelId,
+        prepared: PathBuf,
+    },
+    Unbind {
+        model: ModelId,
+    },
+    SwapIn {
+        call: Call,
+        model: ModelId,
+        weights: WeightsId,
+        from: Option<Held>,
+    },
+    SwapOut {
+        call: Call,
+        model: ModelId,
+    },
     /// Another worker copies a model's weights from here, until they are returned.
-    Lend { model: ModelId },
-    Return { model: ModelId },
-    Read { call: Call, model: ModelId, offset: u64, len: u32 },
-    Knows { call: Call, kind: KindKey },
+    Lend {
+        model: ModelId,
+    },
+    Return {
+        model: ModelId,
+    },
+    Read {
+        call: Call,
+        model: ModelId,
+        offset: u64,
+        len: u32,
+    },
+    Knows {
+        call: Call,
+        kind: KindKey,
+    },
     /// Asks for descriptors of the pool's chunks, for the workers of all other GPUs or of one.
-    Share { call: Call, to: Option<u32> },
+    Share {
+        call: Call,
+        to: Option<u32>,
+    },
     /// Some chunks of another GPU's pool; the last ones if so many have come.
-    Chunks { gpu: u32, chunk: Bytes, of: u32 },
+    Chunks {
+        gpu: u32,
+        chunk: Bytes,
+        of: u32,
+    },
     /// Gives up another GPU's pool.
-    ForgetPool { call: Call, gpu: u32 },
+    ForgetPool {
+        call: Call,
+        gpu: u32,
+    },
     /// Makes the device fail, for tests.
     Fail,
 }
@@ -158,9 +209,14 @@ pub(crate) enum FromWorker {
     Opened(Facts),
     /// It cannot be opened; the worker ends.
     Failed(String),
-    Ended { call: Call, result: Result<Answer, Fault> },
+    Ended {
+        call: Call,
+        result: Result<Answer, Fault>,
+    },
     /// Descriptors of some of the pool's chunks come with it; the answer to `Share` follows the last ones.
-    Chunks { to: Option<u32> },
+    Chunks {
+        to: Option<u32>,
+    },
 }
 
 /// What a call gives.
@@ -226,7 +282,15 @@ impl From<Fault> for DeviceError {
     }
 }
 
-/// One run, on a lane's socket.
+/// To a lane, on its own socket.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum ToLane {
+    Run(Ask),
+    /// A run is about to come.
+    Look,
+}
+
+/// One run.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Ask {
     /// So many messages of the broker come before it.

@@ -36,9 +36,11 @@ impl RemoteModel {
                 let (manifest, groups) = (Arc::clone(prepared.manifest()), prepared.groups());
                 Ok(Self { device: Arc::clone(device), life, number, range, is_twin, manifest, groups })
             }
-            Answer::Done | Answer::SwappedIn { .. } | Answer::SwappedOut { .. } | Answer::Bytes(_) | Answer::Knows(_) => {
-                Err(DeviceError::Invalid("a worker binds a model and says something else").into())
-            }
+            Answer::Done
+            | Answer::SwappedIn { .. }
+            | Answer::SwappedOut { .. }
+            | Answer::Bytes(_)
+            | Answer::Knows(_) => Err(DeviceError::Invalid("a worker binds a model and says something else").into()),
         }
     }
 
@@ -75,7 +77,8 @@ impl RemoteModel {
         wanted: &[u16],
         place: &mut AskPlace<'_>,
     ) -> Result<Vec<RunOutput>, RunError> {
-        let run = |channel: &mut crate::channel::Channel, after| channel.run((self.number, after), inputs, wanted, place);
+        let run =
+            |channel: &mut crate::channel::Channel, after| channel.run((self.number, after), inputs, wanted, place);
         let ran = self.life.with_channel(run);
         ran.unwrap_or_else(|| Err(RunError::Failed(Detail::from("more runs at a time than the device has lanes"))))
     }

@@ -1,5 +1,8 @@
 //! The device of a worker, as the broker's other parts see one.
 
+mod swaps;
+mod weights;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -7,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -20,15 +23,12 @@ use faaswap_device::{
 use faaswap_protocol::Bytes;
 
 use crate::{
-    life::{Life, TellChunks, amount},
-    message::{Answer, DeviceSpec, Facts, Fault, Held, ModelId, Spec, ToWorker, WeightsId},
+    life::{Life, TellChunks},
+    message::{Answer, DeviceSpec, Facts, ModelId, Spec, ToWorker},
 };
 
 /// Most bytes that are read back in one call.
 const READ_BYTES: u32 = 64 << 10;
-/// How often it is looked how far weights are filled, and how many bytes more are told at least.
-const FILLED_LOOK_EVERY: Duration = Duration::from_millis(20);
-const FILLED_STEP: usize = 4 << 20;
 /// How long a device that is made to fail may take to do so.
 const FAILS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -52,25 +52,9 @@ struct Ranged {
     model: ModelId,
     /// Where all of them are in the pool, while they are there.
     chunks: Vec<u32>,
+    /// Counts swap-ins and swap-outs that were asked for.
+    stay: u64,
 }
-
-/// What a worker knows of weights. It forgets them with this.
-struct Known {
-    life: Weak<Life>,
-    id: WeightsId,
-    followed: bool,
-}
-
-impl Drop for Known {
-    fn drop(&mut self) {
-        if let Some(life) = self.life.upgrade() {
-            // A worker that is gone has forgotten everything.
-            let _ = life.say(&ToWorker::Forget { weights: self.id }, &[]);
-        }
-    }
-}
-
-static WEIGHTS: AtomicU64 = AtomicU64::new(1);
 
 impl RemoteDevice {
     /// Starts a worker: `program` with the argument `worker`. Blocks until its device is open.
@@ -78,7 +62,7 @@ impl RemoteDevice {
         let later: Arc<Mutex<Weak<Self>>> = Arc::default();
         let (life, facts, thread) = Life::start(program, &spec, tell_chunks(&later))?;
         let info = DeviceInfo { name: spec.device.name().to_owned(), capacity: facts.capacity, chunk: facts.chunk };
-        let spec = spec.as_found(&facts);
+        let spec = spec.with_memory_of(&facts);
         let device = Arc::new_cyclic(|me: &Weak<Self>| Self {
             me: me.clone(),
             program: program.to_owned(),
@@ -129,7 +113,7 @@ impl RemoteDevice {
     /// A number for the weights of a model that was bound.
     pub(crate) fn range_of(&self, life: &Arc<Life>, model: ModelId) -> RangeId {
         let range = RangeId(self.range_next.fetch_add(1, Ordering::Relaxed));
-        self.ranges().insert(range, Ranged { life: Arc::downgrade(life), model, chunks: Vec::new() });
+        self.ranges().insert(range, Ranged { life: Arc::downgrade(life), model, chunks: Vec::new(), stay: 0 });
         range
     }
 
@@ -183,92 +167,6 @@ impl RemoteDevice {
             let _ = other.life().say(&ToWorker::Chunks { gpu, chunk, of }, &fds);
         }
     }
-
-    /// What the worker calls these weights; tells it of them where it does not know them.
-    fn known(&self, life: &Arc<Life>, weights: &HostWeights) -> Result<WeightsId, DeviceError> {
-        weights.with_notes(|notes| {
-            if let Some(known) = notes.get(&life.number).and_then(|note| note.downcast_ref::<Known>()) {
-                return Ok(known.id);
-            }
-            let id = WEIGHTS.fetch_add(1, Ordering::Relaxed);
-            let file = weights.file().ok_or(DeviceError::Invalid("weights without bytes are swapped"))?;
-            let full = weights.filled() == weights.len();
-            life.say(&ToWorker::Weights { weights: id, size: weights.size(), full }, &[file])?;
-            notes.retain(|_, note| note.downcast_ref::<Known>().is_none_or(|known| known.life.strong_count() > 0));
-            notes.insert(life.number, Box::new(Known { life: Arc::downgrade(life), id, followed: full }));
-            Ok(id)
-        })
-    }
-
-    /// Tells the worker how far weights are filled, until they are, where nobody does so yet.
-    fn follow(&self, life: &Arc<Life>, weights: &Arc<HostWeights>, id: WeightsId) -> Result<(), DeviceError> {
-        let begins = weights.with_notes(|notes| {
-            let known = notes.get_mut(&life.number).and_then(|note| note.downcast_mut::<Known>());
-            known.is_some_and(|known| !std::mem::replace(&mut known.followed, true))
-        });
-        if !begins {
-            return Ok(());
-        }
-        let (life, weights) = (Arc::downgrade(life), Arc::clone(weights));
-        let followed = thread::Builder::new().name("filled".to_owned()).spawn(move || tell_filled(&life, &weights, id));
-        let failed = |e: std::io::Error| DeviceError::Failed { call: "starting a thread", reason: e.to_string() };
-        followed.map(drop).map_err(failed)
-    }
-
-    fn begin(
-        &self,
-        held: Option<(Arc<Self>, RangeId)>,
-        range: RangeId,
-        weights: &Arc<HostWeights>,
-        done: OnDone<SwapReport>,
-    ) -> Result<(), DeviceError> {
-        let (life, model) = self.found(range)?;
-        let id = self.known(&life, weights)?;
-        self.follow(&life, weights, id)?;
-        let lent = held.and_then(|(holder, range)| holder.lend(range));
-        let from = lent.as_ref().map(|lent| lent.held.clone());
-        let (device, mapped_of) = (self.me.clone(), Arc::downgrade(&life));
-        let told = move |answer: Result<Answer, DeviceError>| {
-            drop(lent);
-            let result = answer.and_then(|answer| match answer {
-                Answer::SwappedIn { report, chunks, mapped } => {
-                    note_mapped(&mapped_of, mapped);
-                    if let Some(device) = device.upgrade()
-                        && let Some(found) = device.ranges().get_mut(&range)
-                    {
-                        found.chunks = chunks;
-                    }
-                    Ok(report.into())
-                }
-                other => Err(unexpected(&other)),
-            });
-            done(result);
-        };
-        life.call(|call| ToWorker::SwapIn { call, model, weights: id, from }, Box::new(told))
-    }
-
-    /// Has weights stay where they are for a reader, where all of them are there.
-    fn lend(&self, range: RangeId) -> Option<Lent> {
-        let (life, model) = self.found(range).ok()?;
-        let gpu = self.gpu()?;
-        let chunks = self.ranges().get(&range).map(|found| found.chunks.clone()).filter(|chunks| !chunks.is_empty())?;
-        life.say(&ToWorker::Lend { model }, &[]).ok()?;
-        Some(Lent { life, model, held: Held { gpu, chunks } })
-    }
-}
-
-/// Weights that another worker copies, until this is dropped.
-struct Lent {
-    life: Arc<Life>,
-    model: ModelId,
-    held: Held,
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        // One that is gone keeps nothing.
-        let _ = self.life.say(&ToWorker::Return { model: self.model }, &[]);
-    }
 }
 
 /// Hands chunks on to the other workers.
@@ -280,35 +178,6 @@ fn tell_chunks(device: &Arc<Mutex<Weak<RemoteDevice>>>) -> TellChunks {
             device.hand_on(to, &chunks);
         }
     })
-}
-
-fn tell_filled(life: &Weak<Life>, weights: &HostWeights, id: WeightsId) {
-    let mut told = 0;
-    while told < weights.len() {
-        let wanted = (told + FILLED_STEP).min(weights.len());
-        let filled = weights.wait_filled(wanted, FILLED_LOOK_EVERY);
-        let Some(life) = life.upgrade().filter(|life| !life.is_lost()) else { return };
-        let message = match filled {
-            Ok(false) => continue,
-            Ok(true) => {
-                told = weights.filled();
-                ToWorker::Filled { weights: id, until: Bytes::of_len(told) }
-            }
-            Err(error) => {
-                told = weights.len();
-                ToWorker::NotFilled { weights: id, why: Fault::from(error) }
-            }
-        };
-        if life.say(&message, &[]).is_err() {
-            return;
-        }
-    }
-}
-
-fn note_mapped(life: &Weak<Life>, mapped: Bytes) {
-    if let Some(life) = life.upgrade() {
-        life.mapped.store(mapped.get(), Ordering::Relaxed);
-    }
 }
 
 fn unexpected(answer: &Answer) -> DeviceError {
@@ -340,7 +209,7 @@ impl Device for RemoteDevice {
     }
 
     fn memory(&self) -> DeviceMemory {
-        DeviceMemory { capacity: self.info.capacity, mapped: amount(&self.life().mapped) }
+        DeviceMemory { capacity: self.info.capacity, mapped: Bytes::new(self.life().mapped.load(Ordering::Relaxed)) }
     }
 
     fn reserve(&self, _weights: Bytes) -> Result<RangeId, DeviceError> {
@@ -380,21 +249,7 @@ impl Device for RemoteDevice {
     }
 
     fn swap_out(&self, range: RangeId, done: OnDone<()>) -> Result<(), DeviceError> {
-        let (life, model) = self.found(range)?;
-        if let Some(found) = self.ranges().get_mut(&range) {
-            found.chunks = Vec::new();
-        }
-        let mapped_of = Arc::downgrade(&life);
-        let told = move |answer: Result<Answer, DeviceError>| {
-            done(answer.and_then(|answer| match answer {
-                Answer::SwappedOut { mapped } => {
-                    note_mapped(&mapped_of, mapped);
-                    Ok(())
-                }
-                other => Err(unexpected(&other)),
-            }));
-        };
-        life.call(|call| ToWorker::SwapOut { call, model }, Box::new(told))
+        self.leave(range, done)
     }
 
     fn await_group(&self, _range: RangeId, _group: u32, _stream: Stream) -> Result<(), DeviceError> {
@@ -410,6 +265,10 @@ impl Device for RemoteDevice {
             Ok(Answer::Knows(knows)) => knows,
             Ok(_) | Err(_) => None,
         }
+    }
+
+    fn expect_run(&self) {
+        self.life().expect_run();
     }
 
     fn can_reopen(&self) -> bool {
@@ -456,7 +315,7 @@ impl Device for RemoteDevice {
             return Ok(());
         }
         let life = self.life();
-        let id = self.known(&life, weights)?;
+        let id = weights::known(&life, weights)?;
         life.ask(|call| ToWorker::Pin { call, weights: id }).map(drop)
     }
 
@@ -465,10 +324,12 @@ impl Device for RemoteDevice {
         let mut at = offset;
         for piece in into.chunks_mut(READ_BYTES as usize) {
             let len = u32::try_from(piece.len()).unwrap_or(READ_BYTES);
-            match life.ask(|call| ToWorker::Read { call, model, offset: at, len })? {
-                Answer::Bytes(bytes) if bytes.len() == piece.len() => piece.copy_from_slice(&bytes),
-                other => return Err(unexpected(&other)),
+            let answer = life.ask(|call| ToWorker::Read { call, model, offset: at, len })?;
+            let Answer::Bytes(bytes) = answer else { return Err(unexpected(&answer)) };
+            if bytes.len() != piece.len() {
+                return Err(DeviceError::Invalid("fewer weights were read back than asked for"));
             }
+            piece.copy_from_slice(&bytes);
             at += u64::from(len);
         }
         Ok(())

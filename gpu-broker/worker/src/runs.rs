@@ -1,10 +1,6 @@
 //! A lane of a worker: does one run at a time, with inputs and outputs in memory that it shares with the broker.
 
-use std::{
-    os::fd::OwnedFd,
-    sync::Arc,
-    time::Duration,
-};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use faaswap_device::{Device, cuda::Registered};
 use faaswap_engine::{Bound, Input, InputData, Place, RunError, RunOutput};
@@ -12,13 +8,15 @@ use faaswap_protocol::{Bytes, Detail, Refusal, SlabLayout, Span, limits::TENSOR_
 use faaswap_slab::{Region, Slab, SlabError};
 
 use crate::{
-    message::{Ask, Ran},
+    message::{Ask, Ran, ToLane},
     serve::Worker,
     wire::{Buffer, Wire},
 };
 
 /// How long a lane looks for its next run before it sleeps: to wake it takes longer than many runs that wait.
 const ASK_LOOKS_FOR: Duration = Duration::from_micros(60);
+/// The same where a run was said to be about to come.
+const EXPECTED_LOOKS_FOR: Duration = Duration::from_micros(150);
 /// How much of the memory for inputs GPUs read by themselves: it stays in the machine, used or not.
 const REGISTERED_MAX: Bytes = Bytes::mib(16);
 
@@ -31,7 +29,12 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    pub(crate) fn new(socket: OwnedFd, memory: OwnedFd, exchange: SlabLayout, device: &dyn Device) -> Result<Self, SlabError> {
+    pub(crate) fn new(
+        socket: OwnedFd,
+        memory: OwnedFd,
+        exchange: SlabLayout,
+        device: &dyn Device,
+    ) -> Result<Self, SlabError> {
         let slab = Slab::open(memory, exchange)?;
         let start = slab.request_region(Span { offset: 0, len: exchange.request.min(REGISTERED_MAX).get() })?;
         let registered = start.fault_in().map(|()| faaswap_engine::register(device, &start));
@@ -43,13 +46,18 @@ impl Lane {
 
     /// Until the broker goes.
     pub(crate) fn serve(self, worker: &Worker) {
-        let mut buffer = Buffer::default();
+        let (mut buffer, mut looks) = (Buffer::default(), ASK_LOOKS_FOR);
         loop {
-            let ask = match self.wire.receive(&mut buffer, &mut Vec::new(), ASK_LOOKS_FOR) {
-                Ok(Some(ask)) => ask,
+            let ask = match self.wire.receive(&mut buffer, &mut Vec::new(), looks) {
+                Ok(Some(ToLane::Run(ask))) => ask,
+                Ok(Some(ToLane::Look)) => {
+                    looks = EXPECTED_LOOKS_FOR;
+                    continue;
+                }
                 Ok(None) => return,
                 Err(error) => return tracing::error!(%error, "a lane of a device's process ends"),
             };
+            looks = ASK_LOOKS_FOR;
             let model = worker.model_after(&ask);
             let ran = match &model {
                 Some(model) => self.run(model, &ask),

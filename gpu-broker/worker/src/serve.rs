@@ -150,6 +150,8 @@ impl Worker {
     pub(crate) fn end_if_lost(&self) {
         if self.device.is_lost() {
             tracing::error!(device = self.device.info().name, "the device is lost, and with it its process");
+            // The system closes files only once all memory is given back, which takes a second.
+            self.wire.shut_down();
             end_now();
         }
     }
@@ -220,9 +222,9 @@ impl Worker {
 
     fn bind(&self, model: ModelId, prepared: &Path) -> Result<Answer, Fault> {
         let bound = Prepared::open(prepared).and_then(|prepared| Bound::new(&self.runtime, &prepared, &self.device));
-        let bound = bound.map_err(|error| match error {
-            EngineError::Device(error) => error.into(),
-            error => Fault::Other(error.to_string()),
+        let bound = bound.map_err(|error| {
+            let EngineError::Device(error) = error else { return Fault::Other(error.to_string()) };
+            error.into()
         })?;
         let answer = Answer::Bound { has_range: bound.range().is_some(), is_twin: bound.is_twin() };
         self.models().insert(model, Arc::new(bound));

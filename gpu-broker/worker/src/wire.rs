@@ -123,7 +123,7 @@ mod tests {
         let (ours, theirs) = Wire::pair().unwrap();
         let theirs = Wire::of(theirs);
         ours.send(&(7_u32, "one"), &[]).unwrap();
-        ours.send(&(8_u32, "two"), &[std::io::stdin().as_fd(), std::io::stdout().as_fd()]).unwrap();
+        ours.send(&(8_u32, "two"), &[io::stdin().as_fd(), io::stdout().as_fd()]).unwrap();
         let (mut buffer, mut fds) = (Buffer::default(), Vec::new());
         let mut next = |fds: &mut Vec<OwnedFd>| {
             theirs.receive::<(u32, String)>(&mut buffer, fds, Duration::from_micros(50)).unwrap()

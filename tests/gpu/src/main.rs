@@ -67,7 +67,8 @@ fn as_broker(args: &[String]) -> Option<ExitCode> {
     };
     // Without whoever has started it, nobody needs it. A worker notices by itself; it would be told when the thread ends that began it.
     if args[0] != "worker"
-        && let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM)) {
+        && let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+    {
         eprintln!("faaswap-gpu: {error}");
     }
     let name = std::iter::once("faaswap-gpu broker".into());

@@ -326,7 +326,8 @@ impl Physical {
         let mut handle = 0;
         let fd = usize::try_from(fd.as_raw_fd()).map_err(|_| DeviceError::Invalid("no descriptor"))?;
         // SAFETY: the driver takes the descriptor's number in the place of a pointer, and writes a handle, which is ours.
-        let imported = unsafe { cu::cuMemImportFromShareableHandle(&raw mut handle, ptr::without_provenance_mut(fd), SHARED) };
+        let imported =
+            unsafe { cu::cuMemImportFromShareableHandle(&raw mut handle, ptr::without_provenance_mut(fd), SHARED) };
         check("cuMemImportFromShareableHandle", imported)?;
         Ok(Self(handle))
     }

@@ -91,7 +91,11 @@ impl Pool {
 }
 
 /// So many chunks, or as many as there are.
-fn take_memory(context: &Arc<Context>, wanted: usize, (chunk, shared): (usize, bool)) -> Result<Vec<Physical>, DeviceError> {
+fn take_memory(
+    context: &Arc<Context>,
+    wanted: usize,
+    (chunk, shared): (usize, bool),
+) -> Result<Vec<Physical>, DeviceError> {
     let mut memory = Vec::with_capacity(wanted);
     while memory.len() < wanted {
         match if shared { Physical::new_shared(context, chunk) } else { Physical::new(context, chunk) } {
