@@ -16,9 +16,20 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("faaswap-scheduler", &["faaswap-protocol"]),
     ("faaswap-device", &["faaswap-protocol"]),
     ("faaswap-engine", &["faaswap-protocol", "faaswap-slab", "faaswap-device"]),
+    ("faaswap-worker", &["faaswap-protocol", "faaswap-slab", "faaswap-device", "faaswap-engine"]),
     ("faaswap-sidecar", &["faaswap-protocol", "faaswap-slab"]),
     ("faaswap-injector", &[]),
-    ("faaswap-broker", &["faaswap-protocol", "faaswap-slab", "faaswap-scheduler", "faaswap-device", "faaswap-engine"]),
+    (
+        "faaswap-broker",
+        &[
+            "faaswap-protocol",
+            "faaswap-slab",
+            "faaswap-scheduler",
+            "faaswap-device",
+            "faaswap-engine",
+            "faaswap-worker",
+        ],
+    ),
     ("faaswap-simulation", &["faaswap-protocol", "faaswap-scheduler"]),
     (
         "faaswap-gpu-tests",

@@ -81,6 +81,9 @@ impl Broker {
             library().display()
         );
         let text = text.replace("{dir}", &dir.display().to_string());
+        // `make test` runs some of these programs twice: the second time with devices in processes of their own.
+        let workers = std::env::var("FAASWAP_TEST_WORKERS").ok().filter(|_| !settings.contains("workers ="));
+        let text = workers.map_or(text.clone(), |workers| format!("workers = \"{workers}\"\n{text}"));
         fs::write(&config, text).unwrap();
         let log = File::options().create(true).append(true).open(dir.join("broker.log")).unwrap();
         Command::new(env!("CARGO_BIN_EXE_faaswap-broker"))

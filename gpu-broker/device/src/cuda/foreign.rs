@@ -39,7 +39,8 @@ impl Foreign {
         }
         foreign._memory = memory;
         if foreign.count > 0 {
-            foreign.window.open(0, foreign.count * chunk)?;
+            // For reading, where the driver can: nothing that runs here changes weights there.
+            foreign.window.open_to(context.device, 0, foreign.count * chunk)?;
         }
         Ok(foreign)
     }
