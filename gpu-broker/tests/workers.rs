@@ -80,6 +80,25 @@ fn models_that_do_not_fit_at_once_are_swapped_between_two_workers_and_answer_rig
 }
 
 #[test]
+fn weights_that_come_from_disk_are_followed_by_workers() {
+    const LARGE: usize = 1024;
+    // Two models' weights of 4 MiB in host memory, three on each device.
+    let devices = TWO_WORKERS.replace("memory = \"1MiB\"", "memory = \"12MiB\"");
+    let broker = Broker::start(&format!("host_memory = \"9MiB\"\n{devices}"));
+    let mut client = Client::greeted(&broker);
+    let models: Vec<_> = (0..9).map(|seed| Linear { size: LARGE, seed }).collect();
+    let functions = register(&mut client, &broker, &models);
+    for round in 0..27 {
+        let which = (round * 4) % models.len();
+        let input = models[which].input(round);
+        client.ask(functions[which], &[1, LARGE as u64], &input);
+        assert_eq!(client.answer().1.unwrap().floats(), models[which].expected(&input), "round {round}");
+    }
+    let from_disk = broker.metric("faaswap_weights_read_bytes_total");
+    assert!(from_disk > f64::from(9 * 4 << 20), "{from_disk} bytes came from disk");
+}
+
+#[test]
 fn a_device_that_fails_costs_no_other_anything_and_comes_back_by_itself() {
     let mut broker = Broker::start(TWO_WORKERS);
     let models = models(4);

@@ -309,3 +309,39 @@ pub(crate) enum Ran {
     Refused(Refusal),
     Failed(Detail),
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn what_was_found_and_what_went_wrong_come_as_they_were_sent() {
+        for pci in [None, Some("0000:06:00.0".parse().unwrap())] {
+            let (capacity, chunk) = (Bytes::mib(100), Bytes::mib(16));
+            let facts = Facts { capacity, chunk, chunks: 7, pci, capability: Some(90) };
+            let bytes = postcard::to_allocvec(&FromWorker::Opened(facts.clone())).unwrap();
+            let Ok(FromWorker::Opened(there)) = postcard::from_bytes(&bytes) else { panic!("another message") };
+            assert_eq!(there, facts);
+        }
+        let full = DeviceError::OutOfMemory { needed: Bytes::mib(2), free: Bytes::mib(1) };
+        for error in [DeviceError::Lost, full] {
+            assert_eq!(DeviceError::from(Fault::from(error.clone())), error);
+        }
+        let told = DeviceError::from(Fault::from(DeviceError::Invalid("no such thing"))).to_string();
+        assert!(told.contains("no such thing"), "{told}");
+    }
+
+    #[test]
+    fn a_gpu_is_opened_anew_with_the_memory_that_it_had() {
+        let (name, reserve, chunk) = ("cuda0".to_owned(), Bytes::mib(8192), None);
+        let device = DeviceSpec::Gpu { name, ordinal: 0, memory: None, reserve, chunk, twins: true };
+        let exchange = SlabLayout { request: Bytes::mib(1), response: Bytes::mib(1) };
+        let (onnxruntime, scratch_max) = (PathBuf::new(), Bytes::mib(1));
+        let spec = Spec { device, lanes: 4, onnxruntime, threads_per_run: 1, scratch_max, exchange };
+        let facts = Facts { capacity: Bytes::mib(96), chunk: Bytes::mib(16), chunks: 7, pci: None, capability: None };
+        let DeviceSpec::Gpu { memory, .. } = spec.with_memory_of(&facts).device else { panic!("another device") };
+        assert_eq!(memory, Some(Bytes::mib(112)));
+    }
+}

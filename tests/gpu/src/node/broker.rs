@@ -109,14 +109,24 @@ impl Broker {
         Ok(Metrics(self.page("/metrics")?))
     }
 
-    /// What it has of the machine's memory for itself, in bytes.
+    /// What it and its workers have of the machine's memory for themselves, in bytes.
     pub(crate) fn memory(&self) -> Result<u64> {
-        own_memory(&self.process.id().as_raw_nonzero().to_string())
+        self.processes()?.iter().map(|process| own_memory(process)).sum()
     }
 
-    /// Processor time so far.
+    /// Processor time so far, its own and that of the workers there are.
     pub(crate) fn processor_seconds(&self) -> Result<f64> {
-        processor_seconds(&self.process.id().as_raw_nonzero().to_string())
+        self.processes()?.iter().map(|process| processor_seconds(process)).sum()
+    }
+
+    /// It, and the processes that it has started: its workers, once no model is prepared.
+    fn processes(&self) -> Result<Vec<String>> {
+        let broker = self.process.id().as_raw_nonzero().to_string();
+        let is_child = |process: &String| stat(process).is_ok_and(|fields| fields.get(1) == Some(&broker));
+        let all = fs::read_dir("/proc")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let children: Vec<_> =
+            all.filter(|name| name.starts_with(|c: char| c.is_ascii_digit())).filter(is_child).collect();
+        Ok([vec![broker], children].concat())
     }
 
     pub(crate) fn log_tail(&self) -> String {
@@ -141,11 +151,16 @@ pub(crate) fn own_memory(process: &str) -> Result<u64> {
 
 /// Processor time of a process, by its number or `self`.
 pub(crate) fn processor_seconds(process: &str) -> Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let fields: Vec<&str> = after_name.split_whitespace().collect();
+    let fields = stat(process)?;
     let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
     Ok((ticks(11) + ticks(12)) / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// What the system says of a process, from its state on, which is the third field.
+fn stat(process: &str) -> Result<Vec<String>> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    Ok(after_name.split_whitespace().map(str::to_owned).collect())
 }
 
 fn settings(
