@@ -177,6 +177,22 @@ impl Node {
         self.tell(Event::Arrived { request, function, deadline, form })
     }
 
+    /// The copy fails, its memory is free again, and the runs that waited for it end as failed.
+    pub fn fail_copy(&mut self) {
+        let Some((device, model)) = self.copies.pop_front() else { return };
+        self.mapped.entry(device).or_default().remove(&model);
+        self.tell(Event::SwapInFailed { model, device });
+        let hit: Vec<_> =
+            self.running.iter().filter(|(_, on)| (on.0, on.2) == (device, model)).map(|(r, _)| *r).collect();
+        // A run that started on a later copy of the same model is not among them: its request came after this failure.
+        for request in hit {
+            if self.running.remove(&request).is_some() && !self.outcomes.contains_key(&request) {
+                self.outcomes.insert(request, "failed");
+                self.tell(Event::RunDone { request, took: Duration::ZERO });
+            }
+        }
+    }
+
     pub fn finish_copy(&mut self) {
         if let Some((device, model)) = self.copies.pop_front() {
             self.tell(Event::SwapInDone { model, device, took: Duration::from_millis(1) });
