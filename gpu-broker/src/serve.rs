@@ -78,7 +78,7 @@ impl ServeError {
 pub enum End {
     /// It was asked to.
     Asked,
-    /// Devices are lost, and either none is left or nothing is to do. A process that starts anew can use them again; this
+    /// Devices of this process are lost, and either none is left or nothing is to do. A process that starts anew can use them again; this
     /// one cannot, since a GPU's failed context stays with its process (also after a reset, as was seen on an H100).
     Anew,
 }

@@ -16,6 +16,9 @@ use crate::{
     time::{At, Span, scale},
 };
 
+/// A prediction that is off by more than all of itself says no more than that.
+const ERROR_MAX: u64 = 1000;
+
 /// What runs on a lane.
 #[derive(Clone, Debug)]
 pub(crate) struct Running {
@@ -48,6 +51,8 @@ pub(crate) struct Device {
     busy_since: At,
     /// How much runs slow each other down here.
     pub(crate) strain: Estimate,
+    /// By how much runs take longer or shorter than was predicted when they started, in thousandths of that.
+    pub(crate) error: Estimate,
     /// Clock and foreign load: thousandths of full speed.
     pub(crate) speed_permille: u64,
     /// What may leave, cheapest first.
@@ -72,6 +77,7 @@ impl Device {
             busy_time: Span::ZERO,
             busy_since: At::START,
             strain: Estimate::prior(0),
+            error: Estimate::prior(0),
             speed_permille: 1000,
             leaving: BTreeSet::new(),
             copies: VecDeque::new(),
@@ -123,6 +129,8 @@ impl Device {
         let running = self.lanes.get_mut(usize::from(lane.0))?.take()?;
         self.busy -= 1;
         let took = now - running.started;
+        let predicted = (running.ends - running.started).nanos();
+        self.error.learn(scale(took.nanos().abs_diff(predicted), 1000, predicted.max(1)).min(ERROR_MAX));
         self.recent += took;
         let lane_time = self.busy_time - running.busy_before;
         Some((running, scale(lane_time.nanos(), 1000, took.nanos().max(1)).saturating_sub(1000)))

@@ -149,13 +149,18 @@ fn runs_take(node: &mut Node, ms: u64) {
 
 #[test]
 fn a_model_is_not_copied_to_another_device_for_a_gain_that_may_not_come_true() {
-    for (ms, copied) in [(3, false), (4, true)] {
+    for (runs, copied) in [([10, 10], true), ([2, 18], false)] {
         let mut node = Node::new(&[(10, 1), (10, 1)], &[4], Late::Serve);
-        runs_take(&mut node, ms);
-        node.ask(1, 0, 50);
-        node.finish_copy();
-        let is_copied = node.ask(2, 0, 50).iter().any(|action| matches!(action, Action::SwapIn { .. }));
-        assert_eq!(is_copied, copied, "3 ms are less than one part in 16 of 50, 4 ms are more");
+        runs_take(&mut node, 10);
+        for (request, took) in (0..12).zip(runs.into_iter().cycle()) {
+            node.ask(request, 0, 100);
+            node.finish_copy();
+            node.now.0 += Duration::from_millis(took);
+            node.finish_run_after(0, Duration::from_millis(took));
+        }
+        node.ask(100, 0, 100);
+        let is_copied = node.ask(101, 0, 100).iter().any(|action| matches!(action, Action::SwapIn { .. }));
+        assert_eq!(is_copied, copied, "to wait takes as long as a run, of which there are such of {runs:?} ms");
     }
 }
 

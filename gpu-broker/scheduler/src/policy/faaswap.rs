@@ -29,8 +29,8 @@ use crate::{
 const PROMISED_TO_MAX: usize = 16;
 /// Requests of one function that one pass looks at.
 const OF_ONE_FUNCTION_MAX: usize = 4;
-/// A request must be answered sooner by one part in so many of the time that it has left for a further copy of its model.
-const COPY_GAINS_ONE_IN: u64 = 16;
+/// A further copy of a model must gain the time that its request has left, times how wrong predictions are, divided by this.
+const COPY_GAINS_OF_ERROR: u64 = 4;
 /// The class threshold's range, in thousandths of a request.
 const THRESHOLD_MIN: i64 = 10_000;
 const THRESHOLD_MAX: i64 = 1_000_000;
@@ -400,12 +400,15 @@ impl Policy for Faaswap {
 
 /// Whether a further copy is worth it for one request. Runs take now longer, now shorter than was predicted, and often a lane is free
 /// before the copy is there, which then was for nothing: where the lanes are busy such copies keep the links from others, until
-/// nobody is in time. Seen on four H100s (half of all swaps were for nothing), and in simulation once run times vary.
+/// nobody is in time. Seen on four H100s (half of all swaps were for nothing), and in simulation once run times vary. So the more
+/// predictions are wrong, the larger a part of the time that is left must be gained.
 fn copy_pays(books: &Books, held: Prediction, found: Prediction, deadline: At) -> bool {
+    let error = books.devices.get(held.device).map_or(0, |device| device.error.value());
+    let gain = held.ends - found.ends;
     if held.ends <= deadline {
-        held.ends - found.ends >= (deadline - books.now) / COPY_GAINS_ONE_IN
+        gain >= (deadline - books.now).permille(error) / COPY_GAINS_OF_ERROR
     } else {
-        found.ends <= deadline
+        found.ends <= deadline || gain >= (held.ends - books.now).permille(error)
     }
 }
 
