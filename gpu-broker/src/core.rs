@@ -344,10 +344,11 @@ impl Core {
         self.requests.is_empty() && are_over && self.peers.values().all(|entry| !entry.peer.outbox.has_waiting())
     }
 
-    /// Ends all connections, and the trace.
+    /// Ends all connections, the trace, and workers: models go with them.
     pub(crate) fn close_all(&mut self) {
         self.peers.values().for_each(|entry| entry.peer.outbox.close());
         self.trace.end();
+        self.devices.iter().for_each(|entry| entry.device.leave());
     }
 
     /// Leaves what is on devices, and pinned for them, to the system, which takes all of it when this process is replaced. To

@@ -223,6 +223,9 @@ pub trait Device: Send + Sync + fmt::Debug {
         Err(DeviceError::Lost)
     }
 
+    /// Nothing will be asked of the device any more: whoever has it may leave what is there to the system.
+    fn leave(&self) {}
+
     /// Readies weights in host memory for fast copies. Does nothing where nothing helps.
     fn prepare_weights(&self, weights: &HostWeights) -> Result<(), DeviceError> {
         let _ = weights;

@@ -18,12 +18,13 @@ use std::{
     time::Duration,
 };
 
+use faaswap_device::DeviceError;
+
 use crate::{
     channel::Channel,
     message::{Answer, Call, Facts, FromWorker, Spec, ToWorker},
     wire::{Buffer, Wire},
 };
-use faaswap_device::DeviceError;
 
 /// The argument by which a program becomes a worker.
 const ARGUMENT: &str = "worker";
@@ -115,15 +116,22 @@ impl Life {
 
     /// Says something. A worker that does not listen is of no more use.
     pub(crate) fn say(&self, message: &ToWorker, fds: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
+        self.offer(message, fds).map_err(|error| {
+            if !self.is_lost() {
+                tracing::error!(%error, "a device's process does not listen: it is given up");
+                self.end();
+            }
+            DeviceError::Lost
+        })
+    }
+
+    /// Says something that the worker can do without.
+    pub(crate) fn offer(&self, message: &ToWorker, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         if self.is_lost() {
-            return Err(DeviceError::Lost);
+            return Err(io::ErrorKind::BrokenPipe.into());
         }
         let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = self.wire.send(message, fds) {
-            tracing::error!(%error, "a device's process does not listen: it is given up");
-            self.end();
-            return Err(DeviceError::Lost);
-        }
+        self.wire.send(message, fds)?;
         *sent += 1;
         self.sent_seen.store(*sent, Ordering::Release);
         Ok(())

@@ -163,8 +163,10 @@ impl RemoteDevice {
         let fds: Vec<_> = chunks.iter().map(AsFd::as_fd).collect();
         let others = self.others().into_iter().filter(|other| to.is_none() || other.gpu() == to);
         for other in others {
-            // One that is lost gets them when it is back.
-            let _ = other.life().say(&ToWorker::Chunks { gpu, chunk, of }, &fds);
+            // One that is lost gets them when it is back; one that does not get all of them copies from host memory.
+            if let Err(error) = other.life().offer(&ToWorker::Chunks { gpu, chunk, of }, &fds) {
+                tracing::debug!(%error, from = self.info.name, to = other.info.name, "a GPU's memory is not shared");
+            }
         }
     }
 }
@@ -269,6 +271,10 @@ impl Device for RemoteDevice {
 
     fn expect_run(&self) {
         self.life().expect_run();
+    }
+
+    fn leave(&self) {
+        self.life().end();
     }
 
     fn can_reopen(&self) -> bool {

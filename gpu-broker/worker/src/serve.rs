@@ -14,6 +14,7 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
+        mpsc::{SyncSender, sync_channel},
     },
     thread,
     time::Duration,
@@ -34,6 +35,8 @@ use crate::{
     wire::{Buffer, Wire},
 };
 
+/// Most models and weights that wait to be taken down.
+const GONE_MAX: usize = 4096;
 /// How long a run looks again for a message that was sent before it.
 const LOOK_AGAIN: Duration = Duration::from_micros(10);
 
@@ -48,6 +51,15 @@ pub(crate) struct Worker {
     models: Mutex<HashMap<ModelId, Arc<Bound>>>,
     weights: Mutex<HashMap<WeightsId, Weights>>,
     arriving: Mutex<Arriving>,
+    /// Takes down what has gone, one thing after the other.
+    gone: SyncSender<Gone>,
+}
+
+/// What takes milliseconds to take down, which nobody shall wait for: a session, a mapping.
+#[expect(dead_code, reason = "it is only dropped")]
+enum Gone {
+    Model(Option<Arc<Bound>>),
+    Weights(Option<Weights>),
 }
 
 /// Weights that the broker has told of.
@@ -79,6 +91,7 @@ pub fn run(socket: OwnedFd) -> io::Result<()> {
         models: Mutex::default(),
         weights: Mutex::default(),
         arriving: Mutex::default(),
+        gone: start_taking_down()?,
     });
     let mut fds = Vec::new();
     while let Some(message) = worker.wire.receive(&mut buffer, &mut fds, Duration::ZERO)? {
@@ -185,11 +198,11 @@ impl Worker {
             ToWorker::Filled { weights, until } => self.filled(weights, until),
             ToWorker::NotFilled { weights, why } => self.not_filled(weights, why),
             ToWorker::Pin { call, weights } => self.beside(call, move |worker| worker.pin(weights)),
-            ToWorker::Forget { weights } => drop_beside(self.known_weights().remove(&weights)),
+            ToWorker::Forget { weights } => self.take_down(Gone::Weights(self.known_weights().remove(&weights))),
             ToWorker::Bind { call, model, prepared } => {
                 self.beside(call, move |worker| worker.bind(model, &prepared));
             }
-            ToWorker::Unbind { model } => drop_beside(self.models().remove(&model)),
+            ToWorker::Unbind { model } => self.take_down(Gone::Model(self.models().remove(&model))),
             ToWorker::SwapIn { call, model, weights, from } => self.swap_in(call, model, weights, from),
             ToWorker::SwapOut { call, model } => self.swap_out(call, model),
             ToWorker::Lend { model } => self.lend(model),
@@ -211,6 +224,11 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    fn take_down(&self, gone: Gone) {
+        // Where there is too much of it, it goes here.
+        drop(self.gone.try_send(gone));
     }
 
     fn start_lane(self: &Arc<Self>, fds: Vec<OwnedFd>) -> io::Result<()> {
@@ -268,9 +286,9 @@ impl Worker {
     }
 }
 
-/// Taking down a session, or unmapping weights, takes milliseconds that nobody shall wait for.
-fn drop_beside<T: Send + 'static>(gone: Option<T>) {
-    let Some(gone) = gone else { return };
-    // Where there is no thread to be had it goes here.
-    drop(thread::Builder::new().name("drop".to_owned()).spawn(move || drop(gone)));
+/// The thread that takes down what has gone. One, for that is how the broker's own process does it when it ends.
+fn start_taking_down() -> io::Result<SyncSender<Gone>> {
+    let (gone, queue) = sync_channel::<Gone>(GONE_MAX);
+    thread::Builder::new().name("gone".to_owned()).spawn(move || queue.into_iter().for_each(drop))?;
+    Ok(gone)
 }

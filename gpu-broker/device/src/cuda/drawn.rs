@@ -5,7 +5,7 @@ use std::{
     ffi::{CStr, c_ulonglong, c_void},
     mem::MaybeUninit,
     ptr,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use cudarc::driver::sys as cu;
@@ -36,6 +36,11 @@ const NEEDS: [cu::CUfunction_attribute; 6] = [
 ];
 /// So much of a kernel's name is told.
 const NAME_TOLD: usize = 120;
+
+/// Held while a graph is copied or goes. The driver wants calls for one graph one after the other, and does not say whether the end of a
+/// copy reaches into what it was copied from, or into another copy. A process in which 480 programs went at once, on a thread each, was
+/// ended once by its allocator, which had seen a double free.
+static COPIES: Mutex<()> = Mutex::new(());
 
 /// A graph that can be read and changed. What is launched is made of it, and needs it no more but to be changed itself.
 pub(super) struct Drawn {
@@ -218,6 +223,7 @@ impl Drawn {
     pub(super) fn copy(&self) -> Result<Self, DeviceError> {
         self.context.enter()?;
         let mut raw = ptr::null_mut();
+        let _alone = COPIES.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the graph is alive; the driver writes a handle, which is ours.
         check("cuGraphClone", unsafe { cu::cuGraphClone(&raw mut raw, self.raw()) })?;
         // SAFETY: as above.
@@ -245,6 +251,7 @@ impl Drawn {
 impl Drop for Drawn {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
+            let _alone = COPIES.lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: the graph is ours and not used any more; what was instantiated stands by itself.
             tell("cuGraphDestroy", unsafe { cu::cuGraphDestroy(self.raw()) });
         }
