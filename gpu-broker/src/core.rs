@@ -5,6 +5,7 @@
 
 mod disk;
 mod functions;
+mod gone;
 mod knowledge;
 mod losses;
 mod models;
@@ -31,13 +32,13 @@ use faaswap_scheduler::{
 };
 use tokio::sync::Notify;
 
+use self::{gone::Gone, models::Loading, peers::UploadParts};
 pub(crate) use self::{
     knowledge::DecisionReport,
     models::Loaded,
     peers::Next,
     report::{DeviceReport, Report},
 };
-use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
     lane::{Ask, Lane, Peer},
@@ -157,6 +158,7 @@ pub(crate) struct Core {
     /// Tells the loop that a request is about to come.
     pub(crate) expected: Rc<Notify>,
     draining: bool,
+    gone: Gone,
     suspects: Suspects,
     /// Runs of several requests that are not over. They are so a moment after their last answer.
     shared_runs: usize,
@@ -182,7 +184,7 @@ impl Core {
             Some(path) => Trace::begin(path, settings.trace_max, &config)?,
             None => Trace::default(),
         };
-        let suspects = Suspects::open(&settings.store_dir);
+        let (suspects, gone) = (Suspects::open(&settings.store_dir), Gone::start()?);
         let core = Rc::new_cyclic(|me| {
             RefCell::new(Self {
                 me: me.clone(),
@@ -211,6 +213,7 @@ impl Core {
                 broken: Rc::new(Notify::new()),
                 expected: Rc::new(Notify::new()),
                 draining: false,
+                gone,
                 suspects,
                 shared_runs: 0,
             })

@@ -101,7 +101,7 @@ impl Core {
             gone.extend(model.loaded.bound.extract_if(.., |(on, _)| *on == id));
         }
         // Nothing of it is on any device, but each has taken memory of ours.
-        drop(tokio::task::spawn_blocking(move || drop(gone)));
+        self.gone.take_down(gone);
         let entry = &mut self.devices[index];
         (entry.lost, entry.suspected) = (false, false);
         let (capacity, lanes) = (entry.device.info().capacity, entry.lanes.len());

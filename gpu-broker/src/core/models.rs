@@ -139,8 +139,7 @@ impl Core {
         let wanted = self.models.get_mut(&id).filter(|model| !model.leaving && !bound.bound.is_gone()).filter(is_new);
         let Some(model) = wanted else {
             // Nobody wants it any more, or it is bound to the device's life before this one.
-            drop(tokio::task::spawn_blocking(move || drop(bound)));
-            return;
+            return self.gone.take_down(bound);
         };
         self.telemetry.bound(&bound.device.info().name, bound.bound.is_twin());
         model.loaded.bound.push((device, bound));
@@ -227,8 +226,7 @@ impl Core {
         if self.models.get(&id).is_some_and(|model| model.leaving && model.on.is_empty())
             && let Some(model) = self.models.remove(&id)
         {
-            // Taking a session down takes milliseconds that the loop does not have.
-            drop(tokio::task::spawn_blocking(move || drop(model)));
+            self.gone.take_down(model);
         }
     }
 }
