@@ -9,7 +9,7 @@ use std::{
 use faaswap_device::Device;
 use faaswap_scheduler::Event;
 
-use super::{Core, device_id};
+use super::{Core, Model, device_id};
 use crate::{
     limits::{QUIET_FOR, REOPEN_PAUSE, REOPEN_PAUSE_MAX},
     suspects::Lost,
@@ -98,7 +98,8 @@ impl Core {
         let mut gone = Vec::new();
         for model in self.models.values_mut() {
             model.on.retain(|on| *on != id);
-            gone.extend(model.loaded.bound.extract_if(.., |(on, _)| *on == id));
+            // One may have been bound to it since it was opened.
+            gone.extend(model.loaded.bound.extract_if(.., |(on, bound)| *on == id && bound.bound.is_gone()));
         }
         // Nothing of it is on any device, but each has taken memory of ours.
         self.gone.take_down(gone);
@@ -109,8 +110,8 @@ impl Core {
         self.happen(Event::DeviceAdded { device: id, capacity, lanes });
         let telemetry = Arc::clone(&self.telemetry);
         self.tell_links(telemetry.gpus());
-        let left: Vec<_> = self.models.iter().filter(|(_, model)| model.leaving && model.on.is_empty()).collect();
-        let left: Vec<_> = left.into_iter().map(|(id, _)| *id).collect();
+        let has_left = |model: &Model| model.leaving && model.on.is_empty();
+        let left: Vec<_> = self.models.iter().filter(|(_, model)| has_left(model)).map(|(id, _)| *id).collect();
         left.into_iter().for_each(|model| self.drop_model_that_left(model));
         self.bind_all_to(id);
     }

@@ -125,10 +125,11 @@ impl Core {
     /// Binds all models to a device that has come back, where it can hold them.
     pub(super) fn bind_all_to(&self, device: DeviceId) {
         let opened = self.loader.devices[usize::from(device.0)].clone();
-        for (id, model) in self.models.iter().filter(|(_, model)| !model.leaving) {
-            if charge(model.loaded.weights, opened.device().as_ref()) <= opened.device().info().capacity {
-                self.bind_to_others(model.variant, *id, vec![(device, opened.clone())]);
-            }
+        let there = opened.device();
+        let lacks = |model: &Model| !model.leaving && model.loaded.bound.iter().all(|(on, _)| *on != device);
+        let fits = |model: &Model| charge(model.loaded.weights, there.as_ref()) <= there.info().capacity;
+        for (id, model) in self.models.iter().filter(|(_, model)| lacks(model) && fits(model)) {
+            self.bind_to_others(model.variant, *id, vec![(device, opened.clone())]);
         }
     }
 
