@@ -212,7 +212,7 @@ impl Worker {
             }
             ToWorker::Knows { call, kind } => self.answer(call, Ok(Answer::Knows(self.device.knows_kind(&kind)))),
             ToWorker::Share { call, to } => self.beside(call, move |worker| worker.share(to)),
-            ToWorker::Chunks { gpu, chunk, of } => self.chunks_came(gpu, fds, chunk, of)?,
+            ToWorker::Chunks { gpu, chunk, of } => self.chunks_came(gpu, fds, chunk, of),
             ToWorker::ForgetPool { call, gpu } => self.forget_pool(call, gpu),
             ToWorker::Fail => {
                 let worker = Arc::clone(self);
@@ -256,7 +256,11 @@ impl Worker {
         } else {
             HostWeights::to_follow(file, size).map(|(weights, follower)| Weights { weights, follower: Some(follower) })
         };
-        self.known_weights().insert(id, weights.map_err(io::Error::other)?);
+        match weights {
+            Ok(weights) => drop(self.known_weights().insert(id, weights)),
+            // What wants them fails; nobody else does.
+            Err(error) => tracing::error!(%error, %size, "weights cannot be mapped"),
+        }
         Ok(())
     }
 

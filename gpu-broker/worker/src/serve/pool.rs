@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    io,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, PoisonError},
     thread,
@@ -38,12 +37,12 @@ impl Worker {
     }
 
     /// Some chunks of another GPU's pool came. The last of them are followed by mapping all, which takes a while.
-    pub(super) fn chunks_came(self: &Arc<Self>, gpu: u32, fds: Vec<OwnedFd>, chunk: Bytes, of: u32) -> io::Result<()> {
+    pub(super) fn chunks_came(self: &Arc<Self>, gpu: u32, fds: Vec<OwnedFd>, chunk: Bytes, of: u32) {
         let mut arriving = self.arriving.lock().unwrap_or_else(PoisonError::into_inner);
         let come = arriving.entry(gpu).or_default();
         come.extend(fds);
         if come.len() < usize::try_from(of).unwrap_or(usize::MAX) {
-            return Ok(());
+            return;
         }
         let chunks = arriving.remove(&gpu).unwrap_or_default();
         drop(arriving);
@@ -55,6 +54,8 @@ impl Worker {
                 tracing::warn!(%error, gpu, "weights of that GPU come from host memory instead");
             }
         };
-        thread::Builder::new().name("import".to_owned()).spawn(import).map(drop)
+        if let Err(error) = thread::Builder::new().name("import".to_owned()).spawn(import) {
+            tracing::warn!(%error, gpu, "weights of that GPU come from host memory instead");
+        }
     }
 }
