@@ -3,14 +3,10 @@
 use std::sync::Arc;
 
 use faaswap_device::{Group, RangeId};
-use faaswap_engine::{Bound, EngineError, Input, Manifest, Place, Prepared, RunError, RunOutput, Runtime};
-use faaswap_protocol::{Bytes, DType, Refusal, Shape};
+use faaswap_engine::{AskPlace, Bound, EngineError, Input, Manifest, Prepared, RunError, RunOutput, Runtime};
 use faaswap_worker::RemoteModel;
 
 use crate::devices::Opened;
-
-/// Asks where an output of this position, type, shape and size shall go.
-pub(crate) type AskPlace<'f> = dyn FnMut(u16, DType, &Shape, Bytes) -> Result<Place, Refusal> + 'f;
 
 /// See [`Bound`], whose methods these are.
 #[derive(Debug)]

@@ -22,8 +22,8 @@ use faaswap_device::{
 use faaswap_protocol::{Bytes, Detail, Refusal};
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
-pub use self::io::{Input, InputData, Place, RunOutput};
-use self::{io::AskPlace, shapes::Shapes};
+pub use self::io::{AskPlace, Input, InputData, Place, RunOutput};
+use self::shapes::Shapes;
 use crate::{
     CudaTarget, EngineError, Manifest, Prepared, RunError, Runtime, Target,
     await_op::{self, Waiter},

@@ -18,7 +18,7 @@ mod program;
 mod raw;
 mod runtime;
 
-pub use bound::{Bound, Input, InputData, Place, RunOutput};
+pub use bound::{AskPlace, Bound, Input, InputData, Place, RunOutput};
 pub use error::{EngineError, PrepareError, RunError};
 pub use manifest::{Manifest, Prepared};
 pub use plain::{OnDevice, PlainSession};

@@ -3,7 +3,7 @@
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use faaswap_device::DeviceError;
-use faaswap_engine::{Input, InputData, Place, RunError, RunOutput};
+use faaswap_engine::{AskPlace, Input, InputData, Place, RunError, RunOutput};
 use faaswap_protocol::{Bytes, DType, Detail, Refusal, Shape, SlabLayout, Span, limits::TENSOR_ALIGN};
 use faaswap_slab::{Slab, SlabError};
 
@@ -27,9 +27,6 @@ pub(crate) struct Channel {
 
 /// What the worker needs for the other end: a socket, and the memory.
 pub(crate) type OtherEnd = [OwnedFd; 2];
-
-/// Where an output goes, as [`faaswap_engine::Bound::run`] asks for it.
-pub(crate) type AskPlace<'f> = dyn FnMut(u16, DType, &Shape, Bytes) -> Result<Place, Refusal> + 'f;
 
 impl Channel {
     pub(crate) fn new(exchange: SlabLayout) -> Result<(Self, OtherEnd), DeviceError> {

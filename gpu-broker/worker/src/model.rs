@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use faaswap_device::{DeviceError, Group, RangeId};
-use faaswap_engine::{EngineError, Input, Manifest, Prepared, RunError, RunOutput};
+use faaswap_engine::{AskPlace, EngineError, Input, Manifest, Prepared, RunError, RunOutput};
 use faaswap_protocol::Detail;
 
 use crate::{
-    channel::AskPlace,
+    channel::Channel,
     life::Life,
     message::{Answer, ModelId, ToWorker},
     remote::RemoteDevice,
@@ -77,8 +77,7 @@ impl RemoteModel {
         wanted: &[u16],
         place: &mut AskPlace<'_>,
     ) -> Result<Vec<RunOutput>, RunError> {
-        let run =
-            |channel: &mut crate::channel::Channel, after| channel.run((self.number, after), inputs, wanted, place);
+        let run = |channel: &mut Channel, after| channel.run((self.number, after), inputs, wanted, place);
         let ran = self.life.with_channel(run);
         ran.unwrap_or_else(|| Err(RunError::Failed(Detail::from("more runs at a time than the device has lanes"))))
     }

@@ -115,9 +115,8 @@ impl CudaDevice {
         done: OnDone<SwapReport>,
     ) -> Result<(), DeviceError> {
         let size = weights.size();
-        let holds = |chunks: &Placement| Bytes::of_len(chunks.chunks().len()).get() > 0;
         let pool = self.pools.of(gpu);
-        let placed = pool.as_ref().and_then(|pool| pool.placed(chunks)).filter(holds);
+        let placed = pool.as_ref().filter(|_| !chunks.is_empty()).and_then(|pool| pool.placed(chunks));
         let source = match (pool, placed) {
             (Some(pool), Some(placed)) => Source::Peer(Lent::of_foreign(pool, placed)),
             (_, _) => Source::Host(weights),

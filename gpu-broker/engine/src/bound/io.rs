@@ -75,7 +75,7 @@ pub struct RunOutput {
 }
 
 /// Asks where an output of this position, type, shape and size shall go.
-pub(super) type AskPlace<'f> = dyn FnMut(u16, DType, &Shape, Bytes) -> Result<Place, Refusal> + 'f;
+pub type AskPlace<'f> = dyn FnMut(u16, DType, &Shape, Bytes) -> Result<Place, Refusal> + 'f;
 
 pub(super) fn ask_place(place: &mut AskPlace<'_>, index: u16, dtype: DType, shape: &Shape) -> Result<Place, RunError> {
     let size = shape.size(dtype).map_err(RunError::failed)?;
