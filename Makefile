@@ -30,10 +30,10 @@ density: fetch ## Shows how many requests a broker carries, on host devices with
 test: test-rust test-python ## Runs every test that needs no GPU.
 
 # What brokers do whose devices have processes of their own, too.
-WORKERS_TESTS := batching hostile mixing serving
+WORKERS_TESTS := batching e2e hostile mixing serving
 test-rust: fetch fetch-go build
 	FAASWAP_BIN_DIR=$(CURDIR)/target/debug $(CARGO) test --workspace --locked --no-fail-fast
-	FAASWAP_TEST_WORKERS=on $(CARGO) test -p faaswap-broker --locked --no-fail-fast $(WORKERS_TESTS:%=--test %)
+	FAASWAP_BIN_DIR=$(CURDIR)/target/debug FAASWAP_TEST_WORKERS=on $(CARGO) test -p faaswap-broker -p faaswap-tests --locked --no-fail-fast $(WORKERS_TESTS:%=--test %)
 
 test-large: fetch ## Runs the tests that need 8 GB of memory and minutes: weights over 2 GiB.
 	$(CARGO) test --release -p faaswap-engine --locked -- --ignored

@@ -18,8 +18,6 @@ use faaswap_device::{Device, DeviceError, HostWeights, RangeId};
 
 /// Weights that wait to be looked at; with more the sample is smaller.
 const WAITING_MAX: usize = 1;
-/// Bytes that are read back at a time.
-const PIECE: usize = 1 << 20;
 
 /// One stay of a model's weights on a device.
 #[derive(Debug)]
@@ -35,7 +33,7 @@ pub(crate) enum Verdict {
     /// Byte for byte what was sent.
     Same,
     /// Not what was sent, from this byte's piece on.
-    Damaged { at: usize },
+    Damaged { at: u64 },
     /// Not there any more.
     Gone,
 }
@@ -94,23 +92,17 @@ fn run(queue: &Receiver<Stay>, seen: &Seen) {
 }
 
 fn verdict(stay: &Stay) -> Verdict {
-    let mut piece = vec![0; PIECE.min(stay.weights.len())];
-    for (number, sent) in stay.weights.as_slice().chunks(PIECE).enumerate() {
-        let at = number * PIECE;
-        let there = &mut piece[..sent.len()];
-        match stay.device.read_back(stay.range, at as u64, there) {
-            Ok(()) if there == sent => {}
-            Ok(()) => return Verdict::Damaged { at },
-            Err(
-                DeviceError::State { .. }
-                | DeviceError::Lost
-                | DeviceError::Invalid(_)
-                | DeviceError::Failed { .. }
-                | DeviceError::OutOfMemory { .. },
-            ) => return Verdict::Gone,
-        }
+    match stay.device.differs_at(stay.range, &stay.weights) {
+        Ok(None) => Verdict::Same,
+        Ok(Some(at)) => Verdict::Damaged { at },
+        Err(
+            DeviceError::State { .. }
+            | DeviceError::Lost
+            | DeviceError::Invalid(_)
+            | DeviceError::Failed { .. }
+            | DeviceError::OutOfMemory { .. },
+        ) => Verdict::Gone,
     }
-    Verdict::Same
 }
 
 #[cfg(test)]
@@ -120,7 +112,7 @@ mod tests {
     use std::sync::mpsc;
 
     use faaswap_device::{
-        Group,
+        COMPARED_AT_A_TIME as PIECE, Group,
         host::{HostConfig, HostDevice},
     };
     use faaswap_protocol::Bytes;
@@ -158,7 +150,7 @@ mod tests {
     #[test]
     fn a_device_with_one_other_byte_is_given_up() {
         let stay = Stay { weights: weights(2), ..resident(&weights(1)) };
-        assert_eq!(verdict(&stay), Verdict::Damaged { at: 3 * PIECE });
+        assert_eq!(verdict(&stay), Verdict::Damaged { at: 3 * PIECE as u64 });
         let (stays, queue) = sync_channel(1);
         let (device, seen) = (Arc::clone(&stay.device), Seen::default());
         stays.send(stay).unwrap();

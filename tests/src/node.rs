@@ -216,6 +216,13 @@ fn toml(
     }
     set("onnxruntime", &cache::onnxruntime()?.to_string_lossy());
     set("admin_listen", &admin.to_string());
+    // For whoever wants to see the same with devices in processes of their own.
+    if let Some(workers) = std::env::var("FAASWAP_TEST_WORKERS")
+        .ok()
+        .filter(|_| !options.settings.iter().any(|line| line.starts_with("workers")))
+    {
+        set("workers", &workers);
+    }
     set("tcp_listen", &tcp.map_or_else(|| "off".to_owned(), |tcp| tcp.to_string()));
     for line in &options.settings {
         text.push_str(line);

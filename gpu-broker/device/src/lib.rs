@@ -121,6 +121,9 @@ pub enum DeviceError {
     Lost,
 }
 
+/// Bytes of weights that are read back at a time, to be compared.
+pub const COMPARED_AT_A_TIME: usize = 1 << 20;
+
 /// Called once, on a thread of the device, when a swap has ended.
 pub type OnDone<T> = Box<dyn FnOnce(Result<T, DeviceError>) + Send>;
 
@@ -234,4 +237,22 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Reads weights back from device memory, to verify them. The range must be wholly swapped in.
     fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Reads all weights back and compares them with what was sent. Gives where the first piece lies that differs.
+    fn differs_at(&self, range: RangeId, sent: &Arc<HostWeights>) -> Result<Option<u64>, DeviceError> {
+        if sent.filled() < sent.len() {
+            return Err(DeviceError::Invalid("weights are compared that are not all there"));
+        }
+        let mut there = vec![0; COMPARED_AT_A_TIME.min(sent.len())];
+        let mut at = 0;
+        for piece in sent.as_slice().chunks(COMPARED_AT_A_TIME) {
+            let there = &mut there[..piece.len()];
+            self.read_back(range, at, there)?;
+            if there != piece {
+                return Ok(Some(at));
+            }
+            at += piece.len() as u64;
+        }
+        Ok(None)
+    }
 }

@@ -166,11 +166,11 @@ pub(crate) enum ToWorker {
     Return {
         model: ModelId,
     },
-    Read {
+    /// Reads weights back and compares them.
+    Compare {
         call: Call,
         model: ModelId,
-        offset: u64,
-        len: u32,
+        weights: WeightsId,
     },
     Knows {
         call: Call,
@@ -223,10 +223,22 @@ pub(crate) enum FromWorker {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
     Done,
-    Bound { has_range: bool, is_twin: bool },
-    SwappedIn { report: Report, chunks: Vec<u32>, mapped: Bytes },
-    SwappedOut { mapped: Bytes },
-    Bytes(Vec<u8>),
+    Bound {
+        has_range: bool,
+        is_twin: bool,
+    },
+    SwappedIn {
+        report: Report,
+        chunks: Vec<u32>,
+        mapped: Bytes,
+    },
+    SwappedOut {
+        mapped: Bytes,
+    },
+    /// Where the first piece lies that differs.
+    Compared {
+        differs_at: Option<u64>,
+    },
     Knows(Option<bool>),
 }
 

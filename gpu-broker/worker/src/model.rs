@@ -39,7 +39,7 @@ impl RemoteModel {
             Answer::Done
             | Answer::SwappedIn { .. }
             | Answer::SwappedOut { .. }
-            | Answer::Bytes(_)
+            | Answer::Compared { .. }
             | Answer::Knows(_) => Err(DeviceError::Invalid("a worker binds a model and says something else").into()),
         }
     }

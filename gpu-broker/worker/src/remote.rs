@@ -27,8 +27,6 @@ use crate::{
     message::{Answer, DeviceSpec, Facts, ModelId, Spec, ToWorker},
 };
 
-/// Most bytes that are read back in one call.
-const READ_BYTES: u32 = 64 << 10;
 /// How long a device that is made to fail may take to do so.
 const FAILS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -325,20 +323,16 @@ impl Device for RemoteDevice {
         life.ask(|call| ToWorker::Pin { call, weights: id }).map(drop)
     }
 
-    fn read_back(&self, range: RangeId, offset: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+    fn read_back(&self, _range: RangeId, _offset: u64, _into: &mut [u8]) -> Result<(), DeviceError> {
+        Err(DeviceError::Invalid("a worker compares weights itself"))
+    }
+
+    fn differs_at(&self, range: RangeId, sent: &Arc<HostWeights>) -> Result<Option<u64>, DeviceError> {
         let (life, model) = self.found(range)?;
-        let mut at = offset;
-        for piece in into.chunks_mut(READ_BYTES as usize) {
-            let len = u32::try_from(piece.len()).unwrap_or(READ_BYTES);
-            let answer = life.ask(|call| ToWorker::Read { call, model, offset: at, len })?;
-            let Answer::Bytes(bytes) = answer else { return Err(unexpected(&answer)) };
-            if bytes.len() != piece.len() {
-                return Err(DeviceError::Invalid("fewer weights were read back than asked for"));
-            }
-            piece.copy_from_slice(&bytes);
-            at += u64::from(len);
-        }
-        Ok(())
+        let id = weights::known(&life, sent)?;
+        let answer = life.ask(|call| ToWorker::Compare { call, model, weights: id })?;
+        let Answer::Compared { differs_at } = answer else { return Err(unexpected(&answer)) };
+        Ok(differs_at)
     }
 }
 

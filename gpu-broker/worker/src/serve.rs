@@ -207,8 +207,8 @@ impl Worker {
             ToWorker::SwapOut { call, model } => self.swap_out(call, model),
             ToWorker::Lend { model } => self.lend(model),
             ToWorker::Return { model } => self.take_back(model),
-            ToWorker::Read { call, model, offset, len } => {
-                self.beside(call, move |worker| worker.read(model, offset, len));
+            ToWorker::Compare { call, model, weights } => {
+                self.beside(call, move |worker| worker.compare(model, weights));
             }
             ToWorker::Knows { call, kind } => self.answer(call, Ok(Answer::Knows(self.device.knows_kind(&kind)))),
             ToWorker::Share { call, to } => self.beside(call, move |worker| worker.share(to)),

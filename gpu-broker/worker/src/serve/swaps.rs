@@ -8,9 +8,6 @@ use faaswap_engine::Bound;
 use super::Worker;
 use crate::message::{Answer, Call, Fault, Held, ModelId, WeightsId};
 
-/// Most bytes that are read back in one call.
-pub(crate) const READ_BYTES_MAX: u32 = 64 << 10;
-
 impl Worker {
     /// A model and its weights' range.
     fn swapped(&self, model: ModelId) -> Result<(Arc<Bound>, RangeId), Fault> {
@@ -80,11 +77,9 @@ impl Worker {
         }
     }
 
-    pub(super) fn read(&self, model: ModelId, offset: u64, len: u32) -> Result<Answer, Fault> {
+    pub(super) fn compare(&self, model: ModelId, weights: WeightsId) -> Result<Answer, Fault> {
         let (_, range) = self.swapped(model)?;
-        let len = usize::try_from(len.min(READ_BYTES_MAX)).unwrap_or(0);
-        let mut bytes = vec![0; len];
-        self.device.read_back(range, offset, &mut bytes)?;
-        Ok(Answer::Bytes(bytes))
+        let differs_at = self.device.differs_at(range, &self.weights(weights)?)?;
+        Ok(Answer::Compared { differs_at })
     }
 }

@@ -180,6 +180,7 @@ fn settings(
     set("host_memory", &format!("{}B", weights.get().saturating_add(HOST_SPARE.get())))?;
     set("onnxruntime", &library)?;
     set("policy", &policy)?;
+    set("workers", &options.workers)?;
     set("trace", &options.out.join(TRACE).display())?;
     set("test_faults", &faults)?;
     for at in 0..options.devices.count() {

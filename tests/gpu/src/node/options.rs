@@ -60,6 +60,8 @@ pub(crate) struct Options {
     pub(crate) dtype: String,
     /// That model only.
     pub(crate) only: Option<String>,
+    /// Whether devices are in workers, as the broker's settings say it: `auto`, `on`, `off`.
+    pub(crate) workers: String,
     /// The deadline of all functions, where it is not their model's.
     pub(crate) deadline: Option<Duration>,
     /// Where a folder for weights, sockets and prepared models is made: in memory.
@@ -107,7 +109,7 @@ impl Devices {
 struct Pairs<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Pairs<'a> {
-    const NAMES: [&'static str; 19] = [
+    const NAMES: [&'static str; 20] = [
         "host",
         "gpus",
         "link-mib",
@@ -127,6 +129,7 @@ impl<'a> Pairs<'a> {
         "deadline-ms",
         "root",
         "only",
+        "workers",
     ];
 
     fn read(args: &[&'a str]) -> Result<Self> {
@@ -182,6 +185,7 @@ impl Options {
             models: models.to_owned(),
             out: out.to_owned(),
             devices,
+            workers: pairs.text("workers").unwrap_or_else(|| "auto".to_owned()),
             memory: pairs.number("memory-mib")?.map_or(memory, Bytes::mib),
             functions: pairs.number("functions")?,
             weights_max: pairs.number("weights-gb")?.map(|gb: u64| Bytes::new(gb.saturating_mul(1_000_000_000))),
