@@ -5,7 +5,6 @@
 
 mod disk;
 mod functions;
-mod gone;
 mod knowledge;
 mod losses;
 mod models;
@@ -30,15 +29,16 @@ use faaswap_scheduler::{
     Action, DeviceId, Event, FunctionKey, ModelId, Moment, PolicyKind, RequestKey, Scheduler, SchedulerConfig,
     trace::Named,
 };
+use faaswap_worker::Gone;
 use tokio::sync::Notify;
 
-use self::{gone::Gone, models::Loading, peers::UploadParts};
 pub(crate) use self::{
     knowledge::DecisionReport,
     models::Loaded,
     peers::Next,
     report::{DeviceReport, Report},
 };
+use self::{models::Loading, peers::UploadParts};
 use crate::{
     config::Settings,
     lane::{Ask, Lane, Peer},

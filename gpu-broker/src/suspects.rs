@@ -1,9 +1,9 @@
 //! Models that were running when devices were lost.
 //!
-//! A kernel that fails takes all GPUs of its process with it, and nobody says whose it was. A GPU in a worker goes alone. What is known are the models that were
-//! running. One that was so again and again is refused for a while, twice as long each time, so that it cannot keep a node from
-//! serving all others; a bystander, who is in company each time, gets there half as fast. It is kept in a file, for the process
-//! is replaced after a fault.
+//! A kernel that fails takes all GPUs of its process with it (a GPU in a worker alone), and nobody says whose it was. What is known are
+//! the models that were running there. One that was so again and again is refused for a while, twice as long each time, so that it cannot
+//! keep a node from serving all others; a bystander, who is in company each time, gets there half as fast. It is kept in a file, for the
+//! broker may be replaced after a fault.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 
 mod channel;
+mod gone;
 mod life;
 mod message;
 mod model;
@@ -16,6 +17,7 @@ mod runs;
 mod serve;
 mod wire;
 
+pub use gone::Gone;
 pub use message::{DeviceSpec, Facts, Spec};
 pub use model::RemoteModel;
 pub use remote::RemoteDevice;

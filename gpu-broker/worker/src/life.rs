@@ -41,9 +41,10 @@ pub(crate) struct Life {
     /// Tells lives of all workers apart.
     pub(crate) number: u64,
     wire: Wire,
-    /// How many messages were sent. Held while one is, so that they are counted in their order.
-    sent: Mutex<u64>,
-    sent_seen: AtomicU64,
+    /// Held while a message is sent, so that they are counted in their order.
+    sending: Mutex<()>,
+    /// How many were sent.
+    sent: AtomicU64,
     calls: Mutex<Calls>,
     channels: Mutex<Vec<Channel>>,
     /// Theirs, also while they are used.
@@ -81,8 +82,8 @@ impl Life {
         let life = Arc::new(Self {
             number: LIVES.fetch_add(1, Ordering::Relaxed),
             wire,
-            sent: Mutex::new(sent),
-            sent_seen: AtomicU64::new(sent),
+            sending: Mutex::default(),
+            sent: AtomicU64::new(sent),
             calls: Mutex::default(),
             lane_wires: channels.iter().map(|channel| Arc::clone(&channel.wire)).collect(),
             channels: Mutex::new(channels),
@@ -130,10 +131,9 @@ impl Life {
         if self.is_lost() {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
         self.wire.send(message, fds)?;
-        *sent += 1;
-        self.sent_seen.store(*sent, Ordering::Release);
+        self.sent.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
@@ -169,7 +169,7 @@ impl Life {
     pub(crate) fn with_channel<R>(&self, work: impl FnOnce(&mut Channel, u64) -> R) -> Option<R> {
         let channels = || self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         let mut channel = channels().pop()?;
-        let done = work(&mut channel, self.sent_seen.load(Ordering::Acquire));
+        let done = work(&mut channel, self.sent.load(Ordering::Acquire));
         if channel.is_cut {
             // Whoever hears of this run's end asks at once whether the device is lost.
             self.end();

@@ -14,7 +14,6 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
-        mpsc::{SyncSender, sync_channel},
     },
     thread,
     time::Duration,
@@ -30,13 +29,12 @@ use faaswap_protocol::Bytes;
 
 use self::pool::Arriving;
 use crate::{
+    gone::Gone,
     message::{Answer, Ask, Call, DeviceSpec, Facts, Fault, FromWorker, ModelId, Spec, ToWorker, WeightsId},
     runs::Lane,
     wire::{Buffer, Wire},
 };
 
-/// Most models and weights that wait to be taken down.
-const GONE_MAX: usize = 4096;
 /// How long a run looks again for a message that was sent before it.
 const LOOK_AGAIN: Duration = Duration::from_micros(10);
 
@@ -52,14 +50,7 @@ pub(crate) struct Worker {
     weights: Mutex<HashMap<WeightsId, Weights>>,
     arriving: Mutex<Arriving>,
     /// Takes down what has gone, one thing after the other.
-    gone: SyncSender<Gone>,
-}
-
-/// What takes milliseconds to take down, which nobody shall wait for: a session, a mapping.
-#[expect(dead_code, reason = "it is only dropped")]
-enum Gone {
-    Model(Option<Arc<Bound>>),
-    Weights(Option<Weights>),
+    gone: Gone,
 }
 
 /// Weights that the broker has told of.
@@ -91,7 +82,7 @@ pub fn run(socket: OwnedFd) -> io::Result<()> {
         models: Mutex::default(),
         weights: Mutex::default(),
         arriving: Mutex::default(),
-        gone: start_taking_down()?,
+        gone: Gone::start()?,
     });
     let mut fds = Vec::new();
     while let Some(message) = worker.wire.receive(&mut buffer, &mut fds, Duration::ZERO)? {
@@ -198,11 +189,11 @@ impl Worker {
             ToWorker::Filled { weights, until } => self.filled(weights, until),
             ToWorker::NotFilled { weights, why } => self.not_filled(weights, why),
             ToWorker::Pin { call, weights } => self.beside(call, move |worker| worker.pin(weights)),
-            ToWorker::Forget { weights } => self.take_down(Gone::Weights(self.known_weights().remove(&weights))),
+            ToWorker::Forget { weights } => self.gone.take_down(self.known_weights().remove(&weights)),
             ToWorker::Bind { call, model, prepared } => {
                 self.beside(call, move |worker| worker.bind(model, &prepared));
             }
-            ToWorker::Unbind { model } => self.take_down(Gone::Model(self.models().remove(&model))),
+            ToWorker::Unbind { model } => self.gone.take_down(self.models().remove(&model)),
             ToWorker::SwapIn { call, model, weights, from } => self.swap_in(call, model, weights, from),
             ToWorker::SwapOut { call, model } => self.swap_out(call, model),
             ToWorker::Lend { model } => self.lend(model),
@@ -224,11 +215,6 @@ impl Worker {
             }
         }
         Ok(())
-    }
-
-    fn take_down(&self, gone: Gone) {
-        // Where there is too much of it, it goes here.
-        drop(self.gone.try_send(gone));
     }
 
     fn start_lane(self: &Arc<Self>, fds: Vec<OwnedFd>) -> io::Result<()> {
@@ -288,11 +274,4 @@ impl Worker {
         self.device.prepare_weights(&weights)?;
         Ok(Answer::Done)
     }
-}
-
-/// The thread that takes down what has gone. One, for that is how the broker's own process does it when it ends.
-fn start_taking_down() -> io::Result<SyncSender<Gone>> {
-    let (gone, queue) = sync_channel::<Gone>(GONE_MAX);
-    thread::Builder::new().name("gone".to_owned()).spawn(move || queue.into_iter().for_each(drop))?;
-    Ok(gone)
 }

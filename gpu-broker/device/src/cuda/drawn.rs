@@ -38,8 +38,8 @@ const NEEDS: [cu::CUfunction_attribute; 6] = [
 const NAME_TOLD: usize = 120;
 
 /// Held while a graph is copied or goes. The driver wants calls for one graph one after the other, and does not say whether the end of a
-/// copy reaches into what it was copied from, or into another copy. A process in which 480 programs went at once, on a thread each, was
-/// ended once by its allocator, which had seen a double free.
+/// copy reaches into what it was copied from, or into another copy. A process was ended once by its allocator, which had seen a double
+/// free, about when 480 programs went at once, on a thread each: supposed, not seen, to be this.
 static COPIES: Mutex<()> = Mutex::new(());
 
 /// A graph that can be read and changed. What is launched is made of it, and needs it no more but to be changed itself.

@@ -1,21 +1,22 @@
-//! What has gone, and takes milliseconds to take down that the loop does not have: sessions, programs, mappings.
+//! What has gone, and takes milliseconds to take down that nobody shall wait for: sessions, programs, mappings.
 
 use std::{any::Any, io, sync::mpsc, thread};
 
 /// A thread that takes things down, one after the other: drivers and runtimes are seldom tried with many at once. What waits is at
 /// most what was bound.
 #[derive(Debug)]
-pub(super) struct Gone(mpsc::Sender<Box<dyn Any + Send>>);
+pub struct Gone(mpsc::Sender<Box<dyn Any + Send>>);
 
 impl Gone {
-    pub(super) fn start() -> io::Result<Self> {
+    /// Starts the thread, which ends with this.
+    pub fn start() -> io::Result<Self> {
         let (gone, queue) = mpsc::channel::<Box<dyn Any + Send>>();
         thread::Builder::new().name("gone".to_owned()).spawn(move || queue.into_iter().for_each(drop))?;
         Ok(Self(gone))
     }
 
     /// Returns at once.
-    pub(super) fn take_down(&self, what: impl Any + Send) {
+    pub fn take_down(&self, what: impl Any + Send) {
         // Without the thread it goes here.
         drop(self.0.send(Box::new(what)));
     }
