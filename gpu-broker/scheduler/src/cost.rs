@@ -8,16 +8,13 @@ use faaswap_protocol::Bytes;
 use crate::{
     batches::Batches,
     estimate::Estimate,
-    time::{Span, scale},
+    strain::{Beside, Strain},
+    time::{At, Span, scale},
 };
 
 /// Assumed before anything is known: a fixed part, and reading the weights once at this rate.
 const RUN_PRIOR_FIXED: Span = Span::millis(2);
 const RUN_PRIOR_BYTES_PER_MS: u64 = 25_000_000;
-/// How much a run is assumed to slow down per run beside it, in thousandths: worth a try.
-const STRAIN_PRIOR: u64 = 600;
-/// More than one: running side by side would be slower than one after the other.
-const STRAIN_MAX: u64 = 2_000;
 /// The part of a run that is assumed to remain when copy and run are over but not yet in step.
 const TAIL_PRIOR_PERMILLE: u64 = 60;
 
@@ -28,13 +25,14 @@ pub(crate) struct Cost {
     pub(crate) weights: Bytes,
     run: Estimate,
     tail: Estimate,
-    strain: Estimate,
+    strain: Strain,
     pub(crate) batches: Batches,
 }
 
 /// A run that has ended, as it went.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ran {
+    pub(crate) ended: At,
     pub(crate) took: Span,
     /// Runs beside it, averaged over its time, in thousandths.
     pub(crate) beside_permille: u64,
@@ -53,7 +51,7 @@ impl Cost {
             weights,
             run: Estimate::prior(run.nanos()),
             tail: Estimate::prior(run.permille(TAIL_PRIOR_PERMILLE).nanos()),
-            strain: Estimate::prior(STRAIN_PRIOR),
+            strain: Strain::of_model(),
             batches: Batches::new(),
         }
     }
@@ -78,21 +76,20 @@ impl Cost {
     }
 
     /// How much a run slows down per run beside it, in thousandths; `others` is what the device's runs show.
-    pub(crate) fn strain(&self, others: &Estimate) -> u64 {
-        let strain = if self.strain.is_trusted() || others.samples() == 0 { self.strain } else { *others };
-        strain.value().min(STRAIN_MAX)
+    pub(crate) fn strain(&self, now: At, others: &Strain) -> u64 {
+        self.strain.for_model(now, others)
     }
 
     pub(crate) const fn is_trusted(&self) -> bool {
         self.run.is_trusted()
     }
 
-    /// Learns from a run; gives the strain that it showed, for the device's books.
-    pub(crate) fn learn(&mut self, ran: Ran) -> Option<u64> {
+    /// Learns from a run; gives what it showed of strain, for the device's books.
+    pub(crate) fn learn(&mut self, ran: Ran, others: &Strain) -> Option<Beside> {
         let took = ran.took.permille(ran.speed_permille);
         if ran.size > 1 {
             if ran.weights_after.is_none() {
-                let slowed = self.strain.value().saturating_mul(ran.beside_permille);
+                let slowed = self.strain(ran.ended, others).saturating_mul(ran.beside_permille);
                 let alone = scale(took.nanos(), 1_000_000, slowed.saturating_add(1_000_000));
                 self.batches.learn(ran.size, Span::of_nanos(alone));
             }
@@ -103,7 +100,7 @@ impl Cost {
                 self.run.learn(took.nanos());
                 None
             }
-            None => self.learn_strain(took, ran.beside_permille),
+            None => Some(self.learn_strain(took, ran)),
             Some(after) => {
                 if ran.beside_permille < 50 {
                     let longer = self.run().max(after);
@@ -117,16 +114,16 @@ impl Cost {
         }
     }
 
-    fn learn_strain(&mut self, took: Span, beside_permille: u64) -> Option<u64> {
+    fn learn_strain(&mut self, took: Span, ran: Ran) -> Beside {
         let alone = self.run.value().max(1);
-        let slower_permille = scale(took.nanos(), 1000, alone).saturating_sub(1000);
-        let strain = scale(slower_permille, 1000, beside_permille).min(STRAIN_MAX);
-        self.strain.learn(strain);
+        let took_permille = i64::try_from(scale(took.nanos(), 1000, alone)).unwrap_or(i64::MAX);
+        let beside = Beside { slower_permille: took_permille - 1000, beside_permille: ran.beside_permille };
+        self.strain.learn(ran.ended, beside);
         // Never alone, and faster than believed: then it was the belief that was wrong.
         if took.nanos() < alone {
             self.run.learn(took.nanos());
         }
-        Some(strain)
+        beside
     }
 }
 
@@ -139,17 +136,26 @@ pub(crate) fn strained(run: Span, strain: u64, beside: usize) -> Span {
 mod tests {
     use super::*;
 
+    const NOTHING: Strain = Strain::of_device();
+
     fn alone(took_ms: u64) -> Ran {
-        Ran { took: Span::millis(took_ms), beside_permille: 0, weights_after: None, speed_permille: 1000, size: 1 }
+        Ran {
+            ended: At::START,
+            took: Span::millis(took_ms),
+            beside_permille: 0,
+            weights_after: None,
+            speed_permille: 1000,
+            size: 1,
+        }
     }
 
     #[test]
     fn a_run_behind_its_weights_teaches_the_tail_and_not_the_run() {
         let mut cost = Cost::prior(Bytes::mib(100));
         for _ in 0..5 {
-            cost.learn(alone(17));
+            cost.learn(alone(17), &NOTHING);
         }
-        cost.learn(Ran { weights_after: Some(Span::millis(23)), ..alone(25) });
+        cost.learn(Ran { weights_after: Some(Span::millis(23)), ..alone(25) }, &NOTHING);
         assert_eq!((cost.run(), cost.tail()), (Span::millis(17), Span::millis(2)));
     }
 
@@ -157,13 +163,14 @@ mod tests {
     fn runs_beside_others_teach_the_strain() {
         let mut cost = Cost::prior(Bytes::mib(100));
         for _ in 0..5 {
-            cost.learn(alone(10));
+            cost.learn(alone(10), &NOTHING);
         }
         // Three beside it, half as fast again: a sixth per run.
-        for _ in 0..5 {
-            cost.learn(Ran { beside_permille: 3000, ..alone(15) });
+        for _ in 0..50 {
+            cost.learn(Ran { beside_permille: 3000, ..alone(15) }, &NOTHING);
         }
-        assert_eq!(cost.strain(&Estimate::prior(STRAIN_PRIOR)), 166);
+        let strain = cost.strain(At::START, &NOTHING);
+        assert!((160..175).contains(&strain), "{strain}");
         assert_eq!(strained(Span::millis(10), 166, 3).nanos() / 1_000_000, 14);
     }
 
@@ -171,7 +178,7 @@ mod tests {
     fn a_throttled_run_is_not_taken_for_a_slow_model() {
         let mut cost = Cost::prior(Bytes::mib(100));
         for _ in 0..5 {
-            cost.learn(Ran { speed_permille: 500, ..alone(20) });
+            cost.learn(Ran { speed_permille: 500, ..alone(20) }, &NOTHING);
         }
         assert_eq!(cost.run(), Span::millis(10));
     }

@@ -15,7 +15,7 @@ const ONE: u64 = 1 << 20;
 /// Gaps from which on a rhythm may be seen.
 const RHYTHM_FROM: u32 = 6;
 /// Fixed-point one of [`faded_over`].
-const FADE_ONE: u64 = 1 << 16;
+pub(crate) const FADE_ONE: u64 = 1 << 16;
 /// Fixed-point fraction of [`log2`].
 pub(crate) const LOG_ONE: i64 = 1 << 10;
 
@@ -49,11 +49,7 @@ impl Demand {
 
     /// Requests as they count now, in units of [`ONE`].
     fn count(&self, now: At) -> u64 {
-        let gone = (now - self.faded_at).nanos();
-        let halvings = u32::try_from(gone / HALF_LIFE.nanos()).unwrap_or(u32::MAX);
-        let rest = scale(gone % HALF_LIFE.nanos(), FADE_ONE, HALF_LIFE.nanos());
-        let whole = self.faded.checked_shr(halvings).unwrap_or(0);
-        scale(whole, faded_over(rest), FADE_ONE)
+        faded(self.faded, now - self.faded_at, HALF_LIFE)
     }
 
     /// Mean requests in so long a time.
@@ -75,6 +71,15 @@ impl Demand {
         let regular = self.gap.samples() >= RHYTHM_FROM && spread <= gap / 8;
         regular.then(|| (last + Span::of_nanos(gap), Span::of_nanos(spread)))
     }
+}
+
+/// What is left of a count that fades by half in so long a time.
+pub(crate) fn faded(count: u64, gone: Span, half_life: Span) -> u64 {
+    let half_life = half_life.nanos().max(1);
+    let halvings = u32::try_from(gone.nanos() / half_life).unwrap_or(u32::MAX);
+    let rest = scale(gone.nanos() % half_life, FADE_ONE, half_life);
+    let whole = count.checked_shr(halvings).unwrap_or(0);
+    scale(whole, faded_over(rest), FADE_ONE)
 }
 
 /// `2^-x` for `x` between 0 and 1, both in units of [`FADE_ONE`]: a cubic that is exact at both ends.

@@ -8,16 +8,13 @@ use std::collections::{BTreeSet, VecDeque};
 use faaswap_protocol::Bytes;
 
 use crate::{
-    estimate::Estimate,
     event::{DeviceId, LaneId, RequestKey, Source},
     eviction::Worth,
     limits::LANES_MAX,
     slots::Slot,
+    strain::Strain,
     time::{At, Span, scale},
 };
-
-/// A prediction that is off by more than all of itself says no more than that.
-const ERROR_MAX: u64 = 1000;
 
 /// What runs on a lane.
 #[derive(Clone, Debug)]
@@ -50,9 +47,7 @@ pub(crate) struct Device {
     busy_time: Span,
     busy_since: At,
     /// How much runs slow each other down here.
-    pub(crate) strain: Estimate,
-    /// By how much runs take longer or shorter than was predicted when they started, in thousandths of that.
-    pub(crate) error: Estimate,
+    pub(crate) strain: Strain,
     /// Clock and foreign load: thousandths of full speed.
     pub(crate) speed_permille: u64,
     /// What may leave, cheapest first.
@@ -76,8 +71,7 @@ impl Device {
             busy: 0,
             busy_time: Span::ZERO,
             busy_since: At::START,
-            strain: Estimate::prior(0),
-            error: Estimate::prior(0),
+            strain: Strain::of_device(),
             speed_permille: 1000,
             leaving: BTreeSet::new(),
             copies: VecDeque::new(),
@@ -129,8 +123,6 @@ impl Device {
         let running = self.lanes.get_mut(usize::from(lane.0))?.take()?;
         self.busy -= 1;
         let took = now - running.started;
-        let predicted = (running.ends - running.started).nanos();
-        self.error.learn(scale(took.nanos().abs_diff(predicted), 1000, predicted.max(1)).min(ERROR_MAX));
         self.recent += took;
         let lane_time = self.busy_time - running.busy_before;
         Some((running, scale(lane_time.nanos(), 1000, took.nanos().max(1)).saturating_sub(1000)))

@@ -25,6 +25,7 @@ mod policy;
 mod ready;
 mod scheduler;
 mod slots;
+mod strain;
 mod time;
 pub mod trace;
 

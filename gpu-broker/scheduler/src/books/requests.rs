@@ -221,7 +221,11 @@ impl Books {
             let weights_after = (stay.asked_until() > running.started).then(|| stay.asked_until() - running.started);
             let took = Span::from(took).min(now - running.started + Span::millis(1));
             if !took.is_zero() && stay.weights == Weights::Resident {
-                self.learn_run(model, device, Ran { took, beside_permille, weights_after, speed_permille, size });
+                self.learn_run(
+                    model,
+                    device,
+                    Ran { ended: now, took, beside_permille, weights_after, speed_permille, size },
+                );
             }
             self.settle(model, device);
             self.let_go_if_doomed(model, device, actions);
@@ -280,10 +284,10 @@ impl Books {
     }
 
     fn learn_run(&mut self, model: Slot, device: usize, ran: Ran) {
+        let Some(on) = self.devices.get_mut(device) else { return };
         let home = self.models.get_mut(model).and_then(|known| known.home_mut(device));
-        let strain = home.and_then(|home| home.cost.learn(ran));
-        if let (Some(strain), Some(on)) = (strain, self.devices.get_mut(device)) {
-            on.strain.learn(strain);
+        if let Some(beside) = home.and_then(|home| home.cost.learn(ran, &on.strain)) {
+            on.strain.learn(ran.ended, beside);
         }
     }
 

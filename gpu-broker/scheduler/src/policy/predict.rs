@@ -58,7 +58,7 @@ impl Question<'_> {
             }
         };
         let run = home.cost.run();
-        let strain = home.cost.strain(&device.strain);
+        let strain = home.cost.strain(now, &device.strain);
         let throttle = Span::of_nanos(scale(run.nanos(), 1000, device.speed_permille.max(1))) - run;
         let beside = device.busy.min(device.lanes.len().saturating_sub(1));
         let corun = strained(run, strain, beside) - run;
