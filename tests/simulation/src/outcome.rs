@@ -1,6 +1,6 @@
 //! What came of a simulation: per function, per device, and as a whole.
 
-use crate::catalog::{MS, Nanos};
+use crate::catalog::{MS, Nanos, SECOND};
 
 /// One function's requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -117,6 +117,11 @@ impl Outcome {
         let variance =
             loads.iter().map(|load| (load - mean).powi(2)).sum::<f64>() / ratio(loads.len() as u64, 1).max(1.0);
         if mean > 0.0 { variance.sqrt() / mean } else { 0.0 }
+    }
+
+    /// Copies of weights from device to device, a second.
+    pub fn peer_swaps_per_s(&self) -> f64 {
+        ratio(self.devices.iter().map(|device| device.swaps.1).sum(), 1) / ratio(self.span, SECOND)
     }
 
     /// Puts the outcomes of several nodes together.

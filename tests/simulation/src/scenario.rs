@@ -155,10 +155,33 @@ pub fn h100s(figures: Option<&Measured>, gpus: usize, rate: f64, seed: u64) -> S
         device.link = figures.map_or(device.link, |figures| figures.link);
     }
     let models = figures.map_or_else(catalog::h100_paper_models, |figures| figures.models.clone());
-    let counts = workload::published_counts();
-    let counts = counts.iter().map(|line| line.iter().map(|count| count * rate).collect()).collect();
+    let counts = times(&workload::published_counts(), rate);
     let workload = workload::replay(&counts, &models, FUNCTIONS_EACH * gpus, MINUTES_SHORT, seed);
     (node, models, workload)
+}
+
+/// Four H100s of which 25 GB each hold weights, whose links carry less when all are busy, and 480 functions under the published
+/// requests times `rate`, while run times vary by `noise`: predictions are wrong by as much. One and a half minutes.
+pub fn noisy(noise: f64, rate: f64, policy: PolicyKind, seed: u64) -> Outcome {
+    const FUNCTIONS: usize = 480;
+    const SPAN: u64 = 90 * SECOND;
+    /// What the host links of four carried together, measured.
+    const ALL_LINKS: u64 = 142_000_000_000;
+    let (mut node, models) = (catalog::h100_node(4), catalog::h100_paper_models());
+    for device in &mut node.devices {
+        device.capacity = Bytes::new(25_000_000_000);
+    }
+    node.shared = vec![((0..node.devices.len()).collect(), ALL_LINKS)];
+    let counts = times(&workload::published_counts(), rate);
+    let mut workload = workload::replay(&counts, &models, FUNCTIONS, 2, seed);
+    workload.span = SPAN;
+    workload.requests.retain(|request| request.at < SPAN);
+    simulate(&node, &models, &workload, &Setting { noise, ..setting(policy, seed) })
+}
+
+/// So many times the counts.
+fn times(counts: &Counts, rate: f64) -> Counts {
+    counts.iter().map(|line| line.iter().map(|count| count * rate).collect()).collect()
 }
 
 /// Few functions that are asked often: one of each of the paper's models on each of two GPUs. `batching` is the part of a run
