@@ -226,24 +226,34 @@ fn paced(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result
     Ok(median_ms(&mut paced))
 }
 
-/// Device memory that one more function takes while its weights are out, and host memory beyond weights: the driver gives memory out in
-/// pieces of 2 MiB, so several are bound.
-fn memory_each(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) -> Result<[f64; 2]> {
+/// What one more function takes while its weights are out: bytes of a device's memory, and of them of constants; bytes of host memory
+/// beyond weights. And how many were bound by their kind.
+struct OneMore {
+    device: f64,
+    constants: f64,
+    host: f64,
+    twins: usize,
+}
+
+/// The driver gives memory out in pieces of 2 MiB, so several are bound.
+fn one_more(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) -> Result<OneMore> {
     let cuda = device.as_cuda().ok_or("no GPU")?;
     // What the lanes have taken for all of their models does not count. Of the memory for constants, what is taken does: it
     // grows in larger pieces.
-    let used = || -> Result<[f64; 2]> {
+    let used = || -> Result<[f64; 3]> {
         let (constants, scratch) = cuda.arenas();
         let free = cuda.driver_memory()?.0.get() + scratch.get() + constants.get();
-        Ok([cuda.constants_taken().get() as f64 - free as f64, own_memory("self")? as f64])
+        let constants = cuda.constants_taken().get() as f64;
+        Ok([constants - free as f64, constants, own_memory("self")? as f64])
     };
     let first = Asked::new(runtime, prepared, device)?;
     let more = || Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs));
     let _former = (0..FORMER).map(|_| more()).collect::<Result<Vec<_>>>()?;
     let before = used()?;
-    let _others = (0..FURTHER).map(|_| more()).collect::<Result<Vec<_>>>()?;
+    let others = (0..FURTHER).map(|_| more()).collect::<Result<Vec<_>>>()?;
     let after = used()?;
-    Ok([0, 1].map(|which| (after[which] - before[which]) / FURTHER as f64))
+    let [device, constants, host] = [0, 1, 2].map(|which| (after[which] - before[which]) / FURTHER as f64);
+    Ok(OneMore { device, constants, host, twins: others.iter().filter(|asked| asked.bound.is_twin()).count() })
 }
 
 pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
@@ -295,9 +305,11 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             }
         }
         let Some((last, mut best, prepared)) = best else { continue };
-        let [device_bytes, host_bytes] = memory_each(&runtime, &device, prepared)?;
-        best.value["bind_bytes"] = json!(device_bytes);
-        best.value["bind_host_bytes"] = json!(host_bytes);
+        let each = one_more(&runtime, &device, prepared)?;
+        best.value["bind_bytes"] = json!(each.device);
+        best.value["bind_constants_bytes"] = json!(each.constants);
+        best.value["bind_host_bytes"] = json!(each.host);
+        best.value["bind_twins"] = json!(each.twins);
         kept.add(&record::of_model(name, &best.value, &torch[name]))?;
         let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
         let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);
@@ -321,6 +333,14 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         let v = |key: &str| &best.value[key];
         println!("{:20} parts {} groups {} program {}", "", v("parts_ms"), v("groups"), v("program_parts"));
         println!("{:20} inputs in a slab {}", "", best.value["in_slab"]);
+        println!(
+            "{:20} one more function: {:.2} MB of device memory, {:.2} of them constants; {:.2} MB of host memory; {} of {FURTHER} bound by their kind",
+            "",
+            each.device / 1e6,
+            each.constants / 1e6,
+            each.host / 1e6,
+            each.twins
+        );
         fs::write(
             out.join("figures.json"),
             serde_json::to_vec_pretty(&json!({"records": records, "mapping": mapping, "torch": torch}))?,

@@ -42,6 +42,8 @@ const OUTPUTS_BY_KERNEL: usize = 256 << 10;
 /// One lane.
 pub(super) struct Lane {
     pub(super) queue: Queue,
+    /// Around all that a run has queued: between the two is what the device took, whenever anybody looked.
+    begun: Event,
     done: Event,
     pub(super) scratch: Mutex<Arena>,
     /// For matrix products; empty until the first.
@@ -61,7 +63,8 @@ impl Lane {
         let device = Arena::new(context, IO_BYTES_MAX)?;
         Ok(Self {
             queue: Queue::new(context)?,
-            done: Event::new(context)?,
+            begun: Event::timed(context)?,
+            done: Event::timed(context)?,
             scratch: Mutex::new(Arena::new(context, scratch_max)?),
             workspace: Mutex::new(Arena::new(context, WORKSPACE)?),
             io_base: device.base(),
@@ -303,26 +306,31 @@ impl<'d> Run<'d> {
         let _reading = self.device.shared.noted(_reading)?;
         let swapping = weights.map_or(Ok(None), |(range, _)| self.device.late_copy(range));
         let swapping = self.device.shared.noted(swapping)?;
+        self.device.shared.noted(self.lane.queue.record(&self.lane.begun))?;
+        let begun = Instant::now();
         let went = self.queue_all(weights, inputs, outputs);
         let launched = Instant::now();
         // Also after a failure: what was queued uses memory that goes back with this run.
-        let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(swapping.as_deref(), launched));
+        let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(swapping.as_deref(), begun));
         let times = RunTimes {
             until_first: went.as_ref().ok().copied().flatten().unwrap_or(launched) - started,
             until_launch: launched - started,
             after: launched.elapsed(),
         };
-        self.program.took(times, swapping.is_none());
-        self.device.shared.noted(went.and(done))
+        // Not when it was seen to end: who slept too long would go on to sleep as long.
+        let took = done.and_then(|()| self.lane.done.since(&self.lane.begun));
+        self.program.took(times, took.as_ref().ok().copied().filter(|_| swapping.is_none()));
+        self.device.shared.noted(went.and(took))?;
+        Ok(())
     }
 
     /// Sleeps until the run is nearly done, then looks for its end, for a moment: waking up takes as long as a few
     /// layers. Nearly done is a little before the usual time, and not before nearly all weights are there.
-    fn wait(&self, swapping: Option<&Event>, launched: Instant) -> Result<(), DeviceError> {
+    fn wait(&self, swapping: Option<&Event>, begun: Instant) -> Result<(), DeviceError> {
         if let Some(late) = swapping {
             late.wait()?;
         }
-        thread::sleep(self.program.usual().saturating_sub(launched.elapsed()).saturating_sub(WAKES_WITHIN));
+        thread::sleep(self.program.usual().saturating_sub(begun.elapsed()).saturating_sub(WAKES_WITHIN));
         if !self.lane.done.look(TAIL_LOOKS_FOR)? {
             self.lane.done.wait()?;
         }

@@ -4,10 +4,7 @@
 use std::{
     cell::RefCell,
     fmt,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -22,8 +19,8 @@ use super::{
 };
 use crate::{Device, DeviceError, Group, RangeId};
 
-/// What is usual moves by this part of the difference where a run took longer.
-const USUAL_FOLLOWS: u64 = 8;
+/// What is usual moves by this part of the difference where a run took longer, and by no more than this part of itself.
+const USUAL_FOLLOWS: u32 = 8;
 
 /// A model's run, captured: what to launch, where its inputs and outputs lie.
 pub struct Program {
@@ -31,9 +28,45 @@ pub struct Program {
     lane: usize,
     /// Where its weights are, if it moves with them.
     moves_with: Option<RangeId>,
-    /// How long it takes at least, from its launch and with the weights there, in microseconds; 0 before the first run.
-    usual_us: AtomicU64,
-    last: Mutex<RunTimes>,
+    times: Mutex<Times>,
+}
+
+#[derive(Default)]
+struct Times {
+    last: RunTimes,
+    usual: Usual,
+}
+
+/// How long the device takes with the weights there, as far as runs have shown. It follows shorter runs at once and longer ones slowly:
+/// who sleeps too long is late, who wakes too early looks a moment longer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Usual {
+    #[default]
+    Unknown,
+    /// One alone may have been slow, as when others were being bound beside it.
+    Once(Duration),
+    Known(Duration),
+}
+
+impl Usual {
+    fn after(self, took: Duration) -> Self {
+        match self {
+            Self::Unknown => Self::Once(took),
+            Self::Once(first) => Self::Known(took.min(first)),
+            Self::Known(usual) => {
+                let longer = took.saturating_sub(usual).min(usual);
+                Self::Known(took.min(usual + longer / USUAL_FOLLOWS))
+            }
+        }
+    }
+
+    /// For how long nobody need look.
+    fn at_least(self) -> Duration {
+        match self {
+            Self::Unknown | Self::Once(_) => Duration::ZERO,
+            Self::Known(usual) => usual,
+        }
+    }
 }
 
 /// A program as it was captured, from which others can be made.
@@ -70,29 +103,28 @@ pub struct RunTimes {
 
 impl Program {
     pub(super) fn new(parts: Vec<Part>, lane: usize, moves_with: Option<RangeId>) -> Self {
-        Self { parts, lane, moves_with, usual_us: AtomicU64::new(0), last: Mutex::default() }
+        Self { parts, lane, moves_with, times: Mutex::default() }
     }
 
-    /// Notes how long a run took. What is usual follows shorter runs at once and longer ones slowly: who sleeps too long
-    /// is late, who wakes too early looks a moment longer.
-    pub(super) fn took(&self, times: RunTimes, resident: bool) {
-        if resident {
-            let took = u64::try_from(times.after.as_micros()).unwrap_or(u64::MAX);
-            let usual = self.usual_us.load(Ordering::Relaxed);
-            let next = if usual == 0 { took } else { took.min(usual + (took.saturating_sub(usual)) / USUAL_FOLLOWS) };
-            self.usual_us.store(next, Ordering::Relaxed);
-        }
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = times;
+    fn times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes where a run's time went, and how long the device took where the weights were there.
+    pub(super) fn took(&self, last: RunTimes, device: Option<Duration>) {
+        let times = &mut *self.times();
+        times.last = last;
+        times.usual = device.map_or(times.usual, |took| times.usual.after(took));
     }
 
     /// Where the time of the last run went.
     pub fn last(&self) -> RunTimes {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner)
+        self.times().last
     }
 
-    /// How long it takes at least.
+    /// How long the device takes at least, as far as is known.
     pub(super) fn usual(&self) -> Duration {
-        Duration::from_micros(self.usual_us.load(Ordering::Relaxed))
+        self.times().usual.at_least()
     }
 
     /// The range that it moves with.
@@ -215,5 +247,27 @@ impl CudaDevice {
         };
         CAPTURE.set(Some(capture));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usual(took_us: &[u64]) -> Duration {
+        took_us.iter().fold(Usual::default(), |usual, us| usual.after(Duration::from_micros(*us))).at_least()
+    }
+
+    #[test]
+    fn a_run_that_was_slow_by_chance_lets_nobody_sleep_as_long() {
+        assert_eq!(usual(&[173_000]), Duration::ZERO);
+        assert_eq!(usual(&[173_000, 1_000]), Duration::from_millis(1));
+        assert_eq!(usual(&[1_000, 1_000, 600_000]), Duration::from_micros(1_125));
+    }
+
+    #[test]
+    fn it_follows_shorter_runs_at_once_and_longer_ones_slowly() {
+        assert_eq!(usual(&[1_000, 1_200, 800]), Duration::from_micros(800));
+        assert_eq!(usual(&[1_000, 1_000, 1_080]), Duration::from_micros(1_010));
     }
 }
