@@ -39,6 +39,7 @@ TITLES = {
     "disk_to_host_bandwidth": "Reading weights from disk",
     "swap_in_from_disk": "Swap-in of weights that are read from disk meanwhile",
     "device_memory_per_function": "Device memory per bound function",
+    "host_memory_per_function": "Host memory per function and device, beyond weights",
     "density_requests": "Requests per second per device, 95% of functions compliant, by policy",
     "density_of_optimum": "That, as a share of what the links could carry at most",
     "density_compliant": "Functions compliant at the first rate, by policy",

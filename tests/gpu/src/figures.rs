@@ -21,7 +21,6 @@ use serde_json::{Value, json};
 use crate::{
     Result, in_slab,
     model::{self, Asked},
-    node::broker::own_memory,
     record::{self, Records},
     stats::{median, median_ms},
 };
@@ -226,12 +225,11 @@ fn paced(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result
     Ok(median_ms(&mut paced))
 }
 
-/// What one more function takes while its weights are out: bytes of a device's memory, and of them of constants; bytes of host memory
-/// beyond weights. And how many were bound by their kind.
+/// What one more function takes of a device's memory while its weights are out, in bytes, and what of it is constants; and how many were
+/// bound by their kind. (Of host memory `density` says it: here it would be taken from what others have left.)
 struct OneMore {
     device: f64,
     constants: f64,
-    host: f64,
     twins: usize,
 }
 
@@ -240,11 +238,11 @@ fn one_more(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) ->
     let cuda = device.as_cuda().ok_or("no GPU")?;
     // What the lanes have taken for all of their models does not count. Of the memory for constants, what is taken does: it
     // grows in larger pieces.
-    let used = || -> Result<[f64; 3]> {
+    let used = || -> Result<[f64; 2]> {
         let (constants, scratch) = cuda.arenas();
         let free = cuda.driver_memory()?.0.get() + scratch.get() + constants.get();
         let constants = cuda.constants_taken().get() as f64;
-        Ok([constants - free as f64, constants, own_memory("self")? as f64])
+        Ok([constants - free as f64, constants])
     };
     let first = Asked::new(runtime, prepared, device)?;
     let more = || Asked::with(runtime, prepared, device, Arc::clone(&first.weights), Arc::clone(&first.inputs));
@@ -252,8 +250,8 @@ fn one_more(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) ->
     let before = used()?;
     let others = (0..FURTHER).map(|_| more()).collect::<Result<Vec<_>>>()?;
     let after = used()?;
-    let [device, constants, host] = [0, 1, 2].map(|which| (after[which] - before[which]) / FURTHER as f64);
-    Ok(OneMore { device, constants, host, twins: others.iter().filter(|asked| asked.bound.is_twin()).count() })
+    let [device, constants] = [0, 1].map(|which| (after[which] - before[which]) / FURTHER as f64);
+    Ok(OneMore { device, constants, twins: others.iter().filter(|asked| asked.bound.is_twin()).count() })
 }
 
 pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
@@ -308,7 +306,6 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         let each = one_more(&runtime, &device, prepared)?;
         best.value["bind_bytes"] = json!(each.device);
         best.value["bind_constants_bytes"] = json!(each.constants);
-        best.value["bind_host_bytes"] = json!(each.host);
         best.value["bind_twins"] = json!(each.twins);
         kept.add(&record::of_model(name, &best.value, &torch[name]))?;
         let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
@@ -334,11 +331,10 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         println!("{:20} parts {} groups {} program {}", "", v("parts_ms"), v("groups"), v("program_parts"));
         println!("{:20} inputs in a slab {}", "", best.value["in_slab"]);
         println!(
-            "{:20} one more function: {:.2} MB of device memory, {:.2} of them constants; {:.2} MB of host memory; {} of {FURTHER} bound by their kind",
+            "{:20} one more function: {:.2} MB of device memory, {:.2} of them constants; {} of {FURTHER} bound by their kind",
             "",
             each.device / 1e6,
             each.constants / 1e6,
-            each.host / 1e6,
             each.twins
         );
         fs::write(

@@ -122,7 +122,6 @@ const FIGURES: &[Figure] = &[
     ),
     figure("bind", "ms", From::Ours("bind_ms"), None, Target::Told),
     figure("device_memory_per_function", "MB", From::Megabytes("bind_bytes"), None, Target::AtMost(1.5)),
-    figure("host_memory_per_function", "MB", From::Megabytes("bind_host_bytes"), None, Target::AtMost(4.0)),
 ];
 
 /// Most device memory of a function whose session is kept, in MB.
@@ -251,7 +250,7 @@ mod tests {
 
     fn measured() -> Value {
         json!({"bytes": 50e6, "swap_ms": 1.25, "bare_copy_ms": 1.0, "resident_ms": 2.0, "pipelined_ms": 2.1,
-               "program_ms": 1.8, "plain_ms": 2.4, "plain_load_ms": 250.0, "bind_ms": 30.0, "bind_bytes": 700_000.0, "bind_host_bytes": 900_000.0,
+               "program_ms": 1.8, "plain_ms": 2.4, "plain_load_ms": 250.0, "bind_ms": 30.0, "bind_bytes": 700_000.0,
                "kept": null, "outputs_checked": 56, "outputs_wrong": 1})
     }
 

@@ -30,6 +30,8 @@ const FASTER: f64 = 1.5;
 const NEAR: f64 = 1.06;
 /// What a step takes beside its own time: requests that are still out, pages that are read.
 const STEP_SPARE: Duration = Duration::from_secs(8);
+/// What a function that is bound to a device may take of host memory beyond its weights.
+const HOST_MEMORY_EACH_MB_MAX: f64 = 4.0;
 /// All functions shall be registered and bound in that time.
 const REGISTERED_S_MAX: f64 = 180.0;
 /// The policy that others are compared with.
@@ -48,6 +50,7 @@ struct Carried {
     unanswered: u64,
     share_of_optimum: Option<f64>,
     registered_s: f64,
+    memory_each_mb: f64,
     /// What was simulated beside it.
     predicted: Vec<Record>,
 }
@@ -113,6 +116,7 @@ fn carry(
         "answered_while_registering": {"count": meanwhile.len(), "p50_ms": permille(&meanwhile, 500), "p98_ms": permille(&meanwhile, 980)},
         "policy": policy, "functions": stage.designs.len(), "registered": live.registered.ready,
         "registered_s": live.registered.took.as_secs_f64(), "weights_bytes": stage.weights.get(),
+        "host_memory_per_function_mb": live.registered.memory_each_mb,
         "answers_alike": live.answers_alike, "links": live.links.json(), "costs": costs::json_of(&stage.bases, &live.costs),
         "steps": steps.iter().map(|(_, value)| value).collect::<Vec<_>>(),
         "requests_per_s_per_device": best.map(|(step, _)| step.per_second() / devices), "share_of_optimum": share_of_optimum,
@@ -127,6 +131,7 @@ fn carry(
         unanswered: steps.iter().map(|(step, _)| step.refused + step.failed).sum(),
         share_of_optimum,
         registered_s: live.registered.took.as_secs_f64(),
+        memory_each_mb: live.registered.memory_each_mb,
         predicted: best.or(steps.first()).map_or_else(Vec::new, |(_, value)| predict::records(policy, value)),
     })
 }
@@ -226,6 +231,8 @@ fn records(one: &Carried, published: Option<(f64, f64)>, devices: usize) -> Vec<
     records.extend(one.first.map(|share| all("density_compliant", (share, "of functions"), None, Target::Told)));
     let registered = (one.registered_s, "s");
     records.push(all("density_registered", registered, None, Target::AtMost(REGISTERED_S_MAX)));
+    let memory = (one.memory_each_mb, "MB");
+    records.push(all("host_memory_per_function", memory, None, Target::AtMost(HOST_MEMORY_EACH_MB_MAX)));
     records.extend(one.predicted.clone());
     records.push(all("density_unanswered", (one.unanswered as f64, "requests"), None, Target::AtMost(0.0)));
     records

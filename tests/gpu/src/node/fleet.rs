@@ -121,6 +121,8 @@ pub(crate) struct Registered {
     /// Functions that can be called.
     pub(crate) ready: usize,
     pub(crate) refused: Vec<String>,
+    /// Host memory of the broker's own, beyond weights, for each function and device.
+    pub(crate) memory_each_mb: f64,
     /// The first requests of functions, while others were still registered.
     pub(crate) outcomes: Vec<Outcome>,
 }

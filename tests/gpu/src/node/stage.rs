@@ -98,10 +98,11 @@ impl Stage {
     /// Starts a broker and registers all functions with it.
     fn open(&self, policy: &str, faults: bool) -> Result<(Broker, Fleet, Registered)> {
         let broker = Broker::start(&self.options, &self.folders, policy, self.weights, faults)?;
+        let empty = broker.memory()?;
         let fleet = Fleet::start(&broker.socket(), &self.bases, &self.designs)?;
         let count = u32::try_from(self.designs.len())?;
         let within = REGISTERED_WITHIN.max(REGISTERED_WITHIN_EACH * count).min(self.options.left());
-        let registered = fleet.register(self.designs.len(), Instant::now() + within);
+        let mut registered = fleet.register(self.designs.len(), Instant::now() + within);
         let meanwhile = registered.latencies();
         println!(
             "  {} of {count} functions registered and bound in {:.1} s; {} requests were answered meanwhile, p50 {:.2} ms, p98 {:.2} ms",
@@ -123,7 +124,14 @@ impl Stage {
             let all = metrics.all("faaswap_bindings_total").filter(|(labels, _)| labels.contains(how));
             all.map(|(_, count)| count).sum()
         };
-        println!("  bound {} times by a kind, {} times by a session", how("kind"), how("session"));
+        let bindings = registered.ready * self.options.devices.count();
+        registered.memory_each_mb = broker.memory()?.saturating_sub(empty) as f64 / 1e6 / bindings.max(1) as f64;
+        println!(
+            "  bound {} times by a kind, {} times by a session; {:.2} MB of host memory of the broker's own for each function and device",
+            how("kind"),
+            how("session"),
+            registered.memory_each_mb
+        );
         Ok((broker, fleet, registered))
     }
 
