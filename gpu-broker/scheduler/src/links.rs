@@ -17,6 +17,23 @@ const BYTES_PER_S_MIN: u64 = 1_000_000;
 /// A path that keeps this much beside another, in thousandths, shares nothing with it.
 const SHARES_BELOW: u64 = 900;
 
+/// A path between devices that has become slower than the host's is taken for as fast as it was probed again after this long without a
+/// copy: nothing is copied over it until then, and so nothing would be learned of it for good.
+const PEER_TRIED_AFTER: Span = Span::secs(10);
+
+/// A path from another device.
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    /// By the probe; 0 where there is no path.
+    probed: u64,
+    speed: Estimate,
+    learned: At,
+}
+
+impl Peer {
+    const NONE: Self = Self { probed: 0, speed: Estimate::prior(0), learned: At::START };
+}
+
 /// One device's paths.
 #[derive(Clone, Debug)]
 struct Paths {
@@ -25,8 +42,8 @@ struct Paths {
     beside: Vec<u64>,
     /// Devices whose copies slow this one's down.
     sharers: Vec<usize>,
-    /// From that device; zero where there is no path.
-    peers: Vec<Estimate>,
+    /// From that device.
+    peers: Vec<Peer>,
     /// When the copies that were asked for will have ended.
     free_at: At,
 }
@@ -70,7 +87,7 @@ impl Links {
         }
         for paths in &mut self.to {
             paths.beside.resize(count, 1000);
-            paths.peers.resize(count, Estimate::prior(0));
+            paths.peers.resize(count, Peer::NONE);
         }
         self.to[place].free_at = At::START;
     }
@@ -89,7 +106,8 @@ impl Links {
 
     pub(crate) fn peer_measured(&mut self, from: usize, to: usize, bytes_per_s: u64) {
         if from != to {
-            self.to[to].peers[from] = Estimate::measured(bytes_per_s);
+            let speed = Estimate::measured(bytes_per_s);
+            self.to[to].peers[from] = Peer { probed: bytes_per_s, speed, learned: At::START };
         }
     }
 
@@ -104,9 +122,10 @@ impl Links {
     }
 
     /// Bytes a second from one device to another, where there is a path that is faster than the host's.
-    pub(crate) fn peer_speed(&self, from: usize, to: usize) -> Option<u64> {
-        let speed = self.to[to].peers[from].value();
-        (speed > self.to[to].host.value()).then_some(speed)
+    pub(crate) fn peer_speed(&self, now: At, from: usize, to: usize) -> Option<u64> {
+        let (Peer { probed, speed, learned }, host) = (self.to[to].peers[from], self.to[to].host.value());
+        let again = || (now - learned >= PEER_TRIED_AFTER).then_some(probed);
+        [Some(speed.value()), again()].into_iter().flatten().find(|speed| *speed > host)
     }
 
     pub(crate) fn free_at(&self, to: usize) -> At {
@@ -138,7 +157,7 @@ impl Links {
 
     /// A copy from a device that holds the weights.
     pub(crate) fn peer_copy(&self, now: At, from: usize, to: usize, weights: Bytes) -> Option<Copy> {
-        let speed = self.peer_speed(from, to)?;
+        let speed = self.peer_speed(now, from, to)?;
         Some(Copy { queue: self.to[to].free_at - now, alone: span(weights.get(), speed), contention: Span::ZERO })
     }
 
@@ -160,11 +179,19 @@ impl Links {
         }
     }
 
-    pub(crate) fn learn_peer(&mut self, from: usize, to: usize, weights: Bytes, took: Span) {
-        if took >= Span::micros(20) && self.to[to].peers[from].value() > 0 {
-            let speed = scale(weights.get(), 1_000_000_000, took.nanos());
-            self.to[to].peers[from].learn(speed.max(BYTES_PER_S_MIN));
+    pub(crate) fn learn_peer(&mut self, now: At, (from, to): (usize, usize), weights: Bytes, took: Span) {
+        let host = self.to[to].host.value();
+        let peer = &mut self.to[to].peers[from];
+        if took < Span::micros(20) || peer.probed == 0 {
+            return;
         }
+        let speed = scale(weights.get(), 1_000_000_000, took.nanos()).max(BYTES_PER_S_MIN);
+        // It was tried again, and is as fast as ever: what was believed says nothing.
+        if speed > host && peer.speed.value() <= host {
+            peer.speed = Estimate::measured(speed);
+        }
+        peer.speed.learn(speed);
+        peer.learned = now;
     }
 }
 
@@ -204,6 +231,20 @@ mod tests {
     }
 
     #[test]
+    fn a_path_between_devices_that_was_slow_for_a_while_is_tried_again() {
+        let (mut links, weights) = (pair(), Bytes::new(100_000_000));
+        links.peer_measured(1, 0, 300_000_000_000);
+        let at = |secs| At::START + Span::secs(secs);
+        let is_used = |links: &Links, secs| links.peer_copy(at(secs), 1, 0, weights).is_some();
+        (0..100).for_each(|_| links.learn_peer(at(1), (1, 0), weights, Span::millis(200)));
+        assert!(!is_used(&links, 2) && is_used(&links, 11));
+        links.learn_peer(at(11), (1, 0), weights, Span::millis(200));
+        assert!(!is_used(&links, 12), "it is still slow");
+        links.learn_peer(at(21), (1, 0), weights, Span::millis(1));
+        assert!(is_used(&links, 22), "it is fast again");
+    }
+
+    #[test]
     fn absurd_measurements_give_finite_predictions() {
         let mut links = pair();
         links.host_measured(0, 0);
@@ -211,6 +252,6 @@ mod tests {
         links.peer_measured(1, 0, u64::MAX);
         assert!(links.alone(0, Bytes::new(u64::MAX)) > Span::secs(1));
         assert!(links.peer_copy(At::START, 1, 0, Bytes::new(1)).is_some());
-        assert_eq!(links.peer_speed(0, 0), None);
+        assert!(links.peer_copy(At::START, 0, 0, Bytes::new(1)).is_none());
     }
 }

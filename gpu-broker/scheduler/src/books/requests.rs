@@ -306,7 +306,7 @@ impl Books {
         let lender = self.copy_ended(model, device);
         if let Some(weights) = weights {
             match lender {
-                Some(from) => self.links.learn_peer(from, device, weights, took.into()),
+                Some(from) => self.links.learn_peer(now, (from, device), weights, took.into()),
                 None if source == Source::Host && !contended => self.links.learn_host(device, weights, took.into()),
                 None => {}
             }

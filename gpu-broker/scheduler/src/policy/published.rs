@@ -185,7 +185,7 @@ fn algorithm_1(books: &Books, model: Slot) -> Option<(usize, Option<Source>)> {
     let able = || idle.iter().copied().filter(|device| books.can_bring(model, *device));
     let pairs = able().flat_map(|to| {
         let resident = known.stays.iter().filter(|stay| stay.ready_at(books.now) == books.now && !stay.doomed);
-        resident.filter_map(move |stay| Some((books.links.peer_speed(stay.device, to)?, stay.device, to)))
+        resident.filter_map(move |stay| Some((books.links.peer_speed(books.now, stay.device, to)?, stay.device, to)))
     });
     if let Some((_, from, to)) = pairs.max_by_key(|(speed, from, to)| (*speed, std::cmp::Reverse((*from, *to)))) {
         return Some((to, Some(Source::Peer(books.devices.get(from)?.id))));

@@ -26,7 +26,7 @@ const SEEDS: u64 = 3;
 const HELD_BACK_FROM: u64 = 1000;
 
 /// How many times the published requests four H100s are asked for with noise.
-const NOISY_RATE: f64 = 25.0;
+const NOISY_RATE: f64 = 33.0;
 
 /// One scenario with its tables and plots.
 type Part = fn(&mut Run) -> std::io::Result<()>;
