@@ -12,7 +12,7 @@ use faaswap_scheduler::{
 };
 
 use crate::{
-    catalog::{DeviceSpec, ModelSpec, Nanos, NodeSpec, SECOND},
+    catalog::{DeviceSpec, ModelSpec, Nanos, NodeSpec, SECOND, nanos_at},
     scenario::Stage,
     workload::{FunctionSpec, Request, Workload},
 };
@@ -21,6 +21,8 @@ use crate::{
 const LINK_UNKNOWN: u64 = 10_000_000_000;
 /// A run that was neither measured nor seen.
 const RUN_UNKNOWN: Nanos = 2_000_000;
+/// A model of which so many runs were seen takes what these took, and not what was measured before.
+const RUNS_ENOUGH: usize = 9;
 /// How much a run slows down per run beside it: a trace does not say.
 const STRAIN_UNKNOWN: f64 = 0.6;
 
@@ -40,8 +42,8 @@ struct Reading {
     alone: BTreeMap<DeviceId, u64>,
     beside: BTreeMap<(DeviceId, DeviceId), u64>,
     peers: Vec<(DeviceId, DeviceId, u64)>,
-    /// Bytes a second of each copy.
-    copies: BTreeMap<DeviceId, Vec<u64>>,
+    /// Bytes and time of each copy.
+    copies: BTreeMap<DeviceId, Vec<(u64, Nanos)>>,
     models: BTreeMap<ModelId, Seen>,
     functions: Vec<(FunctionKey, ModelId, Nanos)>,
     requests: Vec<(Nanos, RequestKey, FunctionKey)>,
@@ -90,8 +92,8 @@ impl Reading {
             Event::Arrived { request, function, .. } => self.requests.push((nanos(now.0), request, function)),
             Event::SwapInDone { model, device, took } => {
                 let weights = self.models.get(&model).and_then(|seen| seen.weights).map_or(0, Bytes::get);
-                if let Some(rate) = (u128::from(weights) * u128::from(SECOND)).checked_div(took.as_nanos()) {
-                    self.copies.entry(device).or_default().push(u64::try_from(rate).unwrap_or(u64::MAX));
+                if !took.is_zero() {
+                    self.copies.entry(device).or_default().push((weights, nanos(took)));
                 }
             }
             Event::RunDone { request, took } => {
@@ -157,8 +159,14 @@ impl Reading {
             }
         }
         let devices = self.devices.iter().map(|(id, spec)| {
-            let seen = self.copies.get(id).and_then(|rates| median(rates));
-            DeviceSpec { link: self.alone.get(id).copied().or(seen).unwrap_or(LINK_UNKNOWN), ..*spec }
+            let copies = self.copies.get(id).map_or(&[][..], Vec::as_slice);
+            let rates: Vec<_> = copies.iter().map(|&(bytes, took)| per_second(bytes, took)).collect();
+            let link = self.alone.get(id).copied().or(median(&rates)).unwrap_or(LINK_UNKNOWN);
+            let beyond: Vec<_> =
+                copies.iter().map(|&(bytes, took)| took.saturating_sub(nanos_at(Bytes::new(bytes), link))).collect();
+            // In whole microseconds: bytes over a speed leave a rest.
+            let per_swap = median(&beyond).unwrap_or(0) / 1_000 * 1_000;
+            DeviceSpec { link, per_swap, ..*spec }
         });
         let chunk = self.models.values().map(|seen| seen.charge.get()).fold(0, greatest_common);
         NodeSpec { devices: devices.collect(), shared, peers, chunk: Bytes::new(chunk.max(1)) }
@@ -167,11 +175,19 @@ impl Reading {
 
 impl Seen {
     fn spec(self) -> ModelSpec {
-        let run = median(&self.runs).or(self.measured).unwrap_or(RUN_UNKNOWN);
+        // Of a few runs half may be wild, as while other models were being bound.
+        let seen = median(&self.runs);
+        let enough = seen.filter(|_| self.runs.len() >= RUNS_ENOUGH);
+        let run = enough.or(self.measured).or(seen).unwrap_or(RUN_UNKNOWN);
         let weights = self.weights.unwrap_or(self.charge);
         // The functions have the deadlines.
         ModelSpec { name: "recorded", weights, run, tail: 0, strain: STRAIN_UNKNOWN, deadline: 0 }
     }
+}
+
+fn per_second(bytes: u64, took: Nanos) -> u64 {
+    let rate = u128::from(bytes) * u128::from(SECOND) / u128::from(took.max(1));
+    u64::try_from(rate).unwrap_or(u64::MAX)
 }
 
 fn median(values: &[u64]) -> Option<u64> {
@@ -186,4 +202,18 @@ fn greatest_common(a: u64, b: u64) -> u64 {
 
 fn nanos(span: std::time::Duration) -> Nanos {
     u64::try_from(span.as_nanos()).unwrap_or(Nanos::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_wild_runs_do_not_make_a_model_slow() {
+        let run = |runs: Vec<Nanos>, measured| Seen { runs, measured, ..Seen::default() }.spec().run;
+        assert_eq!(run(vec![250_000_000, 1_000_000], Some(1_100_000)), 1_100_000);
+        assert_eq!(run(vec![1_000_000; RUNS_ENOUGH], Some(1_100_000)), 1_000_000);
+        assert_eq!(run(vec![3_000_000], None), 3_000_000);
+        assert_eq!(run(Vec::new(), None), RUN_UNKNOWN);
+    }
 }
