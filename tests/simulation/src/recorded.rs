@@ -3,6 +3,8 @@
 //! Costs are what the trace shows. Where it shows nothing, they are what the scheduler itself would assume. Each function
 //! gets weights of its own, as in all simulations; objectives count as p98, and late requests are served.
 
+mod beside;
+
 use std::collections::BTreeMap;
 
 use faaswap_protocol::Bytes;
@@ -11,6 +13,7 @@ use faaswap_scheduler::{
     trace::{Line, Reader, TraceError},
 };
 
+use self::beside::{Ran, Runs};
 use crate::{
     catalog::{DeviceSpec, ModelSpec, Nanos, NodeSpec, SECOND, nanos_at},
     scenario::Stage,
@@ -21,9 +24,11 @@ use crate::{
 const LINK_UNKNOWN: u64 = 10_000_000_000;
 /// A run that was neither measured nor seen.
 const RUN_UNKNOWN: Nanos = 2_000_000;
+/// The part of a model's runs, in hundredths, that are taken to have had nothing beside them.
+const ALONE_PERCENT: usize = 10;
 /// A model of which so many runs were seen takes what these took, and not what was measured before.
 const RUNS_ENOUGH: usize = 9;
-/// How much a run slows down per run beside it: a trace does not say.
+/// How much a run slows down per run beside it, where none had any.
 const STRAIN_UNKNOWN: f64 = 0.6;
 
 /// One model as the trace shows it.
@@ -33,7 +38,7 @@ struct Seen {
     weights: Option<Bytes>,
     measured: Option<Nanos>,
     /// Runs with the weights there.
-    runs: Vec<Nanos>,
+    runs: Vec<Ran>,
 }
 
 #[derive(Default)]
@@ -47,8 +52,7 @@ struct Reading {
     models: BTreeMap<ModelId, Seen>,
     functions: Vec<(FunctionKey, ModelId, Nanos)>,
     requests: Vec<(Nanos, RequestKey, FunctionKey)>,
-    /// Requests that run with their weights there, and their models.
-    running: BTreeMap<RequestKey, ModelId>,
+    runs: Runs,
 }
 
 /// Reads a trace as far as it goes.
@@ -62,7 +66,7 @@ pub fn stage(text: &str) -> Result<Stage, TraceError> {
             Line::End(_) => break,
             Line::Step { now, event, answer } => {
                 reading.hear(now, event);
-                reading.see_runs(&answer);
+                reading.see_runs(nanos(now.0), &answer);
             }
         }
     }
@@ -97,8 +101,8 @@ impl Reading {
                 }
             }
             Event::RunDone { request, took } => {
-                if let Some(seen) = self.running.remove(&request).and_then(|model| self.models.get_mut(&model)) {
-                    seen.runs.push(nanos(took));
+                if let Some((model, ran)) = self.runs.end(nanos(now.0), request, nanos(took)) {
+                    self.models.entry(model).or_default().runs.push(ran);
                 }
             }
             Event::DeviceAdded { .. }
@@ -117,12 +121,14 @@ impl Reading {
         }
     }
 
-    /// Which runs began with their weights there: `run REQUEST MODEL DEVICE LANE resident`.
-    fn see_runs(&mut self, answer: &str) {
-        for action in answer.split("; ").filter(|action| action.starts_with("run ") && action.ends_with(" resident")) {
+    /// Which runs began: `run REQUEST MODEL DEVICE LANE resident`, or `coming`.
+    fn see_runs(&mut self, now: Nanos, answer: &str) {
+        for action in answer.split("; ").filter(|action| action.starts_with("run ")) {
             let mut words = action.split(' ').skip(1).map(str::parse::<u64>);
-            if let (Some(Ok(request)), Some(Ok(model))) = (words.next(), words.next()) {
-                self.running.insert(RequestKey(request), ModelId(u32::try_from(model).unwrap_or(u32::MAX)));
+            if let (Some(Ok(request)), Some(Ok(model)), Some(Ok(device))) = (words.next(), words.next(), words.next()) {
+                let model = ModelId(u32::try_from(model).unwrap_or(u32::MAX));
+                let device = DeviceId(u16::try_from(device).unwrap_or(u16::MAX));
+                self.runs.begin(now, RequestKey(request), (model, device), action.ends_with(" resident"));
             }
         }
     }
@@ -130,7 +136,12 @@ impl Reading {
     fn stage(mut self) -> Stage {
         let node = self.node();
         let places: BTreeMap<_, _> = self.models.keys().enumerate().map(|(place, model)| (*model, place)).collect();
-        let models: Vec<_> = self.models.into_values().map(|seen| seen.spec()).collect();
+        let all = self.models.values().flat_map(|seen| {
+            let alone = seen.run();
+            seen.runs.iter().map(move |ran| (alone, ran))
+        });
+        let strain = beside::strain(all).unwrap_or(STRAIN_UNKNOWN);
+        let models: Vec<_> = self.models.values().map(|seen| seen.spec(strain)).collect();
         let mut functions = Vec::new();
         let mut function_places = BTreeMap::new();
         for (function, model, deadline) in self.functions {
@@ -162,8 +173,9 @@ impl Reading {
             let copies = self.copies.get(id).map_or(&[][..], Vec::as_slice);
             let rates: Vec<_> = copies.iter().map(|&(bytes, took)| per_second(bytes, took)).collect();
             let link = self.alone.get(id).copied().or(median(&rates)).unwrap_or(LINK_UNKNOWN);
-            let beyond: Vec<_> =
-                copies.iter().map(|&(bytes, took)| took.saturating_sub(nanos_at(Bytes::new(bytes), link))).collect();
+            // What was faster than the host's link came over another.
+            let beyond = copies.iter().filter_map(|&(bytes, took)| took.checked_sub(nanos_at(Bytes::new(bytes), link)));
+            let beyond: Vec<_> = beyond.collect();
             // In whole microseconds: bytes over a speed leave a rest.
             let per_swap = median(&beyond).unwrap_or(0) / 1_000 * 1_000;
             DeviceSpec { link, per_swap, ..*spec }
@@ -174,14 +186,19 @@ impl Reading {
 }
 
 impl Seen {
-    fn spec(self) -> ModelSpec {
-        // Of a few runs half may be wild, as while other models were being bound.
-        let seen = median(&self.runs);
-        let enough = seen.filter(|_| self.runs.len() >= RUNS_ENOUGH);
-        let run = enough.or(self.measured).or(seen).unwrap_or(RUN_UNKNOWN);
+    /// A run alone.
+    fn run(&self) -> Nanos {
+        // The shorter ones had nothing beside them. Of a few all may be wild, as while other models were being bound.
+        let took: Vec<_> = self.runs.iter().map(|ran| ran.took).collect();
+        let seen = quantile(&took, ALONE_PERCENT);
+        let enough = seen.filter(|_| took.len() >= RUNS_ENOUGH);
+        enough.or(self.measured).or(seen).unwrap_or(RUN_UNKNOWN)
+    }
+
+    fn spec(&self, strain: f64) -> ModelSpec {
         let weights = self.weights.unwrap_or(self.charge);
         // The functions have the deadlines.
-        ModelSpec { name: "recorded", weights, run, tail: 0, strain: STRAIN_UNKNOWN, deadline: 0 }
+        ModelSpec { name: "recorded", weights, run: self.run(), tail: 0, strain, deadline: 0 }
     }
 }
 
@@ -191,9 +208,13 @@ fn per_second(bytes: u64, took: Nanos) -> u64 {
 }
 
 fn median(values: &[u64]) -> Option<u64> {
+    quantile(values, 50)
+}
+
+fn quantile(values: &[u64], percent: usize) -> Option<u64> {
     let mut sorted = values.to_vec();
     sorted.sort_unstable();
-    sorted.get(sorted.len() / 2).copied()
+    sorted.get(sorted.len() * percent / 100).copied()
 }
 
 fn greatest_common(a: u64, b: u64) -> u64 {
@@ -210,7 +231,10 @@ mod tests {
 
     #[test]
     fn a_few_wild_runs_do_not_make_a_model_slow() {
-        let run = |runs: Vec<Nanos>, measured| Seen { runs, measured, ..Seen::default() }.spec().run;
+        let ran = |took| Ran { took, beside: 0.0 };
+        let run = |runs: Vec<Nanos>, measured| {
+            Seen { runs: runs.into_iter().map(ran).collect(), measured, ..Seen::default() }.run()
+        };
         assert_eq!(run(vec![250_000_000, 1_000_000], Some(1_100_000)), 1_100_000);
         assert_eq!(run(vec![1_000_000; RUNS_ENOUGH], Some(1_100_000)), 1_000_000);
         assert_eq!(run(vec![3_000_000], None), 3_000_000);
