@@ -105,8 +105,8 @@ impl Reading {
                     self.models.entry(model).or_default().runs.push(ran);
                 }
             }
+            Event::DeviceLost { device } => self.runs.lose(device),
             Event::DeviceAdded { .. }
-            | Event::DeviceLost { .. }
             | Event::DeviceObserved { .. }
             | Event::PolicyChosen { .. }
             | Event::Expected { .. }

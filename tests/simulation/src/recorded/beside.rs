@@ -65,6 +65,12 @@ impl Runs {
         self.running.insert(request, Running { model, device, resident, began: now, lane_time });
     }
 
+    /// What ran there is not told to have ended.
+    pub(super) fn lose(&mut self, device: DeviceId) {
+        self.lanes.remove(&device);
+        self.running.retain(|_, running| running.device != device);
+    }
+
     /// A run has ended; which model's it was and how it went, where its weights were there.
     pub(super) fn end(&mut self, now: Nanos, request: RequestKey, took: Nanos) -> Option<(ModelId, Ran)> {
         let Running { model, device, resident, began, lane_time } = self.running.remove(&request)?;
@@ -104,6 +110,9 @@ mod tests {
         runs.begin(500, RequestKey(2), place, true);
         let (_, first) = runs.end(1_000, RequestKey(1), 1_000).expect("it ran");
         assert_eq!(first, Ran { took: 1_000, beside: 0.5 });
+        runs.begin(1_000, RequestKey(3), (ModelId(1), DeviceId(1)), true);
+        runs.lose(DeviceId(1));
+        assert_eq!(runs.end(1_400, RequestKey(3), 400), None, "it went with its device");
         let (_, second) = runs.end(1_500, RequestKey(2), 1_000).expect("it ran");
         // Half a run beside each, and a quarter longer than alone.
         let found = strain([(800, &first), (800, &second)].into_iter()).expect("there was something beside them");
