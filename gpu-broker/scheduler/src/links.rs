@@ -124,8 +124,9 @@ impl Links {
     /// Bytes a second from one device to another, where there is a path that is faster than the host's.
     pub(crate) fn peer_speed(&self, now: At, from: usize, to: usize) -> Option<u64> {
         let (Peer { probed, speed, learned }, host) = (self.to[to].peers[from], self.to[to].host.value());
-        let again = || (now - learned >= PEER_TRIED_AFTER).then_some(probed);
-        [Some(speed.value()), again()].into_iter().flatten().find(|speed| *speed > host)
+        let is_tried = speed.value() <= host && now - learned >= PEER_TRIED_AFTER;
+        let speed = if is_tried { probed } else { speed.value() };
+        (speed > host).then_some(speed)
     }
 
     pub(crate) fn free_at(&self, to: usize) -> At {
@@ -189,8 +190,9 @@ impl Links {
         // It was tried again, and is as fast as ever: what was believed says nothing.
         if speed > host && peer.speed.value() <= host {
             peer.speed = Estimate::measured(speed);
+        } else {
+            peer.speed.learn(speed);
         }
-        peer.speed.learn(speed);
         peer.learned = now;
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use faaswap_scheduler::{DeviceId, ModelId, RequestKey};
 
-use crate::catalog::Nanos;
+use crate::{catalog::Nanos, outcome::ratio};
 
 /// Less beside a run says more of chance than of strain.
 const BESIDE_ENOUGH: f64 = 0.2;
@@ -77,7 +77,7 @@ impl Runs {
         let lanes = self.lanes.entry(device).or_default();
         let spent = lanes.tick(now) - lane_time;
         lanes.busy = lanes.busy.saturating_sub(1);
-        let beside = share(spent, now.saturating_sub(began)) - 1.0;
+        let beside = ratio(spent, now.saturating_sub(began)) - 1.0;
         resident.then_some((model, Ran { took, beside: beside.max(0.0) }))
     }
 }
@@ -86,16 +86,11 @@ impl Runs {
 pub(super) fn strain<'r>(runs: impl Iterator<Item = (Nanos, &'r Ran)>) -> Option<f64> {
     let (mut slowed, mut weight) = (0.0, 0.0);
     for (alone, ran) in runs.filter(|(alone, ran)| *alone > 0 && ran.beside >= BESIDE_ENOUGH) {
-        let slower = (share(ran.took, alone) - 1.0).clamp(-ran.beside, STRAIN_MAX * ran.beside);
+        let slower = (ratio(ran.took, alone) - 1.0).clamp(-ran.beside, STRAIN_MAX * ran.beside);
         slowed += slower * ran.beside;
         weight += ran.beside * ran.beside;
     }
     (weight > 0.0).then(|| (slowed / weight).max(0.0))
-}
-
-#[expect(clippy::cast_precision_loss, reason = "times of runs")]
-fn share(part: Nanos, whole: Nanos) -> f64 {
-    part as f64 / whole.max(1) as f64
 }
 
 #[cfg(test)]
