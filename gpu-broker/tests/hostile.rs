@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use common::{Broker, Client, Stream, digest, model::Linear, spec, wait_for};
+use common::{Broker, Client, client::Stream, digest, model::Linear, spec, wait_for};
 use faaswap_protocol::{
     Bytes, CallId, DType, FromBroker, FunctionId, ModelDigest, ModelFile, Refusal, RequestId, Shape, Span, TensorSlice,
     ToBroker, Transport, limits::WIRE_VERSION, wire,

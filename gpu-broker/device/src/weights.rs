@@ -50,6 +50,23 @@ pub struct HostWeights {
 /// What others know of weights, by who they are. It is dropped with the weights.
 pub type Notes = BTreeMap<u64, Box<dyn Any + Send>>;
 
+/// How often a file is tried to be sealed. Linux refuses with `EBUSY` while anyone holds a page of it, itself included, as it
+/// may for a moment on a busy machine (`memfd_wait_for_pins`).
+const SEAL_TRIES: usize = 10;
+const SEAL_PAUSE: Duration = Duration::from_millis(10);
+
+/// Seals a file for good: nobody can change its bytes or its size from now on.
+fn seal(file: &OwnedFd) -> rustix::io::Result<()> {
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
+    for _ in 1..SEAL_TRIES {
+        match rustix::fs::fcntl_add_seals(file, seals) {
+            Err(rustix::io::Errno::BUSY) => std::thread::sleep(SEAL_PAUSE),
+            done => return done,
+        }
+    }
+    rustix::fs::fcntl_add_seals(file, seals)
+}
+
 /// When pages are put behind a mapping.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pages {
@@ -112,8 +129,7 @@ impl HostWeights {
             let written = rustix::io::retry_on_intr(|| rustix::io::write(&file, left)).map_err(failed("write"))?;
             left = &left[written..];
         }
-        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&file, seals).map_err(failed("fcntl(F_ADD_SEALS)"))?;
+        seal(&file).map_err(failed("fcntl(F_ADD_SEALS)"))?;
         Self::map(file, Bytes::of_len(bytes.len()), Pages::Now)
     }
 
@@ -241,6 +257,17 @@ mod tests {
         assert_eq!(HostWeights::open(file.path()).unwrap().as_slice(), bytes);
         assert_eq!(HostWeights::from_bytes(&bytes).unwrap().as_slice(), bytes);
         assert_eq!(HostWeights::from_bytes(&[]).unwrap().as_slice(), []);
+    }
+
+    #[test]
+    fn a_file_that_somebody_may_write_is_sealed_once_nobody_does() {
+        let file = rustix::fs::memfd_create("weights", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&file, 4096).unwrap();
+        let writable = MmapOptions::new().len(4096).map_raw(&file).unwrap();
+        assert_eq!(seal(&file), Err(rustix::io::Errno::BUSY), "after the last try");
+        drop(writable);
+        assert_eq!(seal(&file), Ok(()));
+        assert_eq!(rustix::io::write(&file, &[1]), Err(rustix::io::Errno::PERM));
     }
 
     #[test]

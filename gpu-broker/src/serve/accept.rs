@@ -63,6 +63,7 @@ impl Listeners {
         let tcp = settings.tcp_listen.map(|address| {
             let bound = std::net::TcpListener::bind(address).and_then(|listener| {
                 listener.set_nonblocking(true)?;
+                tracing::info!(address = %listener.local_addr()?, "TCP port is open");
                 TcpListener::from_std(listener)
             });
             bound.map_err(ServeError::io(format!("tcp_listen {address}")))
