@@ -335,7 +335,7 @@ async fn a_date_alone_is_trusted_only_where_a_digest_will_tell() {
 
 /// The program as a front, its log, and what its readiness says once that holds what is looked for.
 async fn front_says(variables: &[(&str, &str)], looked_for: &str) -> (String, String) {
-    let port = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let port = support::ports::free_port().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_faaswap-sidecar"))
         .env_clear()

@@ -9,6 +9,7 @@ pub mod http;
 pub mod models;
 pub mod node;
 pub mod oip;
+pub mod ports;
 pub mod process;
 pub use faaswap_simulation::random;
 pub mod stats;

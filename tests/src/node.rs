@@ -3,9 +3,8 @@
 use std::{
     fmt::Write as _,
     fs,
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -15,6 +14,7 @@ use tempfile::TempDir;
 use crate::{
     Result, Trouble, cache,
     http::Client,
+    ports::free_port,
     process::{Process, temporary_folder},
 };
 
@@ -27,26 +27,6 @@ pub const FUNCTION_READY_WITHIN: Duration = Duration::from_secs(180);
 const MEMORY_BYTES_MIN: u64 = 512 << 20;
 /// How long a page of ours may take.
 const PAGE_WITHIN: Duration = Duration::from_secs(10);
-/// Ports below those that the system gives to outgoing connections.
-const PORT_FIRST: u16 = 18_000;
-const PORTS: u16 = 14_000;
-
-/// A port on this machine that nobody listens on, and that no outgoing connection will take.
-pub fn free_port() -> Result<SocketAddr> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Test programs run beside each other: each starts somewhere else.
-    let start = u16::try_from(std::process::id().wrapping_mul(61) % u32::from(PORTS)).unwrap_or(0);
-    for _ in 0..PORTS {
-        let step = NEXT.fetch_add(1, Ordering::Relaxed);
-        let port = PORT_FIRST + (start.wrapping_add(step)) % PORTS;
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        if TcpListener::bind(address).is_ok() {
-            return Ok(address);
-        }
-    }
-    Err(Trouble::new("every port is taken"))
-}
-
 /// A device of a broker.
 #[derive(Clone, Debug)]
 pub struct DeviceOptions {

@@ -10,7 +10,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     process::{Child, Command},
     time::sleep,
 };
@@ -18,6 +18,7 @@ use tokio::{
 use super::{
     broker::{FakeBroker, doubler},
     clients::Http,
+    ports::free_port,
 };
 
 /// How long anything may take on a busy machine.
@@ -47,10 +48,6 @@ pub fn fronts() -> Vec<PathBuf> {
     }
 }
 
-pub async fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
-}
-
 /// A front that runs.
 pub struct Running {
     child: Child,
@@ -77,7 +74,7 @@ impl Running {
 
     /// The same, told the handler's command and address by variables of these names.
     pub async fn spawn_named(program: &Path, names: [&str; 2], more: &[(&str, &str)]) -> Self {
-        let (front, handler, metrics) = (free_port().await, free_port().await, free_port().await);
+        let (front, handler, metrics) = (free_port().unwrap(), free_port().unwrap(), free_port().unwrap());
         let folder = tempfile::tempdir().unwrap();
         let broker = FakeBroker::start(doubler());
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/handler.py");

@@ -7,6 +7,8 @@ pub mod broker;
 pub mod clients;
 pub mod files;
 pub mod fronts;
+#[path = "../../../tests/src/ports.rs"]
+pub mod ports;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 

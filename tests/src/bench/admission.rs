@@ -16,7 +16,7 @@ use super::{Figures, p50, p98, title};
 use crate::{
     Result, Trouble, cache,
     http::Client,
-    node::free_port,
+    ports::free_port,
     process::{Process, temporary_folder},
 };
 

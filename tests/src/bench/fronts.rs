@@ -15,7 +15,8 @@ use crate::{
     Result, Trouble, cache,
     http::Client,
     models,
-    node::{Broker, BrokerOptions, DeviceOptions, free_port},
+    node::{Broker, BrokerOptions, DeviceOptions},
+    ports::free_port,
     process::{Process, temporary_folder},
 };
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use faaswap_protocol::Bytes;
-use faaswap_tests::{http::Client, node::free_port, process::Process};
+use faaswap_tests::{http::Client, ports::free_port, process::Process};
 use rustix::process::Signal;
 use serde_json::Value;
 

@@ -18,8 +18,8 @@ use faaswap_protocol::Bytes;
 use faaswap_sidecar::{app, config};
 use faaswap_tests::{
     http::Client,
-    node::free_port,
     oip::{Answer, Outcome as Reply, Request, Tensor},
+    ports::free_port,
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
