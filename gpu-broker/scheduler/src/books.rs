@@ -7,7 +7,6 @@ mod memory;
 mod node;
 mod requests;
 
-pub(crate) use self::requests::Ended;
 use std::collections::{BTreeMap, BTreeSet};
 
 use faaswap_protocol::Bytes;
@@ -19,6 +18,7 @@ use crate::{
     eviction::Eviction,
     links::Links,
     model::{Home, Model, StayId},
+    objective::Tally,
     ready::{Function, Ready, Tier, Waiting},
     scheduler::SchedulerConfig,
     slots::{Slot, Slots},
@@ -38,6 +38,8 @@ pub(crate) struct Request {
     pub(crate) function: FunctionKey,
     pub(crate) waiting: Waiting,
     pub(crate) stage: Stage,
+    /// It was given up before it ran, and is recorded as missed.
+    pub(crate) given_up: bool,
 }
 
 /// The state.
@@ -57,6 +59,8 @@ pub(crate) struct Books {
     pub(crate) calendar: BTreeSet<(At, Slot)>,
     /// Functions whose required request count exceeds this are of the low class, in thousandths.
     pub(crate) threshold_permille: i64,
+    /// What has become of requests since the policy looked last.
+    pub(crate) tally: Tally,
     pub(crate) draining: bool,
     stays_made: u64,
 }
@@ -76,6 +80,7 @@ impl Books {
             decisions: Decisions::default(),
             calendar: BTreeSet::new(),
             threshold_permille: i64::MAX,
+            tally: Tally::default(),
             draining: false,
             stays_made: 0,
         }
@@ -105,11 +110,12 @@ impl Books {
     /// Forgets how functions stand to their objectives, and takes back what was given up: not every policy looks there.
     pub(crate) fn begin_anew(&mut self) {
         self.threshold_permille = i64::MAX;
+        self.tally = Tally::default();
         let slots: Vec<_> = self.functions.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
             if let Some(function) = self.functions.get_mut(slot) {
                 function.objective.begin_anew();
-                Ready::take_back(function);
+                self.ready.take_back(function);
             }
             self.relist(slot);
         }

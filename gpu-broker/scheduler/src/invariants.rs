@@ -104,6 +104,11 @@ fn orders_hold_what_they_order(books: &Books) -> Result<(), String> {
     if waiting != queued || waiting != books.ready.by_age.len() {
         return Err(format!("BR-5: {waiting} wait, {queued} are queued"));
     }
+    let stale = books.functions.iter().flat_map(|(_, function)| &function.stale);
+    let given_up: BTreeSet<_> = stale.map(|late| (late.arrived, late.request)).collect();
+    if given_up != books.ready.given_up {
+        return Err(format!("BR-5: {given_up:?} were given up, listed are {:?}", books.ready.given_up));
+    }
     lists_hold_what_may_share_runs(books)
 }
 

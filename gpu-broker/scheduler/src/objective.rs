@@ -23,9 +23,36 @@ pub(crate) struct Count {
 }
 
 impl Count {
+    pub(crate) const NONE: Self = Self { asked: 0, met: 0 };
+
+    pub(crate) fn missed(self) -> u32 {
+        self.asked.saturating_sub(self.met)
+    }
+
+    pub(crate) fn add_all(&mut self, other: Self) {
+        self.asked = self.asked.saturating_add(other.asked);
+        self.met = self.met.saturating_add(other.met);
+    }
+
     fn add(&mut self, met: bool) {
         self.asked = self.asked.saturating_add(1);
         self.met = self.met.saturating_add(u32::from(met));
+    }
+}
+
+/// What has become of requests, of all functions and of those of the high class.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) all: Count,
+    pub(crate) high: Count,
+}
+
+impl Tally {
+    pub(crate) fn add(&mut self, is_high: bool, met: bool) {
+        self.all.add(met);
+        if is_high {
+            self.high.add(met);
+        }
     }
 }
 
@@ -60,6 +87,14 @@ impl Objective {
         self.parts[place(self.part)].add(met);
         self.sum.add(met);
         self.lifetime.add(met);
+    }
+
+    /// A request that was recorded as missed was in time after all.
+    pub(crate) fn amend(&mut self, now: At) {
+        self.slide(now);
+        for count in [&mut self.parts[place(self.part)], &mut self.sum, &mut self.lifetime] {
+            count.met = count.met.saturating_add(1);
+        }
     }
 
     fn slide(&mut self, now: At) {

@@ -9,11 +9,12 @@ mod faaswap;
 mod means;
 mod plan;
 mod predict;
+mod pressure;
 mod published;
 mod simple;
 
 use crate::{
-    books::{Books, Ended},
+    books::Books,
     event::Action,
     eviction::{Eviction, Random},
     slots::Slot,
@@ -86,9 +87,9 @@ pub(crate) trait Policy {
     /// Brings and starts what should be brought and started now; gives when to look again if nothing happens.
     fn fill(&mut self, books: &mut Books, trigger: Trigger, actions: &mut Vec<Action>) -> At;
 
-    /// A request of this function was answered.
-    fn ended(&mut self, books: &mut Books, ended: Ended) {
-        let _ = (books, ended);
+    /// A run of this model has answered.
+    fn ended(&mut self, books: &mut Books, model: Slot) {
+        let _ = (books, model);
     }
 
     /// A request of this function is about to come.

@@ -103,9 +103,8 @@ impl Function {
         }
     }
 
-    /// A request ended after so long.
-    pub(crate) fn record(&mut self, now: At, latency: Span, met: bool) {
-        self.objective.record(now, met);
+    /// A request was answered after so long.
+    pub(crate) fn took(&mut self, latency: Span) {
         self.latency = if self.latency.is_zero() { latency } else { (self.latency * 15 + latency) / 16 };
     }
 }
@@ -119,6 +118,8 @@ pub(crate) struct Ready {
     pub(crate) by_age: BTreeSet<(At, RequestKey)>,
     /// What is to be refused when its deadline passes.
     pub(crate) refusable: BTreeSet<(At, RequestKey)>,
+    /// What was given up and waits, oldest first.
+    pub(crate) given_up: BTreeSet<(At, RequestKey)>,
 }
 
 impl Ready {
@@ -140,25 +141,27 @@ impl Ready {
         }
     }
 
-    /// Takes a request out of its queue.
-    pub(crate) fn take(&mut self, function: &mut Function, waiting: Waiting) {
-        if !remove(&mut function.fresh, waiting) {
-            remove(&mut function.stale, waiting);
-        }
+    /// Takes a request out of its queue; tells whether it was given up.
+    pub(crate) fn take(&mut self, function: &mut Function, waiting: Waiting) -> bool {
+        let given_up = !remove(&mut function.fresh, waiting) && remove(&mut function.stale, waiting);
+        self.given_up.remove(&(waiting.arrived, waiting.request));
         self.by_age.remove(&(waiting.arrived, waiting.request));
         self.refusable.remove(&(waiting.deadline, waiting.request));
+        given_up
     }
 
     /// The most urgent fresh request of a function becomes a late one.
-    pub(crate) fn give_up_head(function: &mut Function) {
+    pub(crate) fn give_up_head(&mut self, function: &mut Function) {
         if let Some(head) = function.fresh.pop_front() {
+            self.given_up.insert((head.arrived, head.request));
             insert(&mut function.stale, head);
         }
     }
 
     /// All that waits for a function is fresh again, for a policy that has given nothing up.
-    pub(crate) fn take_back(function: &mut Function) {
+    pub(crate) fn take_back(&mut self, function: &mut Function) {
         for waiting in std::mem::take(&mut function.stale) {
+            self.given_up.remove(&(waiting.arrived, waiting.request));
             insert(&mut function.fresh, waiting);
         }
     }

@@ -129,8 +129,8 @@ impl Scheduler {
                 return Trigger::Nothing;
             }
             Event::RunDone { request, took } => {
-                if let Some(ended) = books.run_done(request, took, actions) {
-                    self.policy.as_policy().ended(books, ended);
+                if let Some(model) = books.run_done(request, took, actions) {
+                    self.policy.as_policy().ended(books, model);
                 }
             }
             Event::DrainBegun => books.draining = true,
@@ -149,7 +149,8 @@ impl Scheduler {
             // The first of that name gets the answer: two answers to one name would be worse than none.
             return Trigger::Nothing;
         }
-        match self.books.admit(function, deadline) {
+        let admitted = self.books.admit(function, deadline);
+        match admitted.or_else(|refusal| self.books.displace(function, refusal, actions)) {
             Ok(slot) => {
                 self.books.enqueue(request, slot, deadline, form);
                 Trigger::Arrived(slot)

@@ -11,20 +11,10 @@ use crate::{
     device::Running,
     event::{Action, Form, FunctionKey, RequestKey, Source, Verdict},
     model::{Model, Weights},
-    ready::{Ready, Waiting},
+    ready::Waiting,
     slots::Slot,
     time::{At, Span},
 };
-
-/// A run that has just ended.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Ended {
-    pub(crate) model: Slot,
-    /// Requests that it answered, of functions that are still there.
-    pub(crate) answered: u32,
-    /// How many of them were not answered within their deadlines.
-    pub(crate) missed: u32,
-}
 
 impl Books {
     /// Whether a request may wait here, whatever the policy says.
@@ -44,6 +34,27 @@ impl Books {
         if self.ready.waiting_len() >= self.config.node_queue_max {
             return Err(Refusal::NodeQueueFull { limit: self.config.node_queue_max as u64 });
         }
+        Ok(slot)
+    }
+
+    /// A full queue has room for one more where a request in it was given up: the newest of these is refused in its place, so
+    /// that those that nobody can help keep out none that can be in time, and the oldest keep their turns.
+    pub(crate) fn displace(
+        &mut self,
+        function: FunctionKey,
+        refusal: Refusal,
+        actions: &mut Vec<Action>,
+    ) -> Result<Slot, Refusal> {
+        let slot = self.functions.find(function);
+        let given_up = if matches!(refusal, Refusal::FunctionQueueFull { .. }) {
+            slot.and_then(|slot| Some(self.functions.get(slot)?.stale.back()?.request))
+        } else if matches!(refusal, Refusal::NodeQueueFull { .. }) {
+            self.ready.given_up.last().map(|(_, request)| *request)
+        } else {
+            None
+        };
+        let (Some(slot), Some(given_up)) = (slot, given_up) else { return Err(refusal) };
+        self.refuse(given_up, refusal, actions);
         Ok(slot)
     }
 
@@ -69,7 +80,8 @@ impl Books {
         let Some(function) = self.functions.get_mut(slot) else { return };
         let waiting = Waiting { request, arrived: self.now, deadline, form };
         self.ready.push(function, waiting);
-        self.requests.insert(request, Request { function: function.key, waiting, stage: Stage::Waiting });
+        self.requests
+            .insert(request, Request { function: function.key, waiting, stage: Stage::Waiting, given_up: false });
         let (model, shares) = (function.model, function.batch.batching != Batching::Off);
         if let Some(known) = self.models.get_mut(model) {
             known.waiting += 1;
@@ -85,10 +97,10 @@ impl Books {
         self.relist(slot);
     }
 
-    /// Takes a waiting request out of its queue, for whatever comes next.
-    fn dequeue(&mut self, slot: Slot, waiting: Waiting) {
-        let Some(function) = self.functions.get_mut(slot) else { return };
-        self.ready.take(function, waiting);
+    /// Takes a waiting request out of its queue, for whatever comes next; tells whether it was given up.
+    fn dequeue(&mut self, slot: Slot, waiting: Waiting) -> bool {
+        let Some(function) = self.functions.get_mut(slot) else { return false };
+        let given_up = self.ready.take(function, waiting);
         if let Some(known) = self.models.get_mut(function.model) {
             known.waiting = known.waiting.saturating_sub(1);
             if let Some(form) = waiting.form {
@@ -96,28 +108,40 @@ impl Books {
             }
         }
         self.relist(slot);
+        given_up
+    }
+
+    /// A request was in time, or was not and never will be. It counts once; tells of which function.
+    fn record(&mut self, slot: Slot, met: bool) {
+        let (now, threshold) = (self.now, self.threshold_permille);
+        let Some(function) = self.functions.get_mut(slot) else { return };
+        let is_high = function.objective.required_permille() <= threshold;
+        function.objective.record(now, met);
+        self.tally.add(is_high, met);
+        self.relist(slot);
     }
 
     /// Declines a request, where it waits or ran.
     pub(crate) fn refuse(&mut self, request: RequestKey, refusal: Refusal, actions: &mut Vec<Action>) {
-        let Some(found) = self.requests.remove(&request) else { return };
-        if let (Stage::Waiting, Some(slot)) = (found.stage, self.functions.find(found.function)) {
-            self.dequeue(slot, found.waiting);
-        }
+        self.decline(request, refusal, actions);
+    }
+
+    /// The same; tells of which function it was, unless it is recorded as missed already.
+    fn decline(&mut self, request: RequestKey, refusal: Refusal, actions: &mut Vec<Action>) -> Option<Slot> {
+        let found = self.requests.remove(&request)?;
+        let slot = self.functions.find(found.function);
+        let given_up = match (found.stage, slot) {
+            (Stage::Waiting, Some(slot)) => self.dequeue(slot, found.waiting),
+            _ => found.given_up,
+        };
         actions.push(Action::Refuse { request, refusal });
+        slot.filter(|_| !given_up)
     }
 
     /// A refusal that counts against the objective: the request wanted an answer and gets none in time.
     pub(crate) fn refuse_as_late(&mut self, request: RequestKey, refusal: Refusal, actions: &mut Vec<Action>) {
-        let function = self.requests.get(&request).map(|found| found.function);
-        self.refuse(request, refusal, actions);
-        if let Some(slot) = function.and_then(|key| self.functions.find(key)) {
-            let now = self.now;
-            if let Some(function) = self.functions.get_mut(slot) {
-                let latency = function.latency;
-                function.record(now, latency, false);
-            }
-            self.relist(slot);
+        if let Some(slot) = self.decline(request, refusal, actions) {
+            self.record(slot, false);
         }
     }
 
@@ -132,12 +156,13 @@ impl Books {
         }
     }
 
-    /// The most urgent fresh request of a function cannot be in time any more.
+    /// The most urgent fresh request of a function cannot be in time any more. It is recorded as missed now: until it is
+    /// answered may take long, and who decides whom to help must know before.
     pub(crate) fn give_up_head(&mut self, slot: Slot) {
         if let Some(function) = self.functions.get_mut(slot) {
-            Ready::give_up_head(function);
+            self.ready.give_up_head(function);
         }
-        self.relist(slot);
+        self.record(slot, false);
     }
 
     /// Starts a run on an idle lane of a device that has the weights, or gets them. `with` are requests of the same
@@ -149,7 +174,7 @@ impl Books {
         (device, ends): (usize, At),
         actions: &mut Vec<Action>,
     ) -> bool {
-        let Some(&Request { function, waiting, stage: Stage::Waiting }) = self.requests.get(&request) else {
+        let Some(&Request { function, waiting, stage: Stage::Waiting, .. }) = self.requests.get(&request) else {
             return false;
         };
         let Some(slot) = self.functions.find(function) else { return false };
@@ -183,7 +208,10 @@ impl Books {
         found.stage = stage;
         let waiting = found.waiting;
         let Some(slot) = self.functions.find(found.function) else { return };
-        self.dequeue(slot, waiting);
+        let given_up = self.dequeue(slot, waiting);
+        if let Some(found) = self.requests.get_mut(&request) {
+            found.given_up = given_up;
+        }
         if let Some(function) = self.functions.get_mut(slot) {
             function.in_flight += 1;
         }
@@ -203,8 +231,8 @@ impl Books {
         }
     }
 
-    /// A run ended; learns from it.
-    pub(crate) fn run_done(&mut self, request: RequestKey, took: Duration, actions: &mut Vec<Action>) -> Option<Ended> {
+    /// A run ended; learns from it. Gives its model, where it has answered any function that is still there.
+    pub(crate) fn run_done(&mut self, request: RequestKey, took: Duration, actions: &mut Vec<Action>) -> Option<Slot> {
         let found = self.requests.get(&request)?;
         let Stage::Running { device, lane, model, stay: stay_id } = found.stage else { return None };
         let now = self.now;
@@ -246,20 +274,25 @@ impl Books {
     }
 
     /// The requests of a run that has ended leave, each by the books of its own function.
-    fn answered(&mut self, model: Slot, running: &Running) -> Option<Ended> {
+    fn answered(&mut self, model: Slot, running: &Running) -> Option<Slot> {
         let now = self.now;
-        let mut counts = (0, 0);
+        let mut answered = false;
         for request in running.requests() {
             let Some(found) = self.requests.remove(&request) else { continue };
             let Some(slot) = self.functions.find(found.function) else { continue };
             let Some(function) = self.functions.get_mut(slot) else { continue };
             function.in_flight = function.in_flight.saturating_sub(1);
+            function.took(now - found.waiting.arrived);
             let met = now <= found.waiting.deadline;
-            function.record(now, now - found.waiting.arrived, met);
-            counts = (counts.0 + 1, counts.1 + u32::from(!met));
-            self.relist(slot);
+            if !found.given_up {
+                self.record(slot, met);
+            } else if met {
+                function.objective.amend(now);
+                self.relist(slot);
+            }
+            answered = true;
         }
-        (counts.0 > 0).then_some(Ended { model, answered: counts.0, missed: counts.1 })
+        answered.then_some(model)
     }
 
     /// A run's requests had to be run one by one.

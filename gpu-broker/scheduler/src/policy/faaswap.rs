@@ -13,13 +13,14 @@ use super::{
     means::{COPY_ENDS_SOON, Means, runs_at_once},
     plan::Plan,
     predict::{Prediction, Question},
+    pressure::Pressure,
 };
 use crate::{
-    books::{Books, Ended, Stage},
+    books::{Books, Stage},
     decision::{Choice, Decision},
     device::Device,
     event::Action,
-    limits::{CONTROL_EVERY, LOOKED_AT_MAX, STARVED_AFTER, STARVED_TURN},
+    limits::{LOOKED_AT_MAX, STARVED_AFTER, STARVED_TURN},
     ready::{Function, Rank, Tier, Waiting},
     slots::Slot,
     time::{At, Span},
@@ -29,9 +30,6 @@ use crate::{
 const PROMISED_TO_MAX: usize = 16;
 /// Requests of one function that one pass looks at.
 const OF_ONE_FUNCTION_MAX: usize = 4;
-/// The class threshold's range, in thousandths of a request.
-const THRESHOLD_MIN: i64 = 10_000;
-const THRESHOLD_MAX: i64 = 1_000_000;
 
 /// What came of one request in a pass.
 enum Outcome {
@@ -55,9 +53,7 @@ pub(crate) struct Faaswap {
     wake: At,
     /// Starts since a starved request had its turn.
     starts: u32,
-    control_at: At,
-    ended: u32,
-    missed: u32,
+    pressure: Pressure,
 }
 
 impl Faaswap {
@@ -69,23 +65,8 @@ impl Faaswap {
             reached: None,
             wake: At::NEVER,
             starts: 0,
-            control_at: At::START,
-            ended: 0,
-            missed: 0,
+            pressure: Pressure::new(),
         }
-    }
-
-    /// Moves the threshold between the classes: down while requests are late, up again when they are not.
-    fn control(&mut self, books: &mut Books) {
-        if books.now < self.control_at {
-            return;
-        }
-        self.control_at = books.now + CONTROL_EVERY;
-        let threshold = books.threshold_permille.min(THRESHOLD_MAX);
-        let late = self.missed * 50 > self.ended;
-        books.threshold_permille =
-            if late { (threshold / 2).max(THRESHOLD_MIN) } else { (threshold + threshold / 4).min(THRESHOLD_MAX) };
-        (self.ended, self.missed) = (0, 0);
     }
 
     /// Looks at as much as what happened calls for; gives when to look again.
@@ -182,13 +163,14 @@ impl Faaswap {
         let Some((best, compared)) = self.best_place(books, slot, waiting.deadline) else {
             return Outcome::Waits(At::NEVER);
         };
-        let in_time = best.ends <= waiting.deadline;
+        let margin = self.pressure.margin(waiting);
+        let in_time = best.ends + margin <= waiting.deadline;
         if tier < Tier::Late && !in_time {
-            if self.refuses(books, slot, waiting, best, actions) {
+            if best.ends > waiting.deadline && self.refuses(books, slot, waiting, best, actions) {
                 return Outcome::GivenUp;
             }
             let is_head = books.functions.get(slot).and_then(|function| function.fresh.front()) == Some(&waiting);
-            if is_head && best.ends_at_best > waiting.deadline {
+            if is_head && best.ends_at_best + margin > waiting.deadline {
                 books.give_up_head(slot);
                 return Outcome::GivenUp;
             }
@@ -371,15 +353,13 @@ impl Faaswap {
 
 impl Policy for Faaswap {
     fn fill(&mut self, books: &mut Books, trigger: Trigger, actions: &mut Vec<Action>) -> At {
-        self.control(books);
+        self.pressure.look(books);
         self.wake = self.look(books, trigger, actions);
         self.wake
     }
 
-    fn ended(&mut self, books: &mut Books, ended: Ended) {
-        self.ended += ended.answered;
-        self.missed += ended.missed;
-        self.ahead.foresee(books, ended.model);
+    fn ended(&mut self, books: &mut Books, model: Slot) {
+        self.ahead.foresee(books, model);
     }
 
     fn expect(&mut self, books: &Books, function: Slot) {
