@@ -23,7 +23,7 @@ pub(crate) const RETRY_AFTER: Span = Span::millis(10);
 /// Shortest time to the next wake-up.
 pub(crate) const WAKE_MIN: Span = Span::micros(50);
 /// How often the class threshold is looked at.
-pub(crate) const CONTROL_EVERY: Span = Span::secs(2);
+pub(crate) const CONTROL_EVERY: Span = Span::millis(250);
 /// Regular models that are brought ahead of their request: most copies of that kind at a time on a node.
 pub(crate) const AHEAD_MAX: u32 = 1;
 /// Most requests that one run answers.

@@ -172,6 +172,19 @@ mod tests {
     }
 
     #[test]
+    fn what_was_given_up_and_is_in_time_after_all_counts_once_and_as_met() {
+        let (mut given_up, mut plain) = (objective(), objective());
+        given_up.record(At::START, false);
+        given_up.amend(At::START + PART);
+        plain.record(At::START, true);
+        assert_eq!(given_up.required_permille(), plain.required_permille());
+        assert!(given_up.is_met_in_lifetime());
+        // The miss is out of the window by now, what made up for it is not.
+        given_up.record(At::START + PART * PARTS as u64, true);
+        assert!(given_up.required_permille() < 0);
+    }
+
+    #[test]
     fn spare_is_what_may_still_be_missed() {
         let mut objective = objective();
         assert_eq!(objective.spare(), 0, "a first request that is missed is a miss");

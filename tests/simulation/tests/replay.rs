@@ -129,6 +129,15 @@ fn sharing_runs_makes_no_function_miss_what_it_keeps_alone() {
     assert!(whole.0 >= none.0, "{whole:?} against {none:?}");
 }
 
+/// Half as much again as can be done: most functions are served as if nothing were. All of them late by a little would be
+/// every function's miss; 195 of these 400 were left when what had been given up was recorded only once it was answered.
+#[test]
+fn where_more_is_asked_for_than_can_be_done_most_functions_keep_their_objectives() {
+    let (node, models, workload) = scenario::bus_bound(60.0, 1);
+    let outcome = scenario::play(&node, &models, &workload, PolicyKind::Faaswap, 1);
+    assert!(outcome.compliant_share() > 0.6, "{}", outcome.compliant());
+}
+
 /// What a timer calls is brought before it calls, and nobody pays for that.
 #[test]
 fn requests_by_timers_find_their_weights_there_and_no_request_is_late_for_that() {

@@ -26,10 +26,15 @@ const FADES: Span = Span::secs(1);
 /// One request, of which parts are left later.
 const ONE: u64 = 1 << 20;
 /// So many requests in time are assumed beside those that were seen: a few that are late say little.
-const PRIOR: u64 = 32 * ONE;
-/// The range of the threshold between the classes, in thousandths of a request.
-const THRESHOLD_MIN: i64 = 10_000;
+const PRIOR: u64 = 100 * ONE;
+/// The range of the threshold between the classes, in thousandths of a request. One request that is late beyond those that may be
+/// makes 50 of a p98: a function that is that far behind is never left alone for it.
+const THRESHOLD_MIN: i64 = 50_000;
 const THRESHOLD_MAX: i64 = 1_000_000;
+/// It falls by such a part, soon, before all are too far behind ...
+const FALLS_BY: i64 = 4;
+/// ... and rises by such a part, slowly: who comes back too early makes the others late.
+const RISES_BY: i64 = 32;
 
 /// How many requests are late.
 #[derive(Clone, Copy, Debug)]
@@ -62,8 +67,11 @@ impl Pressure {
         let threshold = books.threshold_permille.min(THRESHOLD_MAX);
         let high = std::mem::take(&mut self.high);
         let late = u64::from(high.missed()) * 1000 > u64::from(high.asked) * LATE_PERMILLE;
-        books.threshold_permille =
-            if late { (threshold / 2).max(THRESHOLD_MIN) } else { (threshold + threshold / 4).min(THRESHOLD_MAX) };
+        books.threshold_permille = if late {
+            (threshold - threshold / FALLS_BY).max(THRESHOLD_MIN)
+        } else {
+            (threshold + threshold / RISES_BY).min(THRESHOLD_MAX)
+        };
     }
 
     fn learn(&mut self, now: At, all: Count) {
@@ -78,5 +86,66 @@ impl Pressure {
         let late_permille = self.late.saturating_mul(1000) / self.ended.saturating_add(PRIOR);
         let margin_permille = late_permille.saturating_sub(LATE_PERMILLE) * MARGIN_PER_LATE;
         (waiting.deadline - waiting.arrived).permille(margin_permille.min(MARGIN_MAX_PERMILLE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{event::RequestKey, eviction::Eviction, scheduler::SchedulerConfig};
+
+    /// What is given up of a deadline of 80 ms.
+    fn margin(pressure: &Pressure) -> Span {
+        let deadline = At::START + Span::millis(80);
+        pressure.margin(Waiting { request: RequestKey(1), arrived: At::START, deadline, form: None })
+    }
+
+    fn books() -> Books {
+        Books::new(SchedulerConfig::default(), Eviction::Regret)
+    }
+
+    /// So many requests, of which so many were late, every 10 ms for so long.
+    fn pressed(books: &mut Books, pressure: &mut Pressure, (asked, late): (u32, u32), high: bool, ms: u64) {
+        for _ in 0..ms / 10 {
+            books.now = books.now + Span::millis(10);
+            (0..asked).for_each(|nth| books.tally.add(high, nth >= late));
+            pressure.look(books);
+        }
+    }
+
+    #[test]
+    fn the_more_is_late_the_sooner_is_given_up_and_nothing_where_nearly_all_is_in_time() {
+        let given_up = |late| {
+            let (mut books, mut pressure) = (books(), Pressure::new());
+            pressed(&mut books, &mut pressure, (100, late), true, 3_000);
+            margin(&pressure)
+        };
+        assert_eq!([0, 1, 2].map(given_up), [Span::ZERO; 3]);
+        assert!(given_up(3) > Span::ZERO && given_up(4) > given_up(3));
+        assert_eq!([50, 100].map(given_up), [Span::millis(10); 2], "an eighth at most");
+    }
+
+    #[test]
+    fn a_few_late_requests_say_little_and_what_is_over_is_forgotten() {
+        let (mut books, mut pressure) = (books(), Pressure::new());
+        books.tally.add(true, false);
+        pressure.look(&mut books);
+        assert_eq!(margin(&pressure), Span::ZERO);
+        pressed(&mut books, &mut pressure, (100, 100), true, 1_000);
+        assert_eq!(margin(&pressure), Span::millis(10));
+        pressed(&mut books, &mut pressure, (100, 0), true, 8_000);
+        assert_eq!(margin(&pressure), Span::ZERO);
+    }
+
+    #[test]
+    fn the_threshold_falls_while_the_high_class_is_late_and_rises_slowly_whatever_the_low_one_is() {
+        let (mut books, mut pressure) = (books(), Pressure::new());
+        pressed(&mut books, &mut pressure, (100, 10), true, 10_000);
+        assert_eq!(books.threshold_permille, THRESHOLD_MIN);
+        pressed(&mut books, &mut pressure, (100, 100), false, 2_000);
+        let risen = books.threshold_permille;
+        assert!((THRESHOLD_MIN + 1..2 * THRESHOLD_MIN).contains(&risen), "{risen}");
+        pressed(&mut books, &mut pressure, (100, 0), true, 40_000);
+        assert_eq!(books.threshold_permille, THRESHOLD_MAX);
     }
 }

@@ -3,6 +3,8 @@
 //! FILE is the `figures.json` of `faaswap-gpu figures`: then the H100s of one scenario cost what was measured there.
 //! With `--trace FILE`, it plays what a broker has recorded instead, with every policy.
 
+mod trouble;
+
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
@@ -24,9 +26,6 @@ use faaswap_simulation::{
 /// Seeds of the published trace; those of held-back traces start elsewhere.
 const SEEDS: u64 = 3;
 const HELD_BACK_FROM: u64 = 1000;
-
-/// How many times the published requests four H100s are asked for with noise.
-const NOISY_RATE: f64 = 33.0;
 
 /// One scenario with its tables and plots.
 type Part = fn(&mut Run) -> std::io::Result<()>;
@@ -99,7 +98,7 @@ fn both<T: Send>(figure: impl Fn(PolicyKind) -> T + Sync) -> [T; 2] {
 impl Run {
     fn all(&mut self) -> std::io::Result<()> {
         std::fs::create_dir_all(&self.folder)?;
-        let parts: [(&str, Part); 13] = [
+        let parts: [(&str, Part); 14] = [
             ("paper", Self::paper),
             ("largest", Self::largest),
             ("balance", Self::balance),
@@ -109,6 +108,7 @@ impl Run {
             ("bus-bound", Self::bus_bound),
             ("h100s", Self::h100s),
             ("noisy", Self::noisy),
+            ("overload", Self::overload),
             ("adversarial", Self::adversarial),
             ("faults", Self::faults),
             ("batching", Self::batching),
@@ -154,13 +154,6 @@ impl Run {
     /// The share of compliant functions over their number, and the published points.
     fn paper(&mut self) -> std::io::Result<()> {
         let mut lines: Vec<_> = policies(1).map(|(name, _)| Line { name: name.to_owned(), points: Vec::new() }).into();
-        if std::env::var("OVER").is_ok() {
-            for n in [640, 680, 720, 800, 960] { for trace in [Trace::Published, Trace::HeldBack] { for seed in 1..=4 {
-                let outcome = scenario::paper(trace, n, PolicyKind::Faaswap, seed);
-                self.add(&format!("over-{n}-{trace:?}"), "faaswap", seed, &outcome);
-            } } }
-            return Ok(());
-        }
         for n in [160, 240, 320, 400, 480, 560, 640, 720] {
             for (at, (name, policy)) in policies(1).into_iter().enumerate() {
                 let outcome = scenario::paper(Trace::Published, n, policy, 1);
@@ -338,33 +331,6 @@ impl Run {
         Ok(())
     }
 
-    /// Functions that keep their p98 on four H100s near what these carry, as run times vary more and more.
-    fn noisy(&mut self) -> std::io::Result<()> {
-        if std::env::var("OVER").is_ok() {
-            for percent in [3_u32, 60] { for rate in [36.0, 40.0, 45.0, 50.0, 60.0] {
-                let outcome = scenario::noisy(f64::from(percent) / 100.0, rate, PolicyKind::Faaswap, 1);
-                self.add(&format!("noisy-{percent}-{rate}"), "faaswap", 1, &outcome);
-            } }
-            return Ok(());
-        }
-        for percent in [3_u32, 30, 60] {
-            for seed in 1..=self.seeds {
-                let outcome = scenario::noisy(f64::from(percent) / 100.0, NOISY_RATE, PolicyKind::Faaswap, seed);
-                self.add(&format!("noisy-{percent}-percent"), "faaswap", seed, &outcome);
-                self.say(&format!("{:.0} copies a second between devices", outcome.peer_swaps_per_s()));
-            }
-        }
-        Ok(())
-    }
-
-    fn adversarial(&mut self) -> std::io::Result<()> {
-        for (name, policy) in policies(1) {
-            let outcome = scenario::adversarial(policy, 1);
-            self.add("adversarial", name, 1, &outcome);
-        }
-        Ok(())
-    }
-
     /// Requests that timers make, with and without bringing their models ahead, alone and beside requests by chance.
     fn prefetch(&mut self) -> std::io::Result<()> {
         for (beside, strangers) in [("alone", false), ("beside-chance", true)] {
@@ -399,16 +365,6 @@ impl Run {
             }
             self.say(&format!("batching, {name}: {} requests a minute of each function", median(found)));
         }
-        Ok(())
-    }
-
-    fn faults(&mut self) -> std::io::Result<()> {
-        for (name, policy) in policies(1) {
-            let outcome = scenario::faults(policy, 1);
-            self.add("faults", name, 1, &outcome);
-        }
-        let twice = [0, 1].map(|_| scenario::faults(PolicyKind::Faaswap, 7).digest);
-        assert_eq!(twice[0], twice[1], "the same seed gives the same actions");
         Ok(())
     }
 }
