@@ -40,7 +40,7 @@ impl Count {
     }
 }
 
-/// What has become of requests, of all functions and of those of the high class.
+/// What has become of requests that somebody waits for, of all functions and of those of the high class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) all: Count,
@@ -53,6 +53,12 @@ impl Tally {
         if is_high {
             self.high.add(met);
         }
+    }
+
+    /// One that was added as missed was in time after all.
+    pub(crate) fn amend(&mut self, is_high: bool) {
+        self.all.met = self.all.met.saturating_add(1);
+        self.high.met = self.high.met.saturating_add(u32::from(is_high));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use faaswap_protocol::{Batching, Late, Refusal};
+use faaswap_protocol::{Batching, Late, Priority, Refusal};
 
 use super::{Books, Request, Stage};
 use crate::{
@@ -111,13 +111,26 @@ impl Books {
         given_up
     }
 
-    /// A request was in time, or was not and never will be. It counts once; tells of which function.
+    /// A request was in time, or was not and is not expected to be.
     fn record(&mut self, slot: Slot, met: bool) {
         let (now, threshold) = (self.now, self.threshold_permille);
         let Some(function) = self.functions.get_mut(slot) else { return };
-        let is_high = function.objective.required_permille() <= threshold;
+        if function.priority == Priority::Latency {
+            self.tally.add(function.objective.required_permille() <= threshold, met);
+        }
         function.objective.record(now, met);
-        self.tally.add(is_high, met);
+        self.relist(slot);
+    }
+
+    /// A request that was given up was in time: it counts as such. Else what is given up only for the sake of others would make
+    /// for more of that, also when there are no others any more.
+    fn amend(&mut self, slot: Slot) {
+        let (now, threshold) = (self.now, self.threshold_permille);
+        let Some(function) = self.functions.get_mut(slot) else { return };
+        if function.priority == Priority::Latency {
+            self.tally.amend(function.objective.required_permille() <= threshold);
+        }
+        function.objective.amend(now);
         self.relist(slot);
     }
 
@@ -287,8 +300,7 @@ impl Books {
             if !found.given_up {
                 self.record(slot, met);
             } else if met {
-                function.objective.amend(now);
-                self.relist(slot);
+                self.amend(slot);
             }
             answered = true;
         }

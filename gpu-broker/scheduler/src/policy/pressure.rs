@@ -57,7 +57,7 @@ impl Pressure {
     pub(crate) fn look(&mut self, books: &mut Books) {
         let Tally { all, high } = std::mem::take(&mut books.tally);
         self.high.add_all(high);
-        if all.asked > 0 {
+        if all != Count::NONE {
             self.learn(books.now, all);
         }
         if books.now < self.control_at {
@@ -77,7 +77,8 @@ impl Pressure {
     fn learn(&mut self, now: At, all: Count) {
         let left = |count: u64| faded(count, now - self.at, FADES);
         self.ended = left(self.ended).saturating_add(u64::from(all.asked) * ONE);
-        self.late = left(self.late).saturating_add(u64::from(all.missed()) * ONE);
+        let asked = left(self.late).saturating_add(u64::from(all.asked) * ONE);
+        self.late = asked.saturating_sub(u64::from(all.met) * ONE);
         self.at = now;
     }
 
@@ -134,6 +135,19 @@ mod tests {
         pressed(&mut books, &mut pressure, (100, 100), true, 1_000);
         assert_eq!(margin(&pressure), Span::millis(10));
         pressed(&mut books, &mut pressure, (100, 0), true, 8_000);
+        assert_eq!(margin(&pressure), Span::ZERO);
+    }
+
+    /// Its model takes most of its deadline: each is given up for the margin, and in time all the same, since nothing else is there.
+    #[test]
+    fn what_is_given_up_and_in_time_all_the_same_does_not_keep_the_margin() {
+        let (mut books, mut pressure) = (books(), Pressure::new());
+        pressed(&mut books, &mut pressure, (100, 100), true, 1_000);
+        for _ in 0..1_500 {
+            books.tally.add(true, false);
+            pressed(&mut books, &mut pressure, (0, 0), true, 10);
+            books.tally.amend(true);
+        }
         assert_eq!(margin(&pressure), Span::ZERO);
     }
 

@@ -273,12 +273,18 @@ impl Run {
     /// The largest rate at which 99 of 100 functions are compliant, as a share of what the node could carry at all.
     /// The published policy is asked for less: far beyond what it carries, its queues take long to simulate.
     fn bursty(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bursty", 99, ([(180, 270), (30, 120)], 30, "per-minute"), false, scenario::bursty)
+        let rates = ([(180, 270), (30, 120)], 30, "per-minute");
+        self.share_of_optimum("bursty", 99, rates, (false, 1), scenario::bursty);
+        Ok(())
     }
 
     /// The same where 95 of 100 are compliant, on one device whose link is scarce. Its requests are independent.
     fn bus_bound(&mut self) -> std::io::Result<()> {
-        self.share_of_optimum("bus-bound", 95, ([(4, 60), (4, 60)], 2, "per-minute"), true, scenario::bus_bound)
+        for seed in 1..=self.seeds {
+            let rates = ([(4, 60), (4, 60)], 1, "per-minute");
+            self.share_of_optimum("bus-bound", 95, rates, (true, seed), scenario::bus_bound);
+        }
+        Ok(())
     }
 
     fn share_of_optimum(
@@ -286,15 +292,15 @@ impl Run {
         name: &str,
         percent: u32,
         (ranges, step, unit): ([(usize, usize); 2], usize, &str),
-        by_rates: bool,
+        (by_rates, seed): (bool, u64),
         make: impl Fn(f64, u64) -> scenario::Stage + Sync,
-    ) -> std::io::Result<()> {
+    ) {
         let found = both(|policy| {
             let mut best = None;
             let (low, high) = ranges[usize::from(policy != PolicyKind::Faaswap)];
             largest(low, high, step, |rate| {
-                let (node, models, workload) = make(ratio(rate as u64, 1), 1);
-                let outcome = scenario::play(&node, &models, &workload, policy, 1);
+                let (node, models, workload) = make(ratio(rate as u64, 1), seed);
+                let outcome = scenario::play(&node, &models, &workload, policy, seed);
                 let holds = outcome.compliant_share() * 100.0 >= f64::from(percent);
                 if holds || best.is_none() {
                     best = Some((rate, outcome, optimum::bound(&node, &models, &workload)));
@@ -305,7 +311,7 @@ impl Run {
         });
         for (policy, found) in ["faaswap", "torpor"].into_iter().zip(found) {
             let Some((rate, outcome, bound)) = found else { continue };
-            self.add(&format!("{name}-{rate}-{unit}"), policy, 1, &outcome);
+            self.add(&format!("{name}-{rate}-{unit}"), policy, seed, &outcome);
             let links = if by_rates { bound.links_by_rates } else { bound.links };
             let share = links.max(bound.devices);
             self.say(&format!(
@@ -316,7 +322,6 @@ impl Run {
                 row.share_of_optimum = Some(share);
             }
         }
-        Ok(())
     }
 
     /// How many times the published requests four H100s carry, in halves, for 400 functions each; and eight, where nothing
@@ -326,7 +331,7 @@ impl Run {
         let numbers: &[usize] = if self.only.is_some() { &[4, 8] } else { &[4] };
         for &gpus in numbers {
             let make = |halves: f64, seed| scenario::h100s(figures.as_ref(), gpus, halves / 2.0, seed);
-            self.share_of_optimum(&format!("h100s-{gpus}"), 95, ([(4, 16), (2, 10)], 1, "half-times"), true, make)?;
+            self.share_of_optimum(&format!("h100s-{gpus}"), 95, ([(4, 16), (2, 10)], 1, "half-times"), (true, 1), make);
         }
         Ok(())
     }
