@@ -107,13 +107,13 @@ pub enum Refusal {
         /// Time until the deadline.
         left: Duration,
     },
-    /// The function has too many requests waiting.
+    /// The function has too many requests waiting: the one that came, or one that could not be in time any more, in whose place it waits.
     #[error("{limit} requests of this function are waiting already")]
     FunctionQueueFull {
         /// The most that may wait.
         limit: u64,
     },
-    /// The node has too many requests waiting.
+    /// The node has too many requests waiting; the same.
     #[error("{limit} requests are waiting on this node already")]
     NodeQueueFull {
         /// The most that may wait.
