@@ -27,6 +27,7 @@ pub const FUNCTION_READY_WITHIN: Duration = Duration::from_secs(180);
 const MEMORY_BYTES_MIN: u64 = 512 << 20;
 /// How long a page of ours may take.
 const PAGE_WITHIN: Duration = Duration::from_secs(10);
+
 /// A device of a broker.
 #[derive(Clone, Debug)]
 pub struct DeviceOptions {

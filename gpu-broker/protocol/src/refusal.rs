@@ -113,7 +113,7 @@ pub enum Refusal {
         /// The most that may wait.
         limit: u64,
     },
-    /// The node has too many requests waiting; the same.
+    /// The node has too many requests waiting: likewise.
     #[error("{limit} requests are waiting on this node already")]
     NodeQueueFull {
         /// The most that may wait.

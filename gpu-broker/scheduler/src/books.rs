@@ -59,7 +59,7 @@ pub(crate) struct Books {
     pub(crate) calendar: BTreeSet<(At, Slot)>,
     /// Functions whose required request count exceeds this are of the low class, in thousandths.
     pub(crate) threshold_permille: i64,
-    /// What has become of requests since the policy looked last.
+    /// What has become of requests since the policy took it.
     pub(crate) tally: Tally,
     pub(crate) draining: bool,
     stays_made: u64,
@@ -140,7 +140,7 @@ fn rank(function: &Function, run: Span, threshold_permille: i64) -> (Tier, At) {
     if function.priority == faaswap_protocol::Priority::Batch {
         return (Tier::Batch, head.map_or(At::NEVER, |head| head.arrived));
     }
-    let tier = if function.objective.required_permille() > threshold_permille { Tier::Low } else { Tier::High };
+    let tier = if function.is_high(threshold_permille) { Tier::High } else { Tier::Low };
     let patience = match function.objective.spare() {
         ..=0 => Span::ZERO,
         1..=2 => function.deadline / 8,

@@ -29,11 +29,6 @@ impl Count {
         self.asked.saturating_sub(self.met)
     }
 
-    pub(crate) fn add_all(&mut self, other: Self) {
-        self.asked = self.asked.saturating_add(other.asked);
-        self.met = self.met.saturating_add(other.met);
-    }
-
     fn add(&mut self, met: bool) {
         self.asked = self.asked.saturating_add(1);
         self.met = self.met.saturating_add(u32::from(met));

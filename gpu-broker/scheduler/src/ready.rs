@@ -103,6 +103,11 @@ impl Function {
         }
     }
 
+    /// Whether it is of the high class: its objective is within reach.
+    pub(crate) fn is_high(&self, threshold_permille: i64) -> bool {
+        self.objective.required_permille() <= threshold_permille
+    }
+
     /// A request was answered after so long.
     pub(crate) fn took(&mut self, latency: Span) {
         self.latency = if self.latency.is_zero() { latency } else { (self.latency * 15 + latency) / 16 };

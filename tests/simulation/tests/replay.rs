@@ -130,7 +130,7 @@ fn sharing_runs_makes_no_function_miss_what_it_keeps_alone() {
 }
 
 /// Half as much again as can be done: most functions are served as if nothing were. All of them late by a little would be
-/// every function's miss; 195 of these 400 were left when what had been given up was recorded only once it was answered.
+/// every function's miss.
 #[test]
 fn where_more_is_asked_for_than_can_be_done_most_functions_keep_their_objectives() {
     let (node, models, workload) = scenario::bus_bound(60.0, 1);

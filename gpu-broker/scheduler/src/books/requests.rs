@@ -116,7 +116,7 @@ impl Books {
         let (now, threshold) = (self.now, self.threshold_permille);
         let Some(function) = self.functions.get_mut(slot) else { return };
         if function.priority == Priority::Latency {
-            self.tally.add(function.objective.required_permille() <= threshold, met);
+            self.tally.add(function.is_high(threshold), met);
         }
         function.objective.record(now, met);
         self.relist(slot);
@@ -128,7 +128,7 @@ impl Books {
         let (now, threshold) = (self.now, self.threshold_permille);
         let Some(function) = self.functions.get_mut(slot) else { return };
         if function.priority == Priority::Latency {
-            self.tally.amend(function.objective.required_permille() <= threshold);
+            self.tally.amend(function.is_high(threshold));
         }
         function.objective.amend(now);
         self.relist(slot);

@@ -4,13 +4,13 @@
 //! moment: no run has time for others to share it, and whatever takes a little longer than predicted is late. So the more is late,
 //! the sooner a request is given up ([`Pressure::margin`]), and those that remain have time. And functions that are too far
 //! behind yield to the others ([`Pressure::look`]): rather a few that miss their objectives than all of them, by a little.
-//! Where nearly all are in time, neither happens.
+//! Where nearly all are in time, nothing is given up early.
 
 use crate::{
     books::Books,
     demand::faded,
     limits::CONTROL_EVERY,
-    objective::{Count, Tally},
+    objective::Count,
     ready::Waiting,
     time::{At, Span},
 };
@@ -42,21 +42,18 @@ pub(crate) struct Pressure {
     ended: u64,
     late: u64,
     at: At,
-    /// Of the high class, since the threshold was looked at.
-    high: Count,
     control_at: At,
 }
 
 impl Pressure {
     pub(crate) const fn new() -> Self {
-        Self { ended: 0, late: 0, at: At::START, high: Count::NONE, control_at: At::START }
+        Self { ended: 0, late: 0, at: At::START, control_at: At::START }
     }
 
     /// Takes in what has become of requests, and moves the threshold between the classes now and then: down while requests of the
     /// high class are late, so that fewer functions are in it, and up while they are in time.
     pub(crate) fn look(&mut self, books: &mut Books) {
-        let Tally { all, high } = std::mem::take(&mut books.tally);
-        self.high.add_all(high);
+        let all = std::mem::take(&mut books.tally.all);
         if all != Count::NONE {
             self.learn(books.now, all);
         }
@@ -65,7 +62,7 @@ impl Pressure {
         }
         self.control_at = books.now + CONTROL_EVERY;
         let threshold = books.threshold_permille.min(THRESHOLD_MAX);
-        let high = std::mem::take(&mut self.high);
+        let high = std::mem::take(&mut books.tally.high);
         let late = u64::from(high.missed()) * 1000 > u64::from(high.asked) * LATE_PERMILLE;
         books.threshold_permille = if late {
             (threshold - threshold / FALLS_BY).max(THRESHOLD_MIN)
