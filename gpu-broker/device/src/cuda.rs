@@ -20,7 +20,6 @@ mod kernels;
 mod lane;
 mod link;
 mod measure;
-mod moves;
 mod order;
 mod peer;
 mod placement;

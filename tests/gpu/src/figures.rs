@@ -33,9 +33,9 @@ const PREPARING: usize = 4;
 const TOLERANCE: f64 = 1e-2;
 /// Between a swap-out and the next swap-in: the link does meanwhile what it does when it is idle.
 const BETWEEN: Duration = Duration::from_millis(10);
-/// Functions of one model that are bound before memory is looked at: the driver takes more for the first ones, which those
-/// after them use too (18 MB each for the first eight of BERT-large in fp16, 1.6 MB for the next).
-const FORMER: usize = 7;
+/// Functions of one model that are bound before memory is looked at: the first two of a kind have programs of their own, and the first
+/// after them in each of eight lanes brings what all others there launch.
+const FORMER: usize = 15;
 /// Functions of one model over which their memory is averaged.
 const FURTHER: usize = 8;
 const SWAPS: usize = 15;

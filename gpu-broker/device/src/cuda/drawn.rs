@@ -397,3 +397,14 @@ pub(super) unsafe fn set_event(node: usize, event: &Event) -> Result<(), DeviceE
     // SAFETY: the caller's promise; the event is alive.
     check("cuGraphEventWaitNodeSetEvent", unsafe { cu::cuGraphEventWaitNodeSetEvent(node, event.raw()) })
 }
+
+/// Lets a wait of a graph that was instantiated be for another event, from its next launch on.
+///
+/// # Safety
+/// The node must be a wait of the graph that it was made of, which is alive and which nobody else uses meanwhile.
+pub(super) unsafe fn set_event_in(exec: cu::CUgraphExec, node: usize, event: &Event) -> Result<(), DeviceError> {
+    let node = ptr::with_exposed_provenance_mut(node);
+    // SAFETY: the caller's promise; the event is alive.
+    let set = unsafe { cu::cuGraphExecEventWaitNodeSetEvent(exec, node, event.raw()) };
+    check("cuGraphExecEventWaitNodeSetEvent", set)
+}

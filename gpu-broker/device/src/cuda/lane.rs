@@ -18,7 +18,7 @@ use super::{
     host_memory::Pinned,
     kernels::Work,
     placement::Placement,
-    program::{Part, Program, RunTimes},
+    program::{Program, RunTimes},
     queue::{Event, Queue},
     registered::{Piece, Registered, UNIT, pieces},
 };
@@ -340,24 +340,15 @@ impl<'d> Run<'d> {
     /// Runs the program without inputs and outputs and looks for its end: for measurements.
     pub fn time_alone(&mut self) -> Result<Duration, DeviceError> {
         let started = Instant::now();
-        let mut placed = None;
-        for part in self.program.parts() {
-            self.moved(part, &mut placed)?;
-            part.graph.launch(&self.lane.queue)?;
-        }
+        self.program.launch(&self.lane.queue, |range| self.placed(range), |_| Ok(()))?;
         self.lane.queue.record(&self.lane.done)?;
         while !self.lane.done.look(TAIL_LOOKS_FOR)? {}
         Ok(started.elapsed())
     }
 
-    /// Moves a part to where the weights are, if it moves with them: for those that arrive, while they are copied.
-    fn moved(&self, part: &Part, placed: &mut Option<Arc<Placement>>) -> Result<(), DeviceError> {
-        let (Some(moves), Some(range)) = (&part.moves, self.program.moves_with()) else { return Ok(()) };
-        let placed = match placed {
-            Some(placed) => placed,
-            None => placed.insert(self.device.shared.wait_placed(range, QUEUED_LOOKS_FOR)?),
-        };
-        moves.to(placed, &part.graph)
+    /// Where the weights are, or will be.
+    fn placed(&self, range: RangeId) -> Result<Arc<Placement>, DeviceError> {
+        self.device.shared.wait_placed(range, QUEUED_LOOKS_FOR)
     }
 
     /// Queues everything; tells when the first part was launched, if there are any.
@@ -380,16 +371,8 @@ impl<'d> Run<'d> {
         if let Some((range, Some(first))) = weights {
             self.device.await_group(range, first, Stream(self.lane.queue.handle()))?;
         }
-        let mut first_launched = None;
-        let mut placed = None;
-        for part in self.program.parts() {
-            self.moved(part, &mut placed)?;
-            if let Some((range, _)) = weights {
-                self.device.wait_queued(range, part.groups)?;
-            }
-            part.graph.launch(&self.lane.queue)?;
-            first_launched.get_or_insert_with(Instant::now);
-        }
+        let ready = |groups| weights.map_or(Ok(()), |(range, _)| self.device.wait_queued(range, groups));
+        let first_launched = self.program.launch(&self.lane.queue, |range| self.placed(range), ready)?;
         let (to, from) = (self.stretch(outputs.0, outputs.1)?, self.lane.io_base + outputs.0 as u64);
         match outputs.1 {
             0 => {}

@@ -4,18 +4,19 @@
 use std::{
     cell::RefCell,
     fmt,
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use super::{
     CudaDevice,
     arena::{Purpose, with_purpose},
     drawn::Drawn,
-    moves::Moves,
-    queue::Graph,
+    placement::Placement,
+    queue::{Graph, Queue},
     rewrite::Counts,
     stages::stages,
+    twins::Twin,
 };
 use crate::{Device, DeviceError, Group, RangeId};
 
@@ -24,11 +25,15 @@ const USUAL_FOLLOWS: u32 = 8;
 
 /// A model's run, captured: what to launch, where its inputs and outputs lie.
 pub struct Program {
-    parts: Vec<Part>,
+    body: Body,
     lane: usize,
-    /// Where its weights are, if it moves with them.
-    moves_with: Option<RangeId>,
     times: Mutex<Times>,
+}
+
+/// What is launched.
+enum Body {
+    Captured(Vec<Part>),
+    Twin(Twin),
 }
 
 #[derive(Default)]
@@ -86,8 +91,6 @@ impl fmt::Debug for Drawing {
 pub(super) struct Part {
     pub(super) graph: Graph,
     pub(super) groups: u32,
-    /// What of it moves with the weights; `None` where it reads none, or finds them at their range's own addresses alone.
-    pub(super) moves: Option<Moves>,
 }
 
 /// Where the time of a run went.
@@ -102,8 +105,13 @@ pub struct RunTimes {
 }
 
 impl Program {
-    pub(super) fn new(parts: Vec<Part>, lane: usize, moves_with: Option<RangeId>) -> Self {
-        Self { parts, lane, moves_with, times: Mutex::default() }
+    fn captured(parts: Vec<Part>, lane: usize) -> Self {
+        Self { body: Body::Captured(parts), lane, times: Mutex::default() }
+    }
+
+    /// One that is made of others of its kind, for this lane.
+    pub(super) fn of_twin(twin: Twin, lane: usize) -> Self {
+        Self { body: Body::Twin(twin), lane, times: Mutex::default() }
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {
@@ -127,18 +135,48 @@ impl Program {
         self.times().usual.at_least()
     }
 
-    /// The range that it moves with.
-    pub(super) fn moves_with(&self) -> Option<RangeId> {
-        self.moves_with
+    /// Launches its parts, each once `ready` has returned for its number of groups; tells when the first was, if there are any. `placed`
+    /// tells where the weights of a range are. For whoever has the lane.
+    pub(super) fn launch(
+        &self,
+        on: &Queue,
+        placed: impl Fn(RangeId) -> Result<Arc<Placement>, DeviceError>,
+        ready: impl Fn(u32) -> Result<(), DeviceError>,
+    ) -> Result<Option<Instant>, DeviceError> {
+        let mut first = None;
+        let mut launch = |graph: &Graph, groups| {
+            ready(groups)?;
+            graph.launch(on)?;
+            first.get_or_insert_with(Instant::now);
+            Ok::<_, DeviceError>(())
+        };
+        match &self.body {
+            Body::Captured(parts) => parts.iter().try_for_each(|part| launch(&part.graph, part.groups))?,
+            Body::Twin(twin) => {
+                let mut place = None;
+                for part in &mut twin.executable().parts {
+                    part.set_to(twin, || match (&place, twin.moves_with()) {
+                        (None, Some(range)) => Ok(Some(Arc::clone(place.insert(placed(range)?)))),
+                        (known, _) => Ok(known.clone()),
+                    })?;
+                    launch(&part.graph, part.groups)?;
+                }
+            }
+        }
+        Ok(first)
     }
 
-    pub(super) fn parts(&self) -> &[Part] {
-        &self.parts
+    /// Of each part, how many groups it waits for, and what it is made of.
+    fn counts(&self) -> Vec<(u32, Counts)> {
+        match &self.body {
+            Body::Captured(parts) => parts.iter().map(|part| (part.groups, part.graph.counts())).collect(),
+            Body::Twin(twin) => twin.executable().parts.iter().map(|part| (part.groups, part.graph.counts())).collect(),
+        }
     }
 
     /// Of how many kernels, copies and waits each part is made, and how many groups it waits for.
     pub fn parts_nodes(&self) -> Vec<(u32, usize)> {
-        self.parts.iter().map(|part| (part.groups, part.graph.counts().nodes)).collect()
+        self.counts().into_iter().map(|(groups, counts)| (groups, counts.nodes)).collect()
     }
 
     /// In which lane it runs.
@@ -148,13 +186,14 @@ impl Program {
 
     /// Copies and fills in it that are kernels of ours, and others that are not.
     pub fn replaced(&self) -> (usize, usize) {
-        let sum = |of: fn(Counts) -> usize| self.parts.iter().map(|part| of(part.graph.counts())).sum();
+        let all = self.counts();
+        let sum = |of: fn(Counts) -> usize| all.iter().map(|(_, counts)| of(*counts)).sum();
         (sum(|part| part.replaced), sum(|part| part.left))
     }
 
     /// Of how many kernels, copies and waits it is made.
     pub fn nodes(&self) -> usize {
-        self.parts.iter().map(|part| part.graph.counts().nodes).sum()
+        self.counts().iter().map(|(_, counts)| counts.nodes).sum()
     }
 }
 
@@ -218,7 +257,7 @@ impl CudaDevice {
             (part, told)
         };
         let (parts, drawn) = parts.into_iter().map(drawn).unzip();
-        Ok((Program::new(parts, lane, None), Drawing { parts: drawn, lane }))
+        Ok((Program::captured(parts, lane), Drawing { parts: drawn, lane }))
     }
 
     /// Ends the part that is captured. One of nothing is left out.
@@ -227,7 +266,7 @@ impl CudaDevice {
         if rewritten.counts.nodes > 0 {
             let groups = capture.stages.get(capture.stage).copied().unwrap_or(0);
             let graph = Graph::of(&drawn, rewritten, &self.uploads)?;
-            capture.done.push((Part { graph, groups, moves: None }, drawn));
+            capture.done.push((Part { graph, groups }, drawn));
         }
         Ok(capture)
     }

@@ -3,29 +3,33 @@
 //! Models of one kind differ in their weights alone. Their programs are the same kernels in the same order; what differs is
 //! where things lie. Two programs that were captured, at two ranges and in two lanes, tell which words are such places: those
 //! that differ, and that lie as far into the same stretch of either. A third program is the first with these words for its own
-//! stretches, and moves with its weights by those of them that name weights ([`Moves`]). A kind is left alone where anything else differs that could be an address ([`alike`]).
+//! stretches. All twins of a kind in a lane launch the same, which is set to the one that runs ([`executable`]). A kind is left alone where
+//! anything else differs that could be an address ([`alike`]).
 
 mod alike;
+mod executable;
 
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
-use cudarc::driver::sys as cu;
-
-pub(super) use self::alike::WORD;
-use self::alike::{Differs, OWN_CONSTANTS, Places, WEIGHTS, Word, compare};
+pub(super) use self::executable::Twin;
+use self::{
+    alike::{Differs, OWN_CONSTANTS, Places, WEIGHTS, Word, compare},
+    executable::Executable,
+};
 use super::{
     CudaDevice, Stretch,
-    drawn::{self, Content, Drawn, Node},
+    drawn::{Content, Node},
     lane::Constants,
-    moves::{Moves, Reader},
     placement::{Span, Tensors},
-    program::{Drawing, Part, Program},
-    queue::{Event, Graph},
-    rewrite::Counts,
+    program::{Drawing, Program},
+    queue::Event,
 };
 use crate::{Device, DeviceError, Group, RangeId};
 
@@ -52,15 +56,6 @@ struct Captured {
     lane_has: (usize, usize),
 }
 
-/// A copy of a template's part.
-struct Copied {
-    drawn: Drawn,
-    /// In the template's order.
-    nodes: Vec<cu::CUgraphNode>,
-    groups: u32,
-    counts: Counts,
-}
-
 /// What twins are made of.
 pub struct Template {
     /// Locked by whoever does something with its graphs: the driver wants that, also where they are only copied.
@@ -72,6 +67,10 @@ pub struct Template {
     lane_has: (usize, usize),
     /// As long as this, no other has these events' handles.
     _events: Vec<Arc<Event>>,
+    /// What twins launch, by lane, for as long as there are any in it.
+    executables: Mutex<HashMap<usize, Weak<Mutex<Executable>>>>,
+    /// How many twins there were.
+    twins: AtomicU64,
 }
 
 enum Known {
@@ -137,7 +136,8 @@ impl Template {
             }
         }
         let Captured { drawing, lane_has, events, .. } = captured;
-        Self { drawing: Mutex::new(drawing), differs, constants, lane_has, _events: events }
+        let (executables, twins) = (Mutex::default(), AtomicU64::new(0));
+        Self { drawing: Mutex::new(drawing), differs, constants, lane_has, _events: events, executables, twins }
     }
 
     /// Whether all that it reads of the weights is these tensors'.
@@ -147,16 +147,6 @@ impl Template {
             Differs::Group(_) => None,
         });
         words.flatten().filter(|word| word.place.0 == WEIGHTS).all(|word| tensors.have(word.place.1))
-    }
-
-    fn copied(&self) -> Result<Vec<Copied>, DeviceError> {
-        let drawing = self.drawing.lock().unwrap_or_else(PoisonError::into_inner);
-        let parts = drawing.parts.iter().map(|(original, groups, counts)| {
-            let drawn = original.copy()?;
-            let nodes = original.nodes()?.into_iter().map(|node| drawn.copied(node)).collect::<Result<_, _>>()?;
-            Ok(Copied { drawn, nodes, groups: *groups, counts: *counts })
-        });
-        parts.collect()
     }
 }
 
@@ -271,15 +261,8 @@ impl CudaDevice {
             self.lane(lane)?.scratch().grow(scratch)?;
             self.lane(lane)?.workspace().grow(workspace)?;
             let places = self.places(lane, range, constants)?;
-            let parts = template.copied()?.into_iter().zip(&template.differs);
-            let parts = parts.map(|(Copied { drawn, nodes, groups, counts }, differs)| {
-                let readers = self.change(&nodes, differs, &places, range)?;
-                let graph = Graph::of(&drawn, counts.of_plain(), &self.uploads)?;
-                let moves = (moves && !readers.is_empty()).then(|| Moves::new(drawn, readers));
-                Ok(Part { graph, groups, moves })
-            });
-            let parts = parts.collect::<Result<_, DeviceError>>()?;
-            Ok(Program::new(parts, lane, moves.then_some(range)))
+            let twin = self.twin_of(template, (lane, places), (range, moves))?;
+            Ok(Program::of_twin(twin, lane))
         });
         let program = self.shared.noted(made)?;
         if moves {
@@ -289,43 +272,6 @@ impl CudaDevice {
             (found.whole, found.was) = (Some(crossing), None);
         }
         Ok(program)
-    }
-
-    /// Makes a copy of a part of the template, whose nodes these are, the twin's. Returns what in it reads weights.
-    fn change(
-        &self,
-        nodes: &[cu::CUgraphNode],
-        differs: &[(usize, Differs)],
-        places: &Places,
-        range: RangeId,
-    ) -> Result<Vec<Reader>, DeviceError> {
-        let mut readers = Vec::new();
-        for (number, differs) in differs {
-            let node = nodes[*number].expose_provenance();
-            match differs {
-                Differs::Words(words) => {
-                    let Node::Kernel(mut call) = drawn::read_node(nodes[*number])? else {
-                        return Err(DeviceError::Invalid("a template's kernel is no kernel"));
-                    };
-                    for word in words {
-                        let bytes = &mut call.arguments[word.argument][word.offset..word.offset + WORD];
-                        bytes.copy_from_slice(&places.address(word.place)?.to_ne_bytes());
-                    }
-                    // SAFETY: the node is a kernel of the copy, which the caller has alone; the places are the model's and its lane's,
-                    // which stay for as long as its program.
-                    unsafe { drawn::set(node, &mut call) }?;
-                    let of_weights = words.iter().filter(|word| word.place.0 == WEIGHTS);
-                    let words: Vec<_> = of_weights.map(|word| (word.argument, word.offset, word.place.1)).collect();
-                    readers.extend((!words.is_empty()).then_some(Reader { node, call, words }));
-                }
-                Differs::Group(group) => {
-                    let event = self.shared.books()?.event(&self.shared.context, range, *group)?;
-                    // SAFETY: the node is a wait of the copy, which the caller has alone.
-                    unsafe { drawn::set_event(node, &event) }?;
-                }
-            }
-        }
-        Ok(readers)
     }
 
     /// Takes memory for constants and writes it.
@@ -378,7 +324,7 @@ impl fmt::Debug for Template {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{alike::WORD, *};
 
     #[test]
     fn the_kind_that_was_used_the_longest_time_ago_goes() {

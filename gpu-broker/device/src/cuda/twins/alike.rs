@@ -4,7 +4,7 @@ use super::{Captured, Content, Node, Stretch};
 use crate::DeviceError;
 
 /// Addresses are words of this size.
-pub(in crate::cuda) const WORD: usize = size_of::<u64>();
+pub(super) const WORD: usize = size_of::<u64>();
 /// Numbers in arguments are below that, lower halves of addresses seldom.
 const SMALL_NUMBERS: u64 = 1 << 20;
 /// So many differences are told where they keep a kind apart.
@@ -15,7 +15,7 @@ pub(super) const WEIGHTS: usize = 0;
 pub(super) const OWN_CONSTANTS: usize = 4;
 
 /// The stretches in [`Places`] that belong to a lane.
-const LANE: std::ops::Range<usize> = 1..OWN_CONSTANTS;
+pub(super) const LANE: std::ops::Range<usize> = 1..OWN_CONSTANTS;
 
 /// Stretches of addresses that a program is about, in the same order for all of a kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
