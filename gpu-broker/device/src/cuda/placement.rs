@@ -1,4 +1,4 @@
-//! Where a range's weights lie for one stay. Programs that can be moved (`moves.rs`) find them in the pool's window, which is always there,
+//! Where a range's weights lie for one stay. Programs that can be moved (`twins/executable.rs`) find them in the pool's window, which is always there,
 //! so that nothing need be mapped for them: but for a tensor whose chunks do not lie in a row, which they find at the range's own addresses.
 
 use super::Stretch;
