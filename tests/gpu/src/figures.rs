@@ -33,9 +33,9 @@ const PREPARING: usize = 4;
 const TOLERANCE: f64 = 1e-2;
 /// Between a swap-out and the next swap-in: the link does meanwhile what it does when it is idle.
 const BETWEEN: Duration = Duration::from_millis(10);
-/// Functions of one model that are bound before memory is looked at: the first two of a kind have programs of their own, and the first
-/// after them in each of eight lanes brings what all others there launch.
-const FORMER: usize = 15;
+/// Functions of one model that are bound before memory is looked at: the first two of a kind have programs of their own, and the first four
+/// after them in each of eight lanes bring what all others there launch.
+const FORMER: usize = 39;
 /// Functions of one model over which their memory is averaged.
 const FURTHER: usize = 8;
 const SWAPS: usize = 15;

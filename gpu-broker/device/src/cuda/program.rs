@@ -154,7 +154,7 @@ impl Program {
             Body::Captured(parts) => parts.iter().try_for_each(|part| launch(&part.graph, part.groups))?,
             Body::Twin(twin) => {
                 let mut place = None;
-                for part in &mut twin.executable().parts {
+                for part in twin.shelf().parts_for(twin)? {
                     part.set_to(twin, || match (&place, twin.moves_with()) {
                         (None, Some(range)) => Ok(Some(Arc::clone(place.insert(placed(range)?)))),
                         (known, _) => Ok(known.clone()),
@@ -170,7 +170,9 @@ impl Program {
     fn counts(&self) -> Vec<(u32, Counts)> {
         match &self.body {
             Body::Captured(parts) => parts.iter().map(|part| (part.groups, part.graph.counts())).collect(),
-            Body::Twin(twin) => twin.executable().parts.iter().map(|part| (part.groups, part.graph.counts())).collect(),
+            Body::Twin(twin) => {
+                twin.shelf().any_parts().iter().map(|part| (part.groups, part.graph.counts())).collect()
+            }
         }
     }
 
@@ -199,7 +201,7 @@ impl Program {
 
 impl fmt::Debug for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Program").field("lane", &self.lane).field("nodes", &self.nodes()).finish()
+        f.debug_struct("Program").field("lane", &self.lane).finish_non_exhaustive()
     }
 }
 

@@ -3,7 +3,7 @@
 //! Models of one kind differ in their weights alone. Their programs are the same kernels in the same order; what differs is
 //! where things lie. Two programs that were captured, at two ranges and in two lanes, tell which words are such places: those
 //! that differ, and that lie as far into the same stretch of either. A third program is the first with these words for its own
-//! stretches. All twins of a kind in a lane launch the same, which is set to the one that runs ([`executable`]). A kind is left alone where
+//! stretches. Twins of a kind in a lane share what they launch, which is set to the one that runs ([`executable`]). A kind is left alone where
 //! anything else differs that could be an address ([`alike`]).
 
 mod alike;
@@ -21,7 +21,7 @@ use std::{
 pub(super) use self::executable::Twin;
 use self::{
     alike::{Differs, OWN_CONSTANTS, Places, WEIGHTS, Word, compare},
-    executable::Executable,
+    executable::Shelf,
 };
 use super::{
     CudaDevice, Stretch,
@@ -67,8 +67,8 @@ pub struct Template {
     lane_has: (usize, usize),
     /// As long as this, no other has these events' handles.
     _events: Vec<Arc<Event>>,
-    /// What twins launch, by lane, for as long as there are any in it.
-    executables: Mutex<HashMap<usize, Weak<Mutex<Executable>>>>,
+    /// Where what twins launch is, by lane, for as long as there are any in it.
+    shelves: Mutex<HashMap<usize, Weak<Mutex<Shelf>>>>,
     /// How many twins there were.
     twins: AtomicU64,
 }
@@ -136,8 +136,8 @@ impl Template {
             }
         }
         let Captured { drawing, lane_has, events, .. } = captured;
-        let (executables, twins) = (Mutex::default(), AtomicU64::new(0));
-        Self { drawing: Mutex::new(drawing), differs, constants, lane_has, _events: events, executables, twins }
+        let (shelves, twins) = (Mutex::default(), AtomicU64::new(0));
+        Self { drawing: Mutex::new(drawing), differs, constants, lane_has, _events: events, shelves, twins }
     }
 
     /// Whether all that it reads of the weights is these tensors'.

@@ -27,6 +27,9 @@ const COMPLAINTS_MAX: usize = 5;
 /// Requests that are sent later than that, one of a hundred, say that the clients are what is slow.
 const SENT_LATE_MAX: Duration = Duration::from_millis(2);
 
+/// Of fewer requests than that not one may be late, at the p98.
+const FEW: u32 = 50;
+
 /// What came of a stretch.
 #[derive(Debug, Default)]
 pub(crate) struct Step {
@@ -202,6 +205,11 @@ impl Step {
         self.functions.iter().filter(|tally| tally.is_compliant()).count()
     }
 
+    /// Functions that are not, and had fewer requests than may have a late one: how long a stretch is decides of these.
+    pub(crate) fn missed_of_few(&self) -> usize {
+        self.functions.iter().filter(|tally| !tally.is_compliant() && tally.asked < FEW).count()
+    }
+
     pub(crate) fn compliant_share(&self) -> f64 {
         self.compliant() as f64 / self.functions.len().max(1) as f64
     }
@@ -232,7 +240,7 @@ impl Step {
 
     pub(crate) fn json(&self, links: f64) -> Value {
         json!({
-            "rate": self.rate, "requests_per_s": self.per_second(), "compliant": self.compliant(),
+            "rate": self.rate, "requests_per_s": self.per_second(), "compliant": self.compliant(), "missed_of_few": self.missed_of_few(),
             "functions": self.functions.len(), "met_share": self.met_share(),
             "p50_ms": permille(&self.latencies, 500), "p98_ms": permille(&self.latencies, 980),
             "p99_ms": permille(&self.latencies, 990), "max_ms": self.latencies.last(),
@@ -248,12 +256,13 @@ impl Step {
 
     pub(crate) fn say(&self, links: f64) {
         println!(
-            "  x{:.2}: {:.1} requests/s, {}/{} functions compliant ({:.2} % in time), p50 {:.2} ms, p98 {:.2} ms; on the lane {} with their weights there {:.2} ms, \
+            "  x{:.2}: {:.1} requests/s, {}/{} functions compliant ({} that are not had fewer than {FEW} requests; {:.2} % in time), p50 {:.2} ms, p98 {:.2} ms; on the lane {} with their weights there {:.2} ms, \
              {} beside their copy {:.2} ms; {:.1} swaps/s, links {:.0} %; {} wrong of {}, {} refused, {} failed",
             self.rate,
             self.per_second(),
             self.compliant(),
             self.functions.len(),
+            self.missed_of_few(),
             self.met_share() * 100.0,
             permille(&self.latencies, 500),
             permille(&self.latencies, 980),

@@ -1,14 +1,12 @@
-//! What twins launch. All twins of a kind in a lane share it, for a lane runs one program at a time: before each part is launched it is set
-//! to the twin that runs, and to where its weights are. That is words of kernels' arguments, some 0.5 us for each kernel on an H100, and
-//! the events that it waits for; what comes behind the first part is set while that runs, and while weights are copied.
+//! What twins launch. Twins of a kind in a lane share it, for a lane runs one program at a time: before each part is launched it is set to the
+//! twin that runs, and to where its weights are. That is words of kernels' arguments, some 0.5 us for each kernel on an H100, and the
+//! events that it waits for; what comes behind the first part is set while that runs, and while weights are copied.
 //!
 //! So a function costs no graph of its own. One takes some 6 KB of the host's memory for each kernel and 3 KB of the device's, and 2 KB of
-//! the host's for what it was made of (driver 580.159.04).
+//! the host's for what it was made of (driver 580.159.04). There are a few for each lane, so that those that run again and again, with
+//! their weights there, seldom have to be set.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::Ordering},
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::Ordering};
 
 use cudarc::driver::sys as cu;
 
@@ -27,6 +25,10 @@ use crate::{
     },
 };
 
+/// Most executables of a kind in one lane: of 480 functions of eight kinds, whose weights a GPU has a fifth of, about as many are there at a
+/// time for each kind and lane.
+const EXECUTABLES_MAX: usize = 4;
+
 /// A twin: whose places its kind's kernels shall name.
 pub(in crate::cuda) struct Twin {
     /// Tells twins of a kind apart.
@@ -36,14 +38,25 @@ pub(in crate::cuda) struct Twin {
     events: Vec<Arc<Event>>,
     /// The range that it moves with; `None` where it finds its weights at the range's own addresses.
     moves_with: Option<RangeId>,
-    executable: Arc<Mutex<Executable>>,
+    shelf: Arc<Mutex<Shelf>>,
     /// Keeps what no other may have meanwhile.
     _template: Arc<Template>,
 }
 
+/// What the twins of a kind in one lane launch: at least one, once there is a twin.
+#[derive(Default)]
+pub(in crate::cuda) struct Shelf {
+    executables: Vec<Executable>,
+    /// Counts uses.
+    now: u64,
+}
+
 /// A copy of a template's graphs, that can be launched.
-pub(in crate::cuda) struct Executable {
-    pub(in crate::cuda) parts: Vec<Part>,
+struct Executable {
+    parts: Vec<Part>,
+    /// The twin that used it last, and when.
+    of: u64,
+    used: u64,
 }
 
 /// A copy of one of its graphs, that can be changed.
@@ -86,9 +99,9 @@ struct Kernel {
 }
 
 impl Twin {
-    /// What it launches. For whoever has its lane, who is alone with it.
-    pub(in crate::cuda) fn executable(&self) -> MutexGuard<'_, Executable> {
-        self.executable.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Where what it launches is. For whoever has its lane, who is alone with it.
+    pub(in crate::cuda) fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        lock(&self.shelf)
     }
 
     /// The range that it moves with.
@@ -102,6 +115,39 @@ impl Twin {
             _ => self.places.address(place),
         }
     }
+}
+
+impl Shelf {
+    /// The parts of the executable that this twin shall launch: its last one, or that which was used the longest time ago.
+    pub(in crate::cuda) fn parts_for(&mut self, twin: &Twin) -> Result<&mut [Part], DeviceError> {
+        self.now += 1;
+        let had = self.executables.iter().map(|executable| (executable.of, executable.used));
+        let executable = choice(had, twin.number).and_then(|at| self.executables.get_mut(at));
+        let executable =
+            executable.ok_or(DeviceError::Invalid("a kind has nothing to launch in a lane of its twins"))?;
+        (executable.of, executable.used) = (twin.number, self.now);
+        Ok(&mut executable.parts)
+    }
+
+    /// The same parts for what is alike in all.
+    pub(in crate::cuda) fn any_parts(&self) -> &[Part] {
+        self.executables.first().map_or(&[], |executable| &executable.parts)
+    }
+
+    fn has_room(&self) -> bool {
+        self.executables.len() < EXECUTABLES_MAX
+    }
+
+    fn put(&mut self, executable: Executable) {
+        if self.has_room() {
+            self.executables.push(executable);
+        }
+    }
+}
+
+/// Which executable a twin takes, of those that these twins had last, and when: that which it had itself, or else the oldest.
+fn choice(had: impl Iterator<Item = (u64, u64)>, twin: u64) -> Option<usize> {
+    had.enumerate().min_by_key(|&(_, (of, used))| (of != twin, used)).map(|(at, _)| at)
 }
 
 impl Part {
@@ -138,7 +184,7 @@ impl Part {
 
 impl Template {
     fn copies(&self) -> Result<Vec<Copied>, DeviceError> {
-        let drawing = self.drawing.lock().unwrap_or_else(PoisonError::into_inner);
+        let drawing = lock(&self.drawing);
         let parts = drawing.parts.iter().map(|(original, groups, counts)| {
             let drawn = original.copy()?;
             let nodes = original.nodes()?.into_iter().map(|node| drawn.copied(node)).collect::<Result<_, _>>()?;
@@ -147,24 +193,19 @@ impl Template {
         parts.collect()
     }
 
-    /// What twins in a lane launch, if there are any.
-    fn executable(&self, lane: usize) -> Option<Arc<Mutex<Executable>>> {
-        self.executables().get(&lane).and_then(Weak::upgrade)
-    }
-
-    /// Keeps what twins in a lane shall launch; returns what they do, for another thread may have been faster.
-    fn keep(&self, lane: usize, made: Executable) -> Arc<Mutex<Executable>> {
-        let mut known = self.executables();
-        known.get(&lane).and_then(Weak::upgrade).unwrap_or_else(|| {
-            let made = Arc::new(Mutex::new(made));
-            known.insert(lane, Arc::downgrade(&made));
-            made
+    /// Where what the twins in a lane launch is.
+    fn shelf(&self, lane: usize) -> Arc<Mutex<Shelf>> {
+        let mut shelves = lock(&self.shelves);
+        shelves.get(&lane).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let shelf = Arc::new(Mutex::new(Shelf::default()));
+            shelves.insert(lane, Arc::downgrade(&shelf));
+            shelf
         })
     }
+}
 
-    fn executables(&self) -> MutexGuard<'_, HashMap<usize, Weak<Mutex<Executable>>>> {
-        self.executables.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Has a word of a kernel's arguments name an address.
@@ -190,12 +231,15 @@ impl CudaDevice {
         let events: Vec<_> =
             (0..groups).map(|group| books.event(&self.shared.context, range, group)).collect::<Result<_, _>>()?;
         drop(books);
-        let executable = match template.executable(lane) {
-            Some(executable) => executable,
-            None => template.keep(lane, self.executable(template, number, &places, &events)?),
-        };
+        let shelf = template.shelf(lane);
+        // Nobody waits for what is made: who finds no room has others there.
+        let has_room = lock(&shelf).has_room();
+        if has_room {
+            let made = self.executable(template, number, &places, &events)?;
+            lock(&shelf).put(made);
+        }
         let moves_with = moves.then_some(range);
-        Ok(Twin { number, places, events, moves_with, executable, _template: Arc::clone(template) })
+        Ok(Twin { number, places, events, moves_with, shelf, _template: Arc::clone(template) })
     }
 
     /// Copies the template's graphs, with a twin's places in them, and brings them to the device.
@@ -212,7 +256,7 @@ impl CudaDevice {
             let graph = Graph::of(&drawn, counts.of_plain(), &self.uploads)?;
             Ok(Part { graph, groups, kernels, waits, set: Some(Setting { twin, placement: 0 }), _drawn: drawn })
         });
-        Ok(Executable { parts: parts.collect::<Result<_, DeviceError>>()? })
+        Ok(Executable { parts: parts.collect::<Result<_, DeviceError>>()?, of: twin, used: 0 })
     }
 }
 
@@ -257,4 +301,18 @@ fn change(
 fn event_of(events: &[Arc<Event>], group: u32) -> Result<&Event, DeviceError> {
     let event = usize::try_from(group).ok().and_then(|group| events.get(group));
     event.map(Arc::as_ref).ok_or(DeviceError::Invalid("a twin has fewer groups than its kind"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_twin_takes_what_it_had_last_or_else_the_oldest() {
+        let had = [(7, 30), (8, 10), (9, 20)];
+        assert_eq!(choice(had.into_iter(), 7), Some(0), "its own, though it is the newest");
+        assert_eq!(choice(had.into_iter(), 6), Some(1));
+        assert_eq!(choice([(7, 30), (9, 0)].into_iter(), 6), Some(1), "never used");
+        assert_eq!(choice([].into_iter(), 7), None);
+    }
 }
