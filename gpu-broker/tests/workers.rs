@@ -95,7 +95,8 @@ fn weights_that_come_from_disk_are_followed_by_workers() {
         assert_eq!(client.answer().1.unwrap().floats(), models[which].expected(&input), "round {round}");
     }
     let from_disk = broker.metric("faaswap_weights_read_bytes_total");
-    assert!(from_disk > f64::from((9 * 4) << 20), "{from_disk} bytes came from disk");
+    // All but the two that host memory has room for, at least; how often each depends on which stay on the devices.
+    assert!(from_disk >= f64::from((7 * 4) << 20), "{from_disk} bytes came from disk");
 }
 
 #[test]
