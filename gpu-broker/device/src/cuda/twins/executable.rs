@@ -74,6 +74,8 @@ pub(in crate::cuda) struct Part {
     /// How many groups of the weights it waits for.
     pub(in crate::cuda) groups: u32,
     kernels: Vec<Kernel>,
+    /// Whether any of them reads weights.
+    reads_weights: bool,
     /// Which nodes wait, and for which group.
     waits: Vec<(usize, u32)>,
     /// What it is set to; `None` after it could not be set.
@@ -157,8 +159,7 @@ impl Part {
         twin: &Twin,
         placed: impl FnOnce() -> Result<Option<Arc<Placement>>, DeviceError>,
     ) -> Result<(), DeviceError> {
-        let reads_weights = self.kernels.iter().any(|kernel| kernel.reads_weights);
-        let placed = if reads_weights { placed()? } else { None };
+        let placed = if self.reads_weights { placed()? } else { None };
         let wanted = Setting { twin: twin.number, placement: placed.as_ref().map_or(0, |placed| placed.number) };
         if self.set == Some(wanted) {
             return Ok(());
@@ -169,8 +170,9 @@ impl Part {
             for word in &*words {
                 write(call, word, twin.address(word.place, placed.as_deref())?);
             }
-            // SAFETY: the graph was made of the one that is kept, whose node this is, and which nobody else has; weights are where the
-            // placement has them, for as long as anything runs that reads them, and the rest stays as long as the twin.
+            // SAFETY: the graph was made of the one that is kept, whose node this is. Its shelf is locked, and whoever has the lane has
+            // waited for what was launched of it before. Weights are where the placement has them, for as long as anything runs that
+            // reads them, and the rest stays as long as the twin.
             unsafe { drawn::set_in(self.graph.raw(), *node, call) }?;
         }
         for &(node, group) in self.waits.iter().filter(|_| !is_its) {
@@ -254,7 +256,9 @@ impl CudaDevice {
             let Copied { drawn, nodes, groups, counts } = copied;
             let (kernels, waits) = change(&nodes, differs, places, events)?;
             let graph = Graph::of(&drawn, counts.of_plain(), &self.uploads)?;
-            Ok(Part { graph, groups, kernels, waits, set: Some(Setting { twin, placement: 0 }), _drawn: drawn })
+            let reads_weights = kernels.iter().any(|kernel| kernel.reads_weights);
+            let set = Some(Setting { twin, placement: 0 });
+            Ok(Part { graph, groups, kernels, reads_weights, waits, set, _drawn: drawn })
         });
         Ok(Executable { parts: parts.collect::<Result<_, DeviceError>>()?, of: twin, used: 0 })
     }
