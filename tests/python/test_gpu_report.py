@@ -98,14 +98,14 @@ def test_a_report_has_a_table_and_a_plot_per_figure(tmp_path):
     found = [record(target={"at_most": 1.08}), record(model="bert_large", ours=1.2, target={"at_most": 1.08}),
              record("bind", ours=30.0, reference=None), record("a strange/one")]
     steps = [{"step": "conform", "outcome": "passed", "seconds": 3.5}]
-    result = {"machine": {"gpus": ["H100, 580.1"], "when": ""}, "steps": steps, "outputs_wrong": 0, "records": found}
+    result = {"machine": {"gpus": ["H100, 580.1"], "when": "", "notes": ["shared", "a note"]}, "steps": steps, "outputs_wrong": 0, "records": found}
     (tmp_path / "one GPU.json").write_text(json.dumps(result))
     (tmp_path / "list.json").write_text(json.dumps(found[:1]))
     out = tmp_path / "results"
     assert script("report").main([str(tmp_path / "one GPU.json"), str(tmp_path / "list.json"), "--out", str(out)]) == 0
     page = (out / "README.md").read_text()
     for line in ["| Swapped-in request, pipelined | 2 | 1.11 | <= 1.08 | 1 of 2 |", "outputs compared: 40, wrong: 0",
-                 "| conform | passed | 3.5 |", "gpus: H100, 580.1"]:
+                 "| conform | passed | 3.5 |", "gpus: H100, 580.1", "* shared", "* a note"]:
         assert line in page, page
     assert "| bert_large | fp16 | 1.20 ms | 1.00 (bare <copy> & more) | 1.20 | <= 1.08 | **missed** |" in page
     linked = {line.split("](")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")}

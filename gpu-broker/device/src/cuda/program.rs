@@ -154,13 +154,15 @@ impl Program {
             Body::Captured(parts) => parts.iter().try_for_each(|part| launch(&part.graph, part.groups))?,
             Body::Twin(twin) => {
                 let mut place = None;
-                for part in twin.shelf().parts_for(twin)? {
-                    part.set_to(twin, || match (&place, twin.moves_with()) {
-                        (None, Some(range)) => Ok(Some(Arc::clone(place.insert(placed(range)?)))),
-                        (known, _) => Ok(known.clone()),
-                    })?;
-                    launch(&part.graph, part.groups)?;
-                }
+                twin.with_parts(|parts| {
+                    parts.iter_mut().try_for_each(|part| {
+                        part.set_to(twin, || match (&place, twin.moves_with()) {
+                            (None, Some(range)) => Ok(Some(Arc::clone(place.insert(placed(range)?)))),
+                            (known, _) => Ok(known.clone()),
+                        })?;
+                        launch(&part.graph, part.groups)
+                    })
+                })?;
             }
         }
         Ok(first)
@@ -170,9 +172,7 @@ impl Program {
     fn counts(&self) -> Vec<(u32, Counts)> {
         match &self.body {
             Body::Captured(parts) => parts.iter().map(|part| (part.groups, part.graph.counts())).collect(),
-            Body::Twin(twin) => {
-                twin.shelf().any_parts().iter().map(|part| (part.groups, part.graph.counts())).collect()
-            }
+            Body::Twin(twin) => twin.counts().to_vec(),
         }
     }
 

@@ -30,6 +30,7 @@ use super::{
     placement::{Span, Tensors},
     program::{Drawing, Program},
     queue::Event,
+    rewrite::Counts,
 };
 use crate::{Device, DeviceError, Group, RangeId};
 
@@ -65,6 +66,8 @@ pub struct Template {
     /// What those stretches of constants hold that the program names, but for the first.
     constants: Vec<Vec<u8>>,
     lane_has: (usize, usize),
+    /// Of each part, how many groups it waits for, and what it is made of.
+    counts: Vec<(u32, Counts)>,
     /// As long as this, no other has these events' handles.
     _events: Vec<Arc<Event>>,
     /// Where what twins launch is, by lane, for as long as there are any in it.
@@ -136,8 +139,9 @@ impl Template {
             }
         }
         let Captured { drawing, lane_has, events, .. } = captured;
-        let (shelves, twins) = (Mutex::default(), AtomicU64::new(0));
-        Self { drawing: Mutex::new(drawing), differs, constants, lane_has, _events: events, shelves, twins }
+        let counts = drawing.parts.iter().map(|(_, groups, counts)| (*groups, *counts)).collect();
+        let (drawing, shelves, twins) = (Mutex::new(drawing), Mutex::default(), AtomicU64::new(0));
+        Self { drawing, differs, constants, lane_has, counts, _events: events, shelves, twins }
     }
 
     /// Whether all that it reads of the weights is these tensors'.

@@ -40,13 +40,16 @@ pub(in crate::cuda) struct Twin {
     moves_with: Option<RangeId>,
     shelf: Arc<Mutex<Shelf>>,
     /// Keeps what no other may have meanwhile.
-    _template: Arc<Template>,
+    template: Arc<Template>,
 }
 
 /// What the twins of a kind in one lane launch: at least one, once there is a twin.
 #[derive(Default)]
 pub(in crate::cuda) struct Shelf {
+    /// But for the one that is being launched.
     executables: Vec<Executable>,
+    /// How many there are, with that one.
+    count: usize,
     /// Counts uses.
     now: u64,
 }
@@ -101,9 +104,22 @@ struct Kernel {
 }
 
 impl Twin {
-    /// Where what it launches is. For whoever has its lane, who is alone with it.
-    pub(in crate::cuda) fn shelf(&self) -> MutexGuard<'_, Shelf> {
-        lock(&self.shelf)
+    /// Does something with the parts that it shall launch, which may take as long as its weights are copied: nobody waits for the shelf
+    /// meanwhile. For whoever has its lane.
+    pub(in crate::cuda) fn with_parts<T>(
+        &self,
+        work: impl FnOnce(&mut [Part]) -> Result<T, DeviceError>,
+    ) -> Result<T, DeviceError> {
+        let taken = lock(&self.shelf).take_for(self.number);
+        let mut executable = taken.ok_or(DeviceError::Invalid("a kind has nothing to launch in a lane of its twins"))?;
+        let done = work(&mut executable.parts);
+        lock(&self.shelf).executables.push(executable);
+        done
+    }
+
+    /// Of each of its parts, how many groups it waits for, and what it is made of.
+    pub(in crate::cuda) fn counts(&self) -> &[(u32, Counts)] {
+        &self.template.counts
     }
 
     /// The range that it moves with.
@@ -120,29 +136,23 @@ impl Twin {
 }
 
 impl Shelf {
-    /// The parts of the executable that this twin shall launch: its last one, or that which was used the longest time ago.
-    pub(in crate::cuda) fn parts_for(&mut self, twin: &Twin) -> Result<&mut [Part], DeviceError> {
+    /// Takes out the executable that this twin shall launch: its last one, or that which was used the longest time ago.
+    fn take_for(&mut self, twin: u64) -> Option<Executable> {
         self.now += 1;
         let had = self.executables.iter().map(|executable| (executable.of, executable.used));
-        let executable = choice(had, twin.number).and_then(|at| self.executables.get_mut(at));
-        let executable =
-            executable.ok_or(DeviceError::Invalid("a kind has nothing to launch in a lane of its twins"))?;
-        (executable.of, executable.used) = (twin.number, self.now);
-        Ok(&mut executable.parts)
-    }
-
-    /// The same parts for what is alike in all.
-    pub(in crate::cuda) fn any_parts(&self) -> &[Part] {
-        self.executables.first().map_or(&[], |executable| &executable.parts)
+        let mut executable = self.executables.swap_remove(choice(had, twin)?);
+        (executable.of, executable.used) = (twin, self.now);
+        Some(executable)
     }
 
     fn has_room(&self) -> bool {
-        self.executables.len() < EXECUTABLES_MAX
+        self.count < EXECUTABLES_MAX
     }
 
-    fn put(&mut self, executable: Executable) {
+    fn add(&mut self, executable: Executable) {
         if self.has_room() {
             self.executables.push(executable);
+            self.count += 1;
         }
     }
 }
@@ -238,10 +248,10 @@ impl CudaDevice {
         let has_room = lock(&shelf).has_room();
         if has_room {
             let made = self.executable(template, number, &places, &events)?;
-            lock(&shelf).put(made);
+            lock(&shelf).add(made);
         }
         let moves_with = moves.then_some(range);
-        Ok(Twin { number, places, events, moves_with, shelf, _template: Arc::clone(template) })
+        Ok(Twin { number, places, events, moves_with, shelf, template: Arc::clone(template) })
     }
 
     /// Copies the template's graphs, with a twin's places in them, and brings them to the device.
