@@ -59,6 +59,8 @@ pub(crate) struct Books {
     pub(crate) calendar: BTreeSet<(At, Slot)>,
     /// Functions whose required request count exceeds this are of the low class, in thousandths.
     pub(crate) threshold_permille: i64,
+    /// By so much of its deadline a function of the low class yields to the others, in thousandths.
+    pub(crate) low_yields_permille: u64,
     /// What has become of requests since the policy took it.
     pub(crate) tally: Tally,
     pub(crate) draining: bool,
@@ -80,6 +82,7 @@ impl Books {
             decisions: Decisions::default(),
             calendar: BTreeSet::new(),
             threshold_permille: i64::MAX,
+            low_yields_permille: 0,
             tally: Tally::default(),
             draining: false,
             stays_made: 0,
@@ -123,30 +126,31 @@ impl Books {
 
     /// Brings a function's place in the order up to date.
     pub(crate) fn relist(&mut self, slot: Slot) {
-        let threshold = self.threshold_permille;
+        let (threshold, low_yields) = (self.threshold_permille, self.low_yields_permille);
         let Some(function) = self.functions.get_mut(slot) else { return };
         let run = self.models.get(function.model).map(Model::run).unwrap_or_default();
-        let rank = rank(function, run, threshold);
+        let rank = rank(function, run, (threshold, low_yields));
         self.ready.relist(slot, function, rank);
     }
 }
 
-/// The class of a function's most urgent fresh request, and its key there.
+/// The tier of a function's most urgent fresh request, and its key there.
 ///
-/// The key is the latest safe start. A function that can afford misses yields to one that cannot, within reason.
-fn rank(function: &Function, run: Span, threshold_permille: i64) -> (Tier, At) {
+/// The key is the latest safe start. A function that can afford misses yields to one that cannot, within reason; and so does one
+/// of the low class, which is too far behind. Where nobody is in the way it loses nothing by that, and so comes back.
+fn rank(function: &Function, run: Span, (threshold_permille, low_yields_permille): (i64, u64)) -> (Tier, At) {
     let head = function.fresh.front();
     let latest_start = head.map_or(At::NEVER, |head| head.deadline - run);
     if function.priority == faaswap_protocol::Priority::Batch {
         return (Tier::Batch, head.map_or(At::NEVER, |head| head.arrived));
     }
-    let tier = if function.is_high(threshold_permille) { Tier::High } else { Tier::Low };
     let patience = match function.objective.spare() {
+        _ if !function.is_high(threshold_permille) => function.deadline.permille(low_yields_permille),
         ..=0 => Span::ZERO,
         1..=2 => function.deadline / 8,
         3.. => function.deadline / 4,
     };
-    (tier, latest_start + patience)
+    (Tier::Fresh, latest_start + patience)
 }
 
 /// Takes `less` from a sum that it is part of.

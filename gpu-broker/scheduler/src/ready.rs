@@ -15,13 +15,11 @@ use crate::{
     time::{At, Span},
 };
 
-/// The classes, best first.
+/// What a request can still expect, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Tier {
-    /// Can be in time, and its function's objective is within reach.
-    High,
-    /// Can be in time, but its function is too far behind.
-    Low,
+    /// Can be in time.
+    Fresh,
     /// Cannot be in time any more.
     Late,
     /// Nobody waits for it.
@@ -95,10 +93,10 @@ impl Function {
         self.fresh.len() + self.stale.len()
     }
 
-    /// What waits in that class.
+    /// What waits in that tier.
     pub(crate) fn queue(&self, tier: Tier) -> &VecDeque<Waiting> {
         match tier {
-            Tier::High | Tier::Low | Tier::Batch | Tier::End => &self.fresh,
+            Tier::Fresh | Tier::Batch | Tier::End => &self.fresh,
             Tier::Late => &self.stale,
         }
     }
@@ -132,7 +130,7 @@ impl Ready {
         self.by_age.len()
     }
 
-    /// Functions with something waiting in these classes, best first.
+    /// Functions with something waiting in these tiers, best first.
     pub(crate) fn in_tiers(&self, tiers: Range<Tier>) -> impl Iterator<Item = (Rank, Slot)> {
         let bound = |tier| ((tier, At::START), Slot::FIRST);
         self.ranks.range(bound(tiers.start)..bound(tiers.end)).copied()

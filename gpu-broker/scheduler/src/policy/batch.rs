@@ -97,7 +97,7 @@ enum Class {
 impl Class {
     const fn of(tier: Tier) -> Self {
         match tier {
-            Tier::High | Tier::Low => Self::Fresh,
+            Tier::Fresh => Self::Fresh,
             Tier::Late => Self::Late,
             Tier::Batch | Tier::End => Self::Batch,
         }
@@ -127,7 +127,7 @@ fn rivals(books: &Books, slot: Slot, best: &Prediction) -> Vec<Rival> {
     if books.devices.get(best.device).is_some_and(|on| lanes_left(on) > 1) {
         return Vec::new();
     }
-    let others = books.ready.in_tiers(Tier::High..Tier::Late).take(LOOKED_AT_MAX).filter(|(_, other)| *other != slot);
+    let others = books.ready.in_tiers(Tier::Fresh..Tier::Late).take(LOOKED_AT_MAX).filter(|(_, other)| *other != slot);
     others.filter_map(|(_, other)| rival(books, other)).filter(|rival| rival.latest_start >= best.ends).collect()
 }
 

@@ -90,7 +90,7 @@ impl Faaswap {
             return link_is_nearly_free(books);
         }
         let wake = match newcomer.filter(|slot| self.is_behind(books, *slot)) {
-            Some(slot) => self.wake.min(self.look_at(books, Tier::High, slot, actions)),
+            Some(slot) => self.wake.min(self.look_at(books, Tier::Fresh, slot, actions)),
             None => self.pass(books, actions),
         };
         if books.ready.waiting_len() > 0 { wake.min(link_is_nearly_free(books)) } else { wake }
@@ -103,7 +103,7 @@ impl Faaswap {
         self.reached = None;
         self.serve_the_starved(books, actions);
         // What is given up on the way is looked at again among the late.
-        for tiers in [Tier::High..Tier::Late, Tier::Late..Tier::End] {
+        for tiers in [Tier::Fresh..Tier::Late, Tier::Late..Tier::End] {
             let mut looked_at = std::mem::take(&mut self.looked_at);
             looked_at.clear();
             looked_at.extend(books.ready.in_tiers(tiers).take(LOOKED_AT_MAX));
@@ -128,7 +128,7 @@ impl Faaswap {
     fn is_behind(&self, books: &Books, slot: Slot) -> bool {
         let rank = books.functions.get(slot).filter(|function| function.waiting_len() == 1).and_then(Function::rank);
         let (Some(reached), Some(rank)) = (self.reached, rank) else { return false };
-        reached < rank && rank.0 == Tier::High
+        reached < rank && rank.0 == Tier::Fresh
     }
 
     /// Looks at the requests of one function.
@@ -253,7 +253,7 @@ impl Faaswap {
         }
         let nearly_free = on.copies.len() == 1 && books.links.free_at(best.device) <= books.now + COPY_ENDS_SOON;
         match tier {
-            Tier::High | Tier::Low => on.copies.is_empty() || nearly_free,
+            Tier::Fresh => on.copies.is_empty() || nearly_free,
             // Nobody gains by it in time: only where it disturbs nothing.
             Tier::Late | Tier::Batch | Tier::End => {
                 books.devices.iter().all(|device| device.lost || device.copies.is_empty())

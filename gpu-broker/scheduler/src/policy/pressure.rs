@@ -3,8 +3,8 @@
 //! Where more is asked for than can be done, a policy that serves all that can still be in time serves everything at the last
 //! moment: no run has time for others to share it, and whatever takes a little longer than predicted is late. So the more is late,
 //! the sooner a request is given up ([`Pressure::margin`]), and those that remain have time. And functions that are too far
-//! behind yield to the others ([`Pressure::look`]): rather a few that miss their objectives than all of them, by a little.
-//! Where nearly all are in time, nothing is given up early.
+//! behind yield to the others ([`Pressure::look`]), the more so the more is late: rather a few that miss their objectives than all
+//! of them, by a little. Where nearly all are in time, nothing is given up early, and who is behind comes back.
 
 use crate::{
     books::Books,
@@ -36,6 +36,15 @@ const FALLS_BY: i64 = 4;
 /// ... and rises by such a part, slowly: who comes back too early makes the others late.
 const RISES_BY: i64 = 32;
 
+/// By so many thousandths of its deadline a function of the low class yields to the others: more than those that can afford misses,
+/// and less than it takes to be late wherever somebody else is there. What is a class of its own behind all others never comes back:
+/// once behind, a function would have a third of its requests late on a link that is busy for three quarters of the time.
+const LOW_YIELDS_PERMILLE: u64 = 500;
+/// And by so many more for each of a thousand requests that is late beyond those that may be ...
+const LOW_YIELDS_PER_LATE: u64 = 20;
+/// ... and no more than this: then it is behind all that can be in time.
+const LOW_YIELDS_MAX_PERMILLE: u64 = 2_000;
+
 /// How many requests are late.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pressure {
@@ -56,6 +65,8 @@ impl Pressure {
         let all = std::mem::take(&mut books.tally.all);
         if all != Count::NONE {
             self.learn(books.now, all);
+            let more = self.too_late_permille() * LOW_YIELDS_PER_LATE;
+            books.low_yields_permille = (LOW_YIELDS_PERMILLE + more).min(LOW_YIELDS_MAX_PERMILLE);
         }
         if books.now < self.control_at {
             return;
@@ -79,10 +90,14 @@ impl Pressure {
         self.at = now;
     }
 
+    /// How many of a thousand requests are late beyond those that may be.
+    fn too_late_permille(&self) -> u64 {
+        (self.late.saturating_mul(1000) / self.ended.saturating_add(PRIOR)).saturating_sub(LATE_PERMILLE)
+    }
+
     /// How long before its deadline a request must be answered not to be given up.
     pub(crate) fn margin(&self, waiting: Waiting) -> Span {
-        let late_permille = self.late.saturating_mul(1000) / self.ended.saturating_add(PRIOR);
-        let margin_permille = late_permille.saturating_sub(LATE_PERMILLE) * MARGIN_PER_LATE;
+        let margin_permille = self.too_late_permille() * MARGIN_PER_LATE;
         (waiting.deadline - waiting.arrived).permille(margin_permille.min(MARGIN_MAX_PERMILLE))
     }
 }
@@ -121,6 +136,18 @@ mod tests {
         assert_eq!([0, 1, 2].map(given_up), [Span::ZERO; 3]);
         assert!(given_up(3) > Span::ZERO && given_up(4) > given_up(3));
         assert_eq!([50, 100].map(given_up), [Span::millis(10); 2], "an eighth at most");
+    }
+
+    #[test]
+    fn who_is_behind_yields_by_half_a_deadline_and_by_more_the_more_is_late() {
+        let yields = |late| {
+            let (mut books, mut pressure) = (books(), Pressure::new());
+            pressed(&mut books, &mut pressure, (100, late), true, 3_000);
+            books.low_yields_permille
+        };
+        assert_eq!([0, 1, 2].map(yields), [LOW_YIELDS_PERMILLE; 3]);
+        assert!(yields(3) > LOW_YIELDS_PERMILLE && yields(4) > yields(3));
+        assert_eq!([20, 100].map(yields), [LOW_YIELDS_MAX_PERMILLE; 2]);
     }
 
     #[test]
