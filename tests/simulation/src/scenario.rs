@@ -235,3 +235,14 @@ pub fn faults(policy: PolicyKind, seed: u64) -> Outcome {
     ];
     simulate(&catalog::paper_node(4), &models, &workload, &Setting { faults, ..setting(policy, seed) })
 }
+
+/// [`bus_bound`], and in its first minute the link carries a twentieth for ten seconds: all functions fall behind.
+pub fn setback(per_minute: f64, policy: PolicyKind, seed: u64) -> Outcome {
+    const SLOW_FROM: u64 = 20 * SECOND;
+    let (node, models, mut workload) = bus_bound(per_minute, seed);
+    workload.counted_from = 60 * SECOND;
+    let slow = |permille| Fault::Slow { device: 0, permille };
+    // Each is of what the link carried then.
+    let faults = vec![(SLOW_FROM, slow(50)), (SLOW_FROM + 10 * SECOND, slow(20_000))];
+    simulate(&node, &models, &workload, &Setting { faults, ..setting(policy, seed) })
+}

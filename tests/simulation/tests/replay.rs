@@ -138,6 +138,14 @@ fn where_more_is_asked_for_than_can_be_done_most_functions_keep_their_objectives
     assert!(outcome.compliant_share() > 0.6, "{}", outcome.compliant());
 }
 
+/// Near what the node can do. What it was behind for then does not make a function late for good.
+#[test]
+fn functions_that_fell_behind_are_served_in_time_again_once_the_node_has_room() {
+    let outcome = scenario::setback(37.0, PolicyKind::Faaswap, 1);
+    assert!(outcome.compliant_share() > 0.95, "{}", outcome.compliant());
+    assert!(outcome.missed() * 100 < outcome.requests(), "{} of {}", outcome.missed(), outcome.requests());
+}
+
 /// What a timer calls is brought before it calls, and nobody pays for that.
 #[test]
 fn requests_by_timers_find_their_weights_there_and_no_request_is_late_for_that() {

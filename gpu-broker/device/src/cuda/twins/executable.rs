@@ -111,7 +111,8 @@ impl Twin {
         work: impl FnOnce(&mut [Part]) -> Result<T, DeviceError>,
     ) -> Result<T, DeviceError> {
         let taken = lock(&self.shelf).take_for(self.number);
-        let mut executable = taken.ok_or(DeviceError::Invalid("a kind has nothing to launch in a lane of its twins"))?;
+        let mut executable =
+            taken.ok_or(DeviceError::Invalid("a kind has nothing to launch in a lane of its twins"))?;
         let done = work(&mut executable.parts);
         lock(&self.shelf).executables.push(executable);
         done

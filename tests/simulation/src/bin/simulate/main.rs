@@ -98,7 +98,7 @@ fn both<T: Send>(figure: impl Fn(PolicyKind) -> T + Sync) -> [T; 2] {
 impl Run {
     fn all(&mut self) -> std::io::Result<()> {
         std::fs::create_dir_all(&self.folder)?;
-        let parts: [(&str, Part); 14] = [
+        let parts: [(&str, Part); 15] = [
             ("paper", Self::paper),
             ("largest", Self::largest),
             ("balance", Self::balance),
@@ -109,6 +109,7 @@ impl Run {
             ("h100s", Self::h100s),
             ("noisy", Self::noisy),
             ("overload", Self::overload),
+            ("setback", Self::setback),
             ("adversarial", Self::adversarial),
             ("faults", Self::faults),
             ("batching", Self::batching),

@@ -14,6 +14,8 @@ const NOISY_RATE: f64 = 33.0;
 /// ... and beyond what they can do, where run times vary by so much.
 const OVERLOADS: [f64; 5] = [36.0, 40.0, 45.0, 50.0, 60.0];
 const OVERLOAD_NOISE: f64 = 0.3;
+/// How often each function is asked that has a setback behind it.
+const SETBACK_PER_MINUTE: f64 = 37.0;
 
 impl Run {
     /// Functions that keep their p98 on four H100s near what these carry, as run times vary more and more.
@@ -48,6 +50,16 @@ impl Run {
             lines,
         };
         std::fs::write(self.folder.join("overload.svg"), plot.svg())
+    }
+
+    /// Functions that keep their p98 near what one H100 carries, after its link was slow for a while.
+    pub(super) fn setback(&mut self) -> std::io::Result<()> {
+        for seed in 1..=self.seeds {
+            let outcome = scenario::setback(SETBACK_PER_MINUTE, PolicyKind::Faaswap, seed);
+            self.add("setback", "faaswap", seed, &outcome);
+            self.say(&format!("{} of {} requests late", outcome.missed(), outcome.requests()));
+        }
+        Ok(())
     }
 
     pub(super) fn adversarial(&mut self) -> std::io::Result<()> {
