@@ -112,7 +112,7 @@ impl Books {
 
     /// Forgets how functions stand to their objectives, and takes back what was given up: not every policy looks there.
     pub(crate) fn begin_anew(&mut self) {
-        self.threshold_permille = i64::MAX;
+        (self.threshold_permille, self.low_yields_permille) = (i64::MAX, 0);
         self.tally = Tally::default();
         let slots: Vec<_> = self.functions.iter().map(|(slot, _)| slot).collect();
         for slot in slots {
