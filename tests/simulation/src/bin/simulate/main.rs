@@ -8,6 +8,7 @@ mod trouble;
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::atomic::{AtomicUsize, Ordering},
     time::Instant,
 };
 
@@ -30,6 +31,7 @@ const HELD_BACK_FROM: u64 = 1000;
 /// One scenario with its tables and plots.
 type Part = fn(&mut Run) -> std::io::Result<()>;
 
+#[derive(Clone)]
 struct Run {
     folder: PathBuf,
     seeds: u64,
@@ -118,14 +120,37 @@ impl Run {
         if let Some(trace) = self.trace.clone() {
             self.recorded(&trace)?;
         }
-        for (name, part) in parts {
-            if self.trace.is_none() && self.only.as_ref().is_none_or(|only| only == name) {
-                part(self)?;
-            }
-        }
+        let wanted = |name: &str| self.trace.is_none() && self.only.as_ref().is_none_or(|only| only == name);
+        let parts: Vec<Part> = parts.into_iter().filter(|(name, _)| wanted(name)).map(|(_, part)| part).collect();
+        let rows = self.side_by_side(&parts)?;
+        self.rows.extend(rows);
         report::write(&self.folder, &self.rows)?;
         self.say(&format!("written to {}", self.folder.display()));
         Ok(())
+    }
+
+    /// Runs parts, as many at a time as there are processors; gives their rows, in the parts' order.
+    fn side_by_side(&self, parts: &[Part]) -> std::io::Result<Vec<Row>> {
+        let next = AtomicUsize::new(0);
+        let work = || -> std::io::Result<Vec<(usize, Vec<Row>)>> {
+            let mut done = Vec::new();
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(part) = parts.get(at) else { return Ok(done) };
+                let mut run = Self { rows: Vec::new(), ..self.clone() };
+                part(&mut run)?;
+                done.push((at, run.rows));
+            }
+        };
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(parts.len());
+        let done = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            let ends = workers.into_iter().map(|worker| worker.join().expect("the simulation does not panic"));
+            ends.collect::<std::io::Result<Vec<_>>>()
+        })?;
+        let mut rows: Vec<_> = done.into_iter().flatten().collect();
+        rows.sort_unstable_by_key(|(at, _)| *at);
+        Ok(rows.into_iter().flat_map(|(_, rows)| rows).collect())
     }
 
     fn say(&self, what: &str) {
