@@ -40,6 +40,10 @@ impl Bound {
                 Err(error) => tracing::warn!(%error, "a model cannot be bound by its kind"),
             }
         }
+        if let Some(kind) = kind {
+            let (key, own) = (&kind.key[..4], kind.table.len());
+            tracing::debug!(?key, own, lane, "a model is bound by a session, not by its kind");
+        }
         let made = io.and_then(|io| {
             let constants = cuda.constants();
             let made = cuda.bind(range, |binding| {
