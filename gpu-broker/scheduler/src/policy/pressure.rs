@@ -42,7 +42,7 @@ const RISES_BY: i64 = 32;
 const LOW_YIELDS_PERMILLE: u64 = 500;
 /// And by so many more for each of a thousand requests that is late beyond those that may be ...
 const LOW_YIELDS_PER_LATE: u64 = 20;
-/// ... and no more than this: then it is behind all that can be in time.
+/// ... and no more than this: then it is behind all of the same deadline that can be in time.
 const LOW_YIELDS_MAX_PERMILLE: u64 = 2_000;
 
 /// How many requests are late.

@@ -45,7 +45,7 @@ pub(in crate::cuda) struct Twin {
 
 /// What the twins of a kind in one lane launch: at least one, once there is a twin.
 #[derive(Default)]
-pub(in crate::cuda) struct Shelf {
+pub(super) struct Shelf {
     /// But for the one that is being launched.
     executables: Vec<Executable>,
     /// How many there are, with that one.
@@ -181,9 +181,9 @@ impl Part {
             for word in &*words {
                 write(call, word, twin.address(word.place, placed.as_deref())?);
             }
-            // SAFETY: the graph was made of the one that is kept, whose node this is. Its shelf is locked, and whoever has the lane has
-            // waited for what was launched of it before. Weights are where the placement has them, for as long as anything runs that
-            // reads them, and the rest stays as long as the twin.
+            // SAFETY: the graph was made of the one that is kept, whose node this is. It was taken from its shelf, so nobody else has it, and
+            // whoever has the lane has waited for what was launched of it before. Weights are where the placement has them, for as long as
+            // anything runs that reads them, and the rest stays as long as the twin.
             unsafe { drawn::set_in(self.graph.raw(), *node, call) }?;
         }
         for &(node, group) in self.waits.iter().filter(|_| !is_its) {

@@ -370,9 +370,10 @@ impl Run {
                     let outcome = scenario::prefetch(strangers, ahead, seed);
                     let (found, brought) = (outcome.resident_share(), outcome.swapped_ms());
                     let (mean, missed) = (outcome.mean_ms(), outcome.missed());
-                    self.add(&format!("prefetch-{name}-{beside}"), "faaswap", seed, &outcome);
+                    let name = format!("prefetch-{name}-{beside}");
+                    self.add(&name, "faaswap", seed, &outcome);
                     self.say(&format!(
-                        "{:.1}% found their weights there, the others took {brought:.1} ms (median); mean {mean:.1} ms; {missed} late",
+                        "{name}: {:.1}% found their weights there, the others took {brought:.1} ms (median); mean {mean:.1} ms; {missed} late",
                         found * 100.0
                     ));
                 }

@@ -23,8 +23,9 @@ impl Run {
         for percent in [3_u32, 30, 60] {
             for seed in 1..=self.seeds {
                 let outcome = scenario::noisy(f64::from(percent) / 100.0, NOISY_RATE, PolicyKind::Faaswap, seed);
-                self.add(&format!("noisy-{percent}-percent"), "faaswap", seed, &outcome);
-                self.say(&format!("{:.0} copies a second between devices", outcome.peer_swaps_per_s()));
+                let name = format!("noisy-{percent}-percent");
+                self.add(&name, "faaswap", seed, &outcome);
+                self.say(&format!("{name}: {:.0} copies a second between devices", outcome.peer_swaps_per_s()));
             }
         }
         Ok(())
@@ -57,7 +58,7 @@ impl Run {
         for seed in 1..=self.seeds {
             let outcome = scenario::setback(SETBACK_PER_MINUTE, PolicyKind::Faaswap, seed);
             self.add("setback", "faaswap", seed, &outcome);
-            self.say(&format!("{} of {} requests late", outcome.missed(), outcome.requests()));
+            self.say(&format!("setback: {} of {} requests late", outcome.missed(), outcome.requests()));
         }
         Ok(())
     }
