@@ -12,38 +12,33 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    EngineError, Manifest, Prepared,
+    EngineError, Manifest, Prepared, await_op,
     limits::WEIGHT_ALIGN,
     manifest::Initializer,
-    onnx::{self, GraphProto, ModelProto, TensorProto},
+    onnx::{self, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto},
 };
 
-/// Nodes that read all of their inputs on the device, where they run there.
-const ON_DEVICE: [&str; 22] = [
-    "Add",
+/// Layers: they read all of their inputs on the device, where they run there.
+const LAYERS: [&str; 15] = [
     "BatchNormalization",
     "BiasGelu",
     "Conv",
     "ConvTranspose",
-    "Div",
-    "FastGelu",
     "FusedConv",
     "FusedGemm",
     "FusedMatMul",
-    "Gelu",
     "Gemm",
     "InstanceNormalization",
     "LayerNormalization",
     "MatMul",
-    "Mul",
     "NhwcConv",
     "NhwcFusedConv",
-    "PRelu",
     "SimplifiedLayerNormalization",
     "SkipLayerNormalization",
-    "Sub",
 ];
-/// Smaller constants may be about shapes, which are computed on the host.
+/// So do these, but where all that they read is small they may compute shapes, which is done on the host.
+const ELEMENTWISE: [&str; 7] = ["Add", "Div", "FastGelu", "Gelu", "Mul", "PRelu", "Sub"];
+/// Constants of fewer elements are small.
 const ELEMENTS_MIN: i64 = 16;
 
 /// A model's kind, and the constants that are its own.
@@ -92,54 +87,80 @@ impl Kind {
 
 /// Names of the constants in the graph that nothing reads but nodes on the device.
 fn read_on_device(graph: &GraphProto) -> HashSet<String> {
-    let held = graph.initializer.iter().filter(|tensor| is_constant(tensor));
-    let mut held: HashMap<&str, bool> = held.map(|tensor| (tensor.name(), false)).collect();
-    for node in &graph.node {
-        let on_device = ON_DEVICE.contains(&node.op_type()) && node.bodies().next().is_none();
-        for name in &node.input {
-            match held.get_mut(name.as_str()) {
-                Some(is_read) if on_device => *is_read = true,
-                Some(_) => {
-                    held.remove(name.as_str());
-                }
-                None => {}
+    let uses = Uses::of(graph);
+    let held = graph.initializer.iter().filter_map(|tensor| Some((tensor.name(), elements_of_constant(tensor)?)));
+    held.filter(|(name, elements)| uses.are_on_device(name, *elements)).map(|(name, _)| name.to_owned()).collect()
+}
+
+/// Who reads what in a graph.
+struct Uses<'g> {
+    readers: HashMap<&'g str, Vec<&'g NodeProto>>,
+    /// What bodies read, and what is handed out.
+    beyond: HashSet<&'g str>,
+    /// Values that layers have made: they are on the device.
+    of_layers: HashSet<&'g str>,
+}
+
+impl<'g> Uses<'g> {
+    fn of(graph: &'g GraphProto) -> Self {
+        let beyond = graph.output.iter().map(ValueInfoProto::name).collect();
+        let mut uses = Self { readers: HashMap::new(), beyond, of_layers: HashSet::new() };
+        for node in &graph.node {
+            for name in &node.input {
+                uses.readers.entry(name).or_default().push(node);
+            }
+            node.bodies().for_each(|body| uses.note_body(body));
+            let handed_on = is_await(node) && node.input.iter().any(|name| uses.of_layers.contains(name.as_str()));
+            if handed_on || LAYERS.contains(&node.op_type()) {
+                uses.of_layers.extend(node.output.iter().map(String::as_str));
             }
         }
-        for body in node.bodies() {
-            forget_all_of(body, &mut held);
+        uses
+    }
+
+    fn note_body(&mut self, body: &'g GraphProto) {
+        for node in &body.node {
+            self.beyond.extend(node.input.iter().map(String::as_str));
+            node.bodies().for_each(|inner| self.note_body(inner));
         }
     }
-    for output in &graph.output {
-        held.remove(output.name());
+
+    /// Whether a value of so many elements is read, and on the device alone.
+    fn are_on_device(&self, name: &str, elements: i64) -> bool {
+        let readers = self.readers.get(name).filter(|_| !self.beyond.contains(name));
+        readers.is_some_and(|all| all.iter().all(|node| self.is_on_device(node, elements)))
     }
-    held.into_iter().filter(|(_, is_read)| *is_read).map(|(name, _)| name.to_owned()).collect()
+
+    fn is_on_device(&self, node: &NodeProto, elements: i64) -> bool {
+        if node.bodies().next().is_some() {
+            return false;
+        }
+        if is_await(node) {
+            // It hands the same value on.
+            return node.output.iter().all(|name| self.are_on_device(name, elements));
+        }
+        let beside_layers = || node.input.iter().any(|name| self.of_layers.contains(name.as_str()));
+        LAYERS.contains(&node.op_type())
+            || ELEMENTWISE.contains(&node.op_type()) && (elements >= ELEMENTS_MIN || beside_layers())
+    }
 }
 
-/// Takes out what a body reads.
-fn forget_all_of(body: &GraphProto, held: &mut HashMap<&str, bool>) {
-    for node in &body.node {
-        node.input.iter().for_each(|name| {
-            held.remove(name.as_str());
-        });
-        node.bodies().for_each(|inner| forget_all_of(inner, held));
-    }
+fn is_await(node: &NodeProto) -> bool {
+    node.domain() == await_op::DOMAIN
 }
 
-fn is_constant(tensor: &TensorProto) -> bool {
-    let elements = tensor.dims.iter().try_fold(1_i64, |all, dim| all.checked_mul(*dim));
+/// How many elements it has, where it is a constant that may be a model's own.
+fn elements_of_constant(tensor: &TensorProto) -> Option<i64> {
     let len = onnx::data_len(tensor.data_type(), &tensor.dims);
     let is_whole = tensor.raw_data.as_ref().is_some_and(|raw| Some(raw.len() as u64) == len);
-    onnx::is_float(tensor.data_type()) && is_whole && elements.is_some_and(|elements| elements >= ELEMENTS_MIN)
+    let elements = tensor.dims.iter().try_fold(1_i64, |all, dim| all.checked_mul(*dim))?;
+    (onnx::is_float(tensor.data_type()) && is_whole && elements > 0).then_some(elements)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        CudaTarget, Target,
-        manifest::tests::manifest,
-        onnx::{AttributeProto, NodeProto, ValueInfoProto},
-    };
+    use crate::{CudaTarget, Target, manifest::tests::manifest, onnx::AttributeProto};
 
     /// An initializer of so many floats, each with these bits.
     fn floats(name: &str, count: i64, bits: u8) -> TensorProto {
@@ -156,6 +177,10 @@ mod tests {
     fn node(op_type: &str, inputs: &[&str]) -> NodeProto {
         let input = inputs.iter().map(|name| (*name).to_owned()).collect();
         NodeProto { op_type: Some(op_type.to_owned()), input, ..NodeProto::default() }
+    }
+
+    fn awaits(value: &str) -> NodeProto {
+        NodeProto { domain: Some(await_op::DOMAIN.to_owned()), ..node("AwaitF32", &[value]) }
     }
 
     fn kind(nodes: Vec<NodeProto>, initializers: Vec<TensorProto>) -> Kind {
@@ -186,6 +211,43 @@ mod tests {
         assert_eq!(placed(&of(1, 1)), []);
         assert_ne!(of(1, 1).key, of(2, 1).key);
         assert_ne!(of(1, 1).key, of(1, 2).key);
+    }
+
+    #[test]
+    fn small_constants_are_the_models_own_where_layers_are_beside_them() {
+        let nodes = || {
+            vec![
+                node("Conv", &["x", "w", "few"]),
+                NodeProto { output: vec!["product".to_owned()], ..node("MatMul", &["x", "v"]) },
+                NodeProto { output: vec!["later".to_owned()], ..awaits("product") },
+                node("Add", &["later", "two"]),
+                node("Add", &["y", "one"]),
+            ]
+        };
+        let of = |few: u8, two: u8, one: u8| {
+            kind(nodes(), vec![floats("few", 4, few), floats("two", 2, two), floats("one", 1, one)])
+        };
+        assert_eq!(placed(&of(1, 1, 1)), [("few", 0, 16), ("two", 256, 8)]);
+        assert_eq!(of(1, 1, 1).key, of(2, 3, 1).key);
+        assert_ne!(of(1, 1, 1).key, of(1, 1, 2).key);
+    }
+
+    #[test]
+    fn what_is_handed_on_by_an_await_counts_as_what_reads_it_there() {
+        let handed_on = |to: NodeProto| {
+            let nodes = vec![NodeProto { output: vec!["later".to_owned()], ..awaits("bias") }, to];
+            placed(&kind(nodes, vec![floats("bias", 64, 1)])).len()
+        };
+        assert_eq!(handed_on(node("Conv", &["x", "w", "later"])), 1);
+        assert_eq!(handed_on(node("Clip", &["x", "later"])), 0);
+        let output = vec![ValueInfoProto { name: Some("later".to_owned()), ..ValueInfoProto::default() }];
+        let graph = GraphProto {
+            node: vec![NodeProto { output: vec!["later".to_owned()], ..awaits("bias") }, node("Add", &["x", "later"])],
+            initializer: vec![floats("bias", 64, 1)],
+            output,
+            ..GraphProto::default()
+        };
+        assert_eq!(read_on_device(&graph).len(), 0, "it is handed out");
     }
 
     #[test]
