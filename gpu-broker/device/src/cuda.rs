@@ -70,7 +70,7 @@ pub use self::{
     program::{Drawing, Program, RunTimes},
     registered::Registered,
     shared::SWAPS_QUEUED_MAX,
-    twins::{COMPARED_MAX, KINDS_MAX, KindKey, Template},
+    twins::{COMPARED_MAX, KINDS_MAX, KindKey, Origin, Template},
 };
 pub(crate) use self::{driver::Context, host_memory::Registration};
 use crate::{

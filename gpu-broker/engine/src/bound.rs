@@ -17,7 +17,7 @@ use std::{
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId, Stream,
-    cuda::{Constants, RunTimes},
+    cuda::{Constants, Origin, RunTimes},
 };
 use faaswap_protocol::{Bytes, Detail, Refusal};
 use ort::session::{Session, builder::GraphOptimizationLevel};
@@ -45,6 +45,8 @@ pub struct Bound {
     /// Programs for shapes that requests tell, where the model has open dimensions and is on a GPU.
     shapes: Option<Shapes>,
     session: Option<Session>,
+    /// What the program was captured of, where its kernels go with that.
+    origin: Option<Origin>,
     /// The lane of a GPU in which the session runs where there is no program.
     lane: Option<usize>,
     /// Why a session is kept on a GPU.
@@ -118,6 +120,7 @@ impl Bound {
             programs: None,
             shapes: None,
             session: None,
+            origin: None,
             lane: None,
             kept: None,
             constants: None,
@@ -133,10 +136,12 @@ impl Bound {
             None => bound.make_session(runtime, prepared, (target, None), None)?,
             Some(_) => {
                 runtime.share_device_memory(device)?;
-                bound.make_program(runtime, prepared, target, device)?;
-                if learns && let Err(error) = bound.learn_kind(runtime, prepared, device) {
+                let origin = bound.make_program(runtime, prepared, target, device)?;
+                let is_of_kind = learns && bound.learn_kind(runtime, prepared, device).unwrap_or_else(|error| {
                     tracing::warn!(%error, "a model's weights are mapped at each swap-in: its kind cannot be learnt");
-                }
+                    false
+                });
+                bound.keep_or_let_go(origin.filter(|_| !is_of_kind), learns);
             }
         }
         Ok(bound)
@@ -185,6 +190,11 @@ impl Bound {
     /// Whether its program is made of another model's of its kind, without a session.
     pub fn is_twin(&self) -> bool {
         self.is_twin
+    }
+
+    /// On a GPU: in which lane its program runs; `None` where there is no program.
+    pub fn program_lane(&self) -> Option<usize> {
+        self.programs.as_ref().map(Programs::lane)
     }
 
     /// On a GPU: how many copies and fills of the program are kernels of ours, and how many are not.

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::{CudaTarget, EngineError, Target, kind::Kind, limits::MANIFEST_BYTES_MAX, onnx, program::IoLayout};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 11;
+pub const MANIFEST_VERSION: u32 = 12;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -63,6 +63,9 @@ pub struct Manifest {
     pub target: Target,
     /// Why the model's program does not outlive its session on a GPU; `None` where it was seen to.
     pub keep_session: Option<String>,
+    /// Whether sessions on a GPU may make kernels of their own, which go with them: not where two of them were seen to run the
+    /// very same ones. A program that is captured keeps its session then; those of its kind share one.
+    pub kernels_go: bool,
     /// Why each model of its kind needs a session to be bound on a GPU; `None` where a program that was made of two others of
     /// the kind was seen to answer right.
     pub bind_apart: Option<String>,
@@ -263,6 +266,7 @@ pub(crate) mod tests {
             ort_version: "1.2.3".to_owned(),
             target: Target::Cuda(CudaTarget::new(0)),
             keep_session: None,
+            kernels_go: false,
             bind_apart: None,
             has_convolutions: true,
             fused_attention: 0,

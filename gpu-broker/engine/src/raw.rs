@@ -295,9 +295,9 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Describes the initializers at `base` and supplies them. `reserved` bytes from there must stay reserved until the
-    /// returned object is dropped, and the session before it; that no run touches them while nothing is mapped there
-    /// is what Await nodes are for.
+    /// Describes the initializers at `base` and supplies them. `reserved` bytes from there must stay reserved for as long as the
+    /// session may run; it must go before the returned object. That no run touches them while nothing is mapped there is what
+    /// Await nodes are for.
     pub(crate) fn supply(
         builder: &mut SessionBuilder,
         place: Place,
@@ -313,7 +313,7 @@ impl Weights {
             let len = usize::try_from(weight.len).map_err(|_| out_of_range())?;
             let address = base.checked_add(offset).filter(|_| end <= reserved.get()).ok_or_else(out_of_range)?;
             let data = ptr::with_exposed_provenance_mut(address);
-            // SAFETY: the stretch lies inside the reserved range, which the caller keeps until this object is dropped.
+            // SAFETY: the stretch lies inside the reserved range, which the caller keeps for as long as the session may run.
             // Initializers are only read.
             let tensor = unsafe { Tensor::<'static>::at(place, data, len, weight.element, &weight.dims) }?;
             let name = c_name(&weight.name)?;

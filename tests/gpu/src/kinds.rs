@@ -12,7 +12,7 @@ use faaswap_device::{
 use faaswap_engine::{
     Prepared,
     manifest::{Initializer, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE},
-    onnx::ModelProto,
+    onnx::{ModelProto, TensorProto},
 };
 use faaswap_protocol::Bytes;
 use prost::Message;
@@ -28,7 +28,7 @@ use crate::{
 
 /// Of each model.
 const VARIANTS: u64 = 6;
-/// Smaller constants are left as they are: they may be about shapes, and are of the kind.
+/// Smaller constants are left as they are, if they are no vectors: they may be about shapes, and are of the kind.
 const ELEMENTS_MIN: i64 = 16;
 /// Device memory beside the weights.
 const SPARE: Bytes = Bytes::mib(64);
@@ -86,20 +86,27 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             wrong += u64::from(asked.ask()? != *answered);
             asked.swap_out()?;
         }
-        let kept_session = prepared.manifest().keep_session.is_some();
+        // What all of the kind have together: graphs, and a session where their kernels go with it.
+        let cuda = together.as_cuda().ok_or("no GPU")?;
+        let gpu = cuda.gpu_name()?;
+        let before = cuda.driver_memory()?.0;
+        drop(kept);
+        let freed_mb = (cuda.driver_memory()?.0.get() as f64 - before.get() as f64) / 1e6;
+        let (kept_session, kernels_go) = (prepared.manifest().keep_session.is_some(), prepared.manifest().kernels_go);
         if twins == 0 {
             println!("{name:20} none is bound by its kind{}", if kept_session { ": sessions are kept" } else { "" });
         } else {
             let (session, kind) = (median(&mut by_session), median(&mut by_kind));
-            println!("{name:20} {session:15.1} {kind:11.1} {learnt_ms:9.1} {twins:6} {wrong:6}");
+            println!(
+                "{name:20} {session:15.1} {kind:11.1} {learnt_ms:9.1} {twins:6} {wrong:6}  kernels go: {kernels_go}, {freed_mb:.1} MB"
+            );
             let record = Record::of("bind_by_kind", &name, (kind, "ms"), Some((session, "by a session")), Target::Told);
             records.push(record.counting(2 * VARIANTS, wrong));
         }
         all_wrong += wrong;
-        told.push(
-            json!({"model": name, "twins": twins, "of": VARIANTS - 1, "kept_session": kept_session, "wrong": wrong}),
-        );
-        Records::new(out, "kinds", together.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&records)?;
+        told.push(json!({"model": name, "twins": twins, "of": VARIANTS - 1, "kept_session": kept_session,
+                   "kernels_go": kernels_go, "freed_mb": freed_mb, "wrong": wrong}));
+        Records::new(out, "kinds", gpu)?.add(&records)?;
         fs::write(out.join("kinds.json"), serde_json::to_vec_pretty(&told)?)?;
     }
     if all_wrong > 0 { Err(format!("{all_wrong} answers are wrong").into()) } else { Ok(()) }
@@ -111,8 +118,11 @@ fn variant(prepared: &Prepared, number: u64, folder: &Path) -> Result<Prepared> 
     fs::create_dir_all(&dir)?;
     let mut graph = ModelProto::decode(&fs::read(prepared.graph_path())?[..])?;
     let tensors = graph.graph.iter_mut().flat_map(|graph| &mut graph.initializer).enumerate();
-    for (at, tensor) in tensors.filter(|(_, tensor)| number > 0 && tensor.dims.iter().product::<i64>() >= ELEMENTS_MIN)
-    {
+    let is_own = |tensor: &TensorProto| {
+        let elements = tensor.dims.iter().product::<i64>();
+        elements >= ELEMENTS_MIN || tensor.dims.len() == 1 && elements > 1
+    };
+    for (at, tensor) in tensors.filter(|(_, tensor)| number > 0 && is_own(tensor)) {
         let Some(raw) = &tensor.raw_data else { continue };
         let (mut raw, len) = (raw.to_vec(), raw.len() as u64);
         let (name, element, dims) = (tensor.name().to_owned(), tensor.data_type(), tensor.dims.clone());

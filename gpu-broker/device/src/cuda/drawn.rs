@@ -72,6 +72,17 @@ pub(super) struct Call {
     packed: bool,
 }
 
+impl Node {
+    /// Whether the other is the same kernel, where either is one.
+    pub(super) fn runs_the_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Kernel(one), Self::Kernel(other)) => one.function == other.function,
+            (Self::Kernel(_), _) | (_, Self::Kernel(_)) => false,
+            (Self::Wait(_) | Self::Empty | Self::Other(_), _) => true,
+        }
+    }
+}
+
 /// All that a graph says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Content {

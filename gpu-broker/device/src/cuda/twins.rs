@@ -8,21 +8,25 @@
 
 mod alike;
 mod executable;
+mod known;
 
 use std::{
+    any::Any,
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-pub(super) use self::executable::Twin;
+pub use self::known::KINDS_MAX;
 use self::{
     alike::{Differs, OWN_CONSTANTS, Places, WEIGHTS, Word, compare},
     executable::Shelf,
+    known::Known,
 };
+pub(super) use self::{executable::Twin, known::Kinds};
 use super::{
     CudaDevice, Stretch,
     drawn::{Content, Node},
@@ -36,16 +40,17 @@ use crate::{Device, DeviceError, Group, RangeId};
 
 /// Pairs of programs that are compared until a kind is left alone. What lies between arguments may mislead.
 pub const COMPARED_MAX: u32 = 4;
-/// Most kinds that are known of a device.
-pub const KINDS_MAX: usize = 128;
 /// Constants of one model beyond this are not copied.
 const CONSTANTS_COPIED_MAX: usize = 16 << 20;
 
 /// What all models of a kind have in common, as their owner hashed it.
 pub type KindKey = [u8; 32];
+/// What a program was captured of: as long as this, there are the kernels that libraries have made for it.
+pub type Origin = Arc<dyn Any + Send + Sync>;
 
 /// A captured program and all that it is about.
 struct Captured {
+    origin: Weak<dyn Any + Send + Sync>,
     drawing: Drawing,
     content: Vec<Content>,
     places: Places,
@@ -59,6 +64,8 @@ struct Captured {
 
 /// What twins are made of.
 pub struct Template {
+    /// What its kernels go with, where that is so: twins keep it.
+    origin: Option<Weak<dyn Any + Send + Sync>>,
     /// Locked by whoever does something with its graphs: the driver wants that, also where they are only copied.
     drawing: Mutex<Drawing>,
     /// By part and node.
@@ -76,58 +83,22 @@ pub struct Template {
     twins: AtomicU64,
 }
 
-enum Known {
-    /// The last that was captured, and how many others it and those before it were compared with in vain.
-    One(Box<Captured>, u32),
-    Template(Arc<Template>),
-    /// Its programs differ in more than places, or cannot be kept, for this reason.
-    Apart(String),
-}
-
-/// The kinds that are known on a device.
-#[derive(Default)]
-pub(super) struct Kinds(Mutex<Books>);
-
-#[derive(Default)]
-struct Books {
-    /// Each with the time of its last use.
-    known: HashMap<KindKey, (Known, u64)>,
-    /// Counts uses.
-    now: u64,
-}
-
-impl Kinds {
-    /// Does something with what is known of a kind, which is the one used last then.
-    fn with<T>(&self, key: &KindKey, work: impl FnOnce(Option<&mut Known>) -> T) -> T {
-        let Books { known, now } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *now += 1;
-        work(known.get_mut(key).map(|(known, last)| {
-            *last = *now;
-            known
-        }))
-    }
-
-    /// Keeps what is known; where there is no room, the kind that was used the longest time ago goes.
-    fn keep(&self, key: KindKey, next: Known) {
-        let Books { known, now } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *now += 1;
-        if known.len() >= KINDS_MAX && !known.contains_key(&key) {
-            let oldest = known.iter().min_by_key(|(_, (_, last))| *last).map(|(key, _)| *key);
-            oldest.map(|oldest| known.remove(&oldest));
-        }
-        known.insert(key, (next, *now));
-    }
-}
-
 impl Captured {
     /// Whether they have no addresses in common, so that what differs between them tells all that is theirs.
     fn is_apart_from(&self, other: &Self) -> bool {
         !self.places.overlaps(&other.places, self.drawing.lane == other.drawing.lane)
     }
+
+    /// Whether both run the very same kernels: then these are the libraries' own, and go with no session.
+    fn shares_kernels_with(&self, other: &Self) -> bool {
+        let nodes = |captured: &Self| captured.content.iter().map(|content| content.nodes.len()).collect::<Vec<_>>();
+        let pairs = self.content.iter().zip(&other.content).flat_map(|(a, b)| a.nodes.iter().zip(&b.nodes));
+        nodes(self) == nodes(other) && pairs.into_iter().all(|(a, b)| a.runs_the_same(b))
+    }
 }
 
 impl Template {
-    fn of(captured: Captured, mut differs: Vec<Vec<(usize, Differs)>>) -> Self {
+    fn of(captured: Captured, mut differs: Vec<Vec<(usize, Differs)>>, shares_kernels: bool) -> Self {
         let (mut constants, mut numbers) = (Vec::new(), HashMap::new());
         for (_, differs) in differs.iter_mut().flatten() {
             let Differs::Words(words) = differs else { continue };
@@ -138,10 +109,17 @@ impl Template {
                 });
             }
         }
-        let Captured { drawing, lane_has, events, .. } = captured;
+        let Captured { origin, drawing, lane_has, events, .. } = captured;
+        let origin = (!shares_kernels).then_some(origin);
         let counts = drawing.parts.iter().map(|(_, groups, counts)| (*groups, *counts)).collect();
         let (drawing, shelves, twins) = (Mutex::new(drawing), Mutex::default(), AtomicU64::new(0));
-        Self { drawing, differs, constants, lane_has, counts, _events: events, shelves, twins }
+        Self { origin, drawing, differs, constants, lane_has, counts, _events: events, shelves, twins }
+    }
+
+    /// What a twin has to keep.
+    fn kept_by_twins(&self) -> Result<Option<Origin>, DeviceError> {
+        let gone = DeviceError::Invalid("the kernels of a kind have gone with the session that they were made for");
+        self.origin.as_ref().map(|origin| origin.upgrade().ok_or(gone)).transpose()
     }
 
     /// Whether all that it reads of the weights is these tensors'.
@@ -158,14 +136,30 @@ impl CudaDevice {
     /// What twins of this kind can be made of, once two models of it were captured.
     pub fn template(&self, key: &KindKey) -> Option<Arc<Template>> {
         self.kinds.as_ref()?.with(key, |known| match known {
+            Some(known) if known.has_gone() => None,
             Some(Known::Template(template)) => Some(Arc::clone(template)),
             Some(Known::One(..) | Known::Apart(_)) | None => None,
         })
     }
 
+    /// Whether programs of this kind run kernels that go with a session; `None` where that was not seen.
+    pub fn kernels_go(&self, key: &KindKey) -> Option<bool> {
+        self.kinds.as_ref()?.with(key, |known| match known {
+            Some(Known::Template(template)) => Some(template.origin.is_some()),
+            Some(Known::One(..) | Known::Apart(_)) | None => None,
+        })
+    }
+
+    /// Forgets what is known of a kind if what its kernels go with has gone: to be called before they do.
+    pub fn forget_gone(&self, key: &KindKey) {
+        let forgotten = self.kinds.as_ref().and_then(|kinds| kinds.take_if(key, Known::has_gone));
+        drop(forgotten);
+    }
+
     /// Whether twins of this kind can be made; `None` where they never can.
     pub(super) fn knows(&self, key: &KindKey) -> Option<bool> {
         self.kinds.as_ref()?.with(key, |known| match known {
+            Some(known) if known.has_gone() => Some(false),
             Some(Known::Template(_)) => Some(true),
             Some(Known::One(..)) | None => Some(false),
             Some(Known::Apart(_)) => None,
@@ -193,15 +187,17 @@ impl CudaDevice {
         }
     }
 
-    /// Takes note of a program that was captured: of the first of a kind as it is, of the second to compare them.
+    /// Takes note of a program that was captured, while what it was captured of is there: of the first of a kind as it is, of the
+    /// second to compare them.
     pub fn note_kind(
         &self,
         key: KindKey,
-        drawing: Drawing,
+        (drawing, origin): (Drawing, &Origin),
         range: RangeId,
         constants: &Constants,
     ) -> Result<(), DeviceError> {
         let Some(kinds) = &self.kinds else { return Ok(()) };
+        self.forget_gone(&key);
         let lane = drawing.lane;
         // Two of the same lane would not tell what belongs to it.
         let other_lane = |other: usize| other != lane || self.lanes() == 1;
@@ -213,7 +209,7 @@ impl CudaDevice {
         if !wanted {
             return Ok(());
         }
-        let captured = match self.captured(drawing, range, constants) {
+        let captured = match self.captured((drawing, origin), range, constants) {
             Ok(captured) => captured,
             Err(error) => {
                 kinds.keep(key, Known::Apart(error.to_string()));
@@ -221,26 +217,41 @@ impl CudaDevice {
             }
         };
         let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart(String::new()))));
+        // Kernels are asked for what they are.
+        let first_origin = match &known {
+            Some(Known::One(first, _)) => first.origin.upgrade(),
+            Some(Known::Template(_) | Known::Apart(_)) | None => None,
+        };
         let next = match known {
             None => Known::One(Box::new(captured), 0),
+            Some(Known::One(..)) if first_origin.is_none() => Known::One(Box::new(captured), 0),
             Some(Known::One(first, tried)) if other_lane(first.drawing.lane) && first.is_apart_from(&captured) => {
-                match compare(&first, &captured, &|address| self.shared.context.is_device_memory(address)) {
-                    Ok(differs) => Known::Template(Arc::new(Template::of(*first, differs))),
-                    Err(why) if tried + 1 >= COMPARED_MAX => {
-                        tracing::info!(%why, "models of a kind are bound one by one");
-                        Known::Apart(why)
-                    }
-                    Err(why) => {
-                        tracing::debug!(why, "two programs of a kind differ; others are tried");
-                        Known::One(Box::new(captured), tried + 1)
-                    }
-                }
+                self.compared((first, tried), captured)
             }
             // Another thread was faster, or the first model is gone and this one is where it was.
             Some(known) => known,
         };
         kinds.keep(key, next);
         Ok(())
+    }
+
+    /// What is known of a kind once two of its programs were compared, of which the first had been compared so often in vain.
+    fn compared(&self, (first, tried): (Box<Captured>, u32), captured: Captured) -> Known {
+        match compare(&first, &captured, &|address| self.shared.context.is_device_memory(address)) {
+            Ok(differs) => {
+                let shares_kernels = first.shares_kernels_with(&captured);
+                tracing::debug!(shares_kernels, "a kind is known");
+                Known::Template(Arc::new(Template::of(*first, differs, shares_kernels)))
+            }
+            Err(why) if tried + 1 >= COMPARED_MAX => {
+                tracing::info!(%why, "models of a kind are bound one by one");
+                Known::Apart(why)
+            }
+            Err(why) => {
+                tracing::debug!(why, "two programs of a kind differ; others are tried");
+                Known::One(Box::new(captured), tried + 1)
+            }
+        }
     }
 
     /// Makes a program for a lane without capturing it. `constants` become what the kind's are, but for their first stretch,
@@ -256,6 +267,7 @@ impl CudaDevice {
     ) -> Result<Program, DeviceError> {
         let tensors = Tensors::new(tensors);
         let moves = template.reads(&tensors);
+        let origin = template.kept_by_twins()?;
         let made = self.beside_captures(|| {
             self.place_constants(constants, first)?;
             for content in &template.constants {
@@ -265,7 +277,7 @@ impl CudaDevice {
             self.lane(lane)?.scratch().grow(scratch)?;
             self.lane(lane)?.workspace().grow(workspace)?;
             let places = self.places(lane, range, constants)?;
-            let twin = self.twin_of(template, (lane, places), (range, moves))?;
+            let twin = self.twin_of((template, origin.clone()), (lane, places), (range, moves))?;
             Ok(Program::of_twin(twin, lane))
         });
         let program = self.shared.noted(made)?;
@@ -285,7 +297,12 @@ impl CudaDevice {
         Ok(address)
     }
 
-    fn captured(&self, drawing: Drawing, range: RangeId, constants: &Constants) -> Result<Captured, DeviceError> {
+    fn captured(
+        &self,
+        (drawing, origin): (Drawing, &Origin),
+        range: RangeId,
+        constants: &Constants,
+    ) -> Result<Captured, DeviceError> {
         let content = drawing.parts.iter().map(|(drawn, ..)| drawn.read()).collect::<Result<_, _>>()?;
         let places = self.places(drawing.lane, range, constants)?;
         let events = self.shared.books()?.ranges.get(range)?.events.clone();
@@ -301,7 +318,7 @@ impl CudaDevice {
         let constants = self.shared.noted(kept.iter().map(read).collect())?;
         let lane = self.lane(drawing.lane)?;
         let lane_has = (lane.scratch().peak(), lane.workspace().mapped());
-        Ok(Captured { drawing, content, places, events, constants, lane_has })
+        Ok(Captured { origin: Arc::downgrade(origin), drawing, content, places, events, constants, lane_has })
     }
 
     /// The weights' range, what the lane has, and the constants.
@@ -323,28 +340,5 @@ impl fmt::Debug for Template {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nodes = self.differs.iter().map(Vec::len).sum::<usize>();
         f.debug_struct("Template").field("parts", &self.differs.len()).field("differs", &nodes).finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{alike::WORD, *};
-
-    #[test]
-    fn the_kind_that_was_used_the_longest_time_ago_goes() {
-        let kinds = Kinds::default();
-        let key = |number: usize| {
-            let mut key = KindKey::default();
-            key[..WORD].copy_from_slice(&number.to_ne_bytes());
-            key
-        };
-        for number in 0..KINDS_MAX {
-            kinds.keep(key(number), Known::Apart(String::new()));
-        }
-        kinds.with(&key(0), |known| assert!(known.is_some()));
-        kinds.keep(key(KINDS_MAX), Known::Apart(String::new()));
-        let is_known = |number| kinds.with(&key(number), |known| known.is_some());
-        assert!(is_known(0) && !is_known(1) && is_known(KINDS_MAX));
-        assert_eq!(kinds.0.lock().expect("nobody panicked").known.len(), KINDS_MAX);
     }
 }

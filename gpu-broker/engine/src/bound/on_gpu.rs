@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use faaswap_device::{
     Device, DeviceError, Group, RangeId,
-    cuda::{COMPARED_MAX, Template},
+    cuda::{COMPARED_MAX, KindKey, Origin, Template},
 };
 use ort::session::Session;
 
@@ -13,17 +13,43 @@ use crate::{
     EngineError, Prepared, Runtime, Target,
     kind::Kind,
     program::{self, IoLayout, Made, Programs},
+    raw::Weights,
 };
 
+/// Why a session is kept where the program is not one of its kind.
+const KERNELS_GO: &str = "some of its kernels are made by its session, and go with it";
+
+/// A session that a program was captured of, and that nobody runs any more. It may have made kernels that go with it.
+struct Ran {
+    session: Option<Session>,
+    /// Goes after the session.
+    _supplied: Vec<Weights>,
+    device: Arc<dyn Device>,
+    key: Option<KindKey>,
+}
+
+impl Drop for Ran {
+    fn drop(&mut self) {
+        if let Some(cuda) = self.device.as_cuda() {
+            if let Some(key) = &self.key {
+                cuda.forget_gone(key);
+            }
+            // What it has on the device goes; the addresses of the weights are in the program by now.
+            cuda.beside_captures(|| self.session = None);
+        }
+    }
+}
+
 impl Bound {
-    /// Makes a program of a session on a binding lane of the GPU; where that cannot be, a session that stays, in a lane.
+    /// Makes a program of a session on a binding lane of the GPU; where that cannot be, a session that stays, in a lane. Tells what
+    /// a program was captured of.
     pub(super) fn make_program(
         &mut self,
         runtime: &Runtime,
         prepared: &Prepared,
         target: Target,
         device: &Arc<dyn Device>,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Option<Origin>, EngineError> {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         let range = self.range();
         let io = IoLayout::of(&self.manifest.signature);
@@ -35,7 +61,7 @@ impl Bound {
             match self.twin(prepared, device, &template, io.clone(), (lane, range)) {
                 Ok(programs) => {
                     (self.programs, self.is_twin) = (Some(programs), true);
-                    return Ok(());
+                    return Ok(None);
                 }
                 Err(error) => tracing::warn!(%error, "a model cannot be bound by its kind"),
             }
@@ -64,17 +90,15 @@ impl Bound {
         self.kept.clone_from(&self.manifest.keep_session);
         match made {
             Ok((programs, drawing)) => {
-                if self.kept.is_none() {
-                    // What it has on the device goes; the addresses of the weights are in the program by now.
-                    cuda.beside_captures(|| self.session = None);
-                    self.supplied = Vec::new();
-                    if let (Some(kind), Some(range), Some(constants)) = (kind, range, programs.constants())
-                        && let Err(error) = cuda.note_kind(kind.key, drawing, range, constants)
-                    {
-                        tracing::info!(%error, "models of a kind are bound one by one");
-                    }
+                let origin = self.kept.is_none().then(|| self.take_origin(device, kind));
+                if let (Some(origin), Some(kind), Some(range)) = (&origin, kind, range)
+                    && let Some(constants) = programs.constants()
+                    && let Err(error) = cuda.note_kind(kind.key, (drawing, origin), range, constants)
+                {
+                    tracing::info!(%error, "models of a kind are bound one by one");
                 }
                 self.programs = Some(programs);
+                Ok(origin)
             }
             Err(why) => {
                 tracing::info!(%why, "a model runs without a program");
@@ -89,9 +113,23 @@ impl Bound {
                     cuda.beside_captures(|| self.make_session(runtime, prepared, (target, Some(stream)), None))
                 })?;
                 self.constants = Some(constants);
+                Ok(None)
             }
         }
-        Ok(())
+    }
+
+    /// Takes the session, which is not run any more.
+    fn take_origin(&mut self, device: &Arc<dyn Device>, kind: Option<&Kind>) -> Origin {
+        let (session, supplied) = (self.session.take(), std::mem::take(&mut self.supplied));
+        Arc::new(Ran { session, _supplied: supplied, device: Arc::clone(device), key: kind.map(|kind| kind.key) })
+    }
+
+    /// Keeps what the program was captured of, or lets it go; `serves` says whether the program is to answer.
+    pub(super) fn keep_or_let_go(&mut self, origin: Option<Origin>, serves: bool) {
+        if serves && self.manifest.kernels_go && origin.is_some() {
+            self.kept = Some(KERNELS_GO.to_owned());
+        }
+        self.origin = origin.filter(|_| self.manifest.kernels_go || !serves);
     }
 
     /// What a program of this session needs to be known of the model.
@@ -106,27 +144,29 @@ impl Bound {
     }
 
     /// Has the model's kind learnt from a second program where it is not known yet, and puts a program of the kind, which moves with
-    /// the weights, in the place of the session's.
+    /// the weights, in the place of the session's. Whether there is such a program now.
     pub(super) fn learn_kind(
         &mut self,
         runtime: &Runtime,
         prepared: &Prepared,
         device: &Arc<dyn Device>,
-    ) -> Result<(), EngineError> {
+    ) -> Result<bool, EngineError> {
         let (Some(cuda), Some(kind), Some(range)) = (device.as_cuda(), prepared.kind()?, self.range()) else {
-            return Ok(());
+            return Ok(false);
         };
         let Some(programs) = self.programs.as_ref().filter(|_| !self.is_twin && self.kept.is_none()) else {
-            return Ok(());
+            return Ok(false);
         };
+        // Those that are compared stay, and what they were captured of.
+        let mut others = Vec::new();
         for _ in 0..COMPARED_MAX {
             if cuda.knows_kind(&kind.key) == Some(false) {
-                drop(Self::with(runtime, prepared, device, false)?);
+                others.push(Self::with(runtime, prepared, device, false)?);
             }
         }
-        let Some(template) = cuda.template(&kind.key) else { return Ok(()) };
+        let Some(template) = cuda.template(&kind.key) else { return Ok(false) };
         self.programs = Some(self.twin(prepared, device, &template, programs.io.clone(), (programs.lane(), range))?);
-        Ok(())
+        Ok(true)
     }
 
     /// A program of the model's kind.

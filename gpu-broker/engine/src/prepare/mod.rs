@@ -32,7 +32,7 @@ use faaswap_protocol::{Bytes, DType, Signature, TensorSpec};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
-use self::verify::Reference;
+use self::verify::{Apart, Reference};
 pub use self::{
     check::{Proof, check},
     limit::{PrepareLimits, limit_this_process},
@@ -95,15 +95,28 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: &Signature, work: &Pa
     };
     write_manifest(&job.out_dir, &manifest)?;
     if on_gpu && let Some(reference) = &reference {
-        // This may end the process, and with it the GPU's context: then the manifest above stands.
+        // Each of these may end the process, and with it the GPU's context: then the manifest that was written last stands.
         let untried = |manifest: &Manifest| Prepared::untried(&job.out_dir, manifest.clone());
-        manifest.keep_session = verify::outlives_its_session(runtime, &untried(&manifest)?, reference).err();
-        write_manifest(&job.out_dir, &manifest)?;
-        if manifest.keep_session.is_none() {
-            // As above.
-            manifest.bind_apart = verify::binds_by_kind(runtime, &untried(&manifest)?, reference).err();
-            write_manifest(&job.out_dir, &manifest)?;
+        let does_not_outlive = |manifest: &Manifest| -> Result<Option<String>, EngineError> {
+            Ok(verify::outlives_its_session(runtime, &untried(manifest)?, reference).err())
+        };
+        match verify::binds_by_kind(runtime, &untried(&manifest)?, reference) {
+            Ok(kernels_go) => {
+                manifest.kernels_go = kernels_go;
+                manifest.bind_apart = None;
+                // Where they go, all of a kind keep one session.
+                manifest.keep_session = if kernels_go { None } else { does_not_outlive(&manifest)? };
+            }
+            Err(Apart::NoKind) => {
+                manifest.keep_session = does_not_outlive(&manifest)?;
+                manifest.kernels_go = false;
+            }
+            Err(Apart::Because(why)) => {
+                manifest.keep_session = Some("its kernels may go with its session".to_owned());
+                manifest.bind_apart = Some(why);
+            }
         }
+        write_manifest(&job.out_dir, &manifest)?;
     }
     Ok(manifest)
 }
@@ -152,6 +165,7 @@ fn rewrite(
         has_convolutions,
         fused_attention,
         keep_session: on_gpu.then(|| "its program was not seen to outlive its session".to_owned()),
+        kernels_go: on_gpu,
         bind_apart: on_gpu.then(|| "no program of its kind was seen to be made of others".to_owned()),
         signature,
         weights_bytes: Bytes::new(weights_bytes),

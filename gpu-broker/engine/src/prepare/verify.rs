@@ -45,6 +45,20 @@ pub(super) struct Reference {
     repeats: bool,
 }
 
+/// Why no programs are made of others of the model's kind.
+#[derive(Debug)]
+pub(super) enum Apart {
+    /// It has no weights, or open dimensions.
+    NoKind,
+    Because(String),
+}
+
+impl From<String> for Apart {
+    fn from(why: String) -> Self {
+        Self::Because(why)
+    }
+}
+
 /// What the trial run showed.
 #[derive(Debug)]
 pub(super) struct Trial {
@@ -173,7 +187,8 @@ pub(super) fn outlives_its_session(
     reference: &Reference,
 ) -> Result<(), String> {
     let device = device_for(prepared).map_err(text)?;
-    let alone = with(prepared, |manifest| manifest.keep_session = None).map_err(text)?;
+    let alone =
+        with(prepared, |manifest| (manifest.keep_session, manifest.kernels_go) = (None, false)).map_err(text)?;
     let bound = Bound::new(runtime, &alone, &device).map_err(text)?;
     if let Some(why) = bound.kept_session() {
         return Err(why.to_owned());
@@ -185,10 +200,14 @@ pub(super) fn outlives_its_session(
     Ok(())
 }
 
-/// Sees whether programs that are made of two others of the model's kind answer right, when those are gone.
-pub(super) fn binds_by_kind(runtime: &Runtime, prepared: &Prepared, reference: &Reference) -> Result<(), String> {
+/// Sees whether programs that are made of two others of the model's kind answer right, when those are gone. Tells whether their
+/// kernels go with a session.
+pub(super) fn binds_by_kind(runtime: &Runtime, prepared: &Prepared, reference: &Reference) -> Result<bool, Apart> {
     let device = device_with(prepared, (KIND_LANES, true)).map_err(text)?;
-    let of_a_kind = with(prepared, |manifest| manifest.bind_apart = None).map_err(text)?;
+    let of_a_kind = with(prepared, |manifest| (manifest.keep_session, manifest.bind_apart) = (None, None));
+    let of_a_kind = of_a_kind.map_err(text)?;
+    let key = of_a_kind.kind_key().map_err(text)?.ok_or(Apart::NoKind)?;
+    let cuda = device.as_cuda().ok_or(Apart::NoKind)?;
     // One in each lane, for each has memory of its own. Those that they are made of go once they are made.
     let (mut twins, mut others) = (Vec::new(), Vec::new());
     while twins.len() < KIND_LANES && twins.len() + others.len() < KIND_BOUND_MAX {
@@ -197,10 +216,11 @@ pub(super) fn binds_by_kind(runtime: &Runtime, prepared: &Prepared, reference: &
     }
     drop(others);
     if twins.len() < KIND_LANES {
-        let why = device.as_cuda().zip(of_a_kind.kind().map_err(text)?).and_then(|(cuda, kind)| cuda.apart(&kind.key));
-        return Err(format!("its programs differ in more than places: {}", why.unwrap_or_default()));
+        let why = cuda.apart(&key).unwrap_or_default();
+        return Err(Apart::Because(format!("its programs differ in more than places: {why}")));
     }
-    twins.iter().try_for_each(|twin| answers(twin, (prepared, &device), reference))
+    twins.iter().try_for_each(|twin| answers(twin, (prepared, &device), reference))?;
+    Ok(cuda.kernels_go(&key).unwrap_or(true))
 }
 
 /// The same prepared model with another word about it.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::Ordering};
 use cudarc::driver::sys as cu;
 
 use super::{
-    Template,
+    Origin, Template,
     alike::{Differs, LANE, Place, Places, WEIGHTS, WORD, Word},
 };
 use crate::{
@@ -41,6 +41,8 @@ pub(in crate::cuda) struct Twin {
     shelf: Arc<Mutex<Shelf>>,
     /// Keeps what no other may have meanwhile.
     template: Arc<Template>,
+    /// Goes last: the kernels go with it.
+    _origin: Option<Origin>,
 }
 
 /// What the twins of a kind in one lane launch: at least one, once there is a twin.
@@ -230,7 +232,7 @@ impl CudaDevice {
     /// A twin in a lane, with these places; `moves` says whether it moves with the range's weights.
     pub(super) fn twin_of(
         &self,
-        template: &Arc<Template>,
+        (template, origin): (&Arc<Template>, Option<Origin>),
         (lane, places): (usize, Places),
         (range, moves): (RangeId, bool),
     ) -> Result<Twin, DeviceError> {
@@ -252,7 +254,7 @@ impl CudaDevice {
             lock(&shelf).add(made);
         }
         let moves_with = moves.then_some(range);
-        Ok(Twin { number, places, events, moves_with, shelf, template: Arc::clone(template) })
+        Ok(Twin { number, places, events, moves_with, shelf, template: Arc::clone(template), _origin: origin })
     }
 
     /// Copies the template's graphs, with a twin's places in them, and brings them to the device.
