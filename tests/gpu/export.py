@@ -19,6 +19,10 @@ OPSET = 17
 KINDS = ("fp32", "fp16")
 # This one is exported with an open batch, too.
 OPEN = ("resnet50", "fp32")
+# These are also run in so many streams at once, for so long each.
+IN_STREAMS = ("resnet50-fp32", "bert_large-fp32")
+STREAMS = (1, 2, 4, 8)
+STREAMS_S = 2.0
 # Models that are exported at a time.
 AT_ONCE = 8
 
@@ -131,6 +135,42 @@ def measure(model, inputs):
     return figures
 
 
+def captured(model, inputs):
+    """The model's run as a CUDA graph in a stream of its own."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(*inputs)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        model(*inputs)
+    return stream, graph
+
+
+def streams_per_s(make, inputs):
+    """Runs per second of as many models as there are streams, each with weights and a graph of its own, one run in flight in each."""
+    inputs, rates = [x.cuda() for x in inputs], {}
+    with torch.inference_mode():
+        with torch.device("cuda"):
+            models = [make().eval() for _ in range(max(STREAMS))]
+        graphs = [(*captured(model, inputs), torch.cuda.Event()) for model in models]
+        for count in STREAMS:
+            done, start = 0, time.perf_counter()
+            while time.perf_counter() - start < STREAMS_S:
+                for stream, graph, ended in graphs[:count]:
+                    # One that was never recorded has ended.
+                    if ended.query():
+                        with torch.cuda.stream(stream):
+                            graph.replay()
+                            ended.record()
+                        done += 1
+            torch.cuda.synchronize()
+            rates[str(count)] = round(done / (time.perf_counter() - start), 1)
+        del graphs, models
+    torch.cuda.empty_cache()
+    return rates
+
+
 def known(path, here):
     """What was measured before with the same PyTorch on the same GPU."""
     try:
@@ -198,6 +238,8 @@ def time_all(out, names):
         for kind in KINDS:
             figures[f"{name}-{kind}"] = measure(dress(model, kind), example(kind == "fp16"))
             print(f"{name}-{kind}: {figures[f'{name}-{kind}']}", flush=True)
+            if f"{name}-{kind}" in IN_STREAMS:
+                figures[f"{name}-{kind}"]["streams_per_s"] = streams_per_s(make, example(False))
         # After each model, so that what ends this process costs no more than one.
         with open(f"{out}/torch.json", "w") as file:
             json.dump(figures, file, indent=1)

@@ -257,7 +257,7 @@ fn one_more(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) ->
 pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
     let runtime = model::runtime()?;
     let all = model::found(models)?;
-    let torch: Value = serde_json::from_str(&fs::read_to_string(models.join("torch.json")).unwrap_or("null".into()))?;
+    let torch = model::torch(models)?;
     let start = Instant::now();
     let prepared = prepare_all(&all, &models.join("prepared"));
     println!("prepared {} in {:.0} s", prepared.len(), start.elapsed().as_secs_f64());

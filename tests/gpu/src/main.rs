@@ -27,6 +27,7 @@ mod fault;
 mod figures;
 mod in_slab;
 mod kinds;
+mod lanes;
 mod links;
 mod many;
 mod model;
@@ -88,7 +89,7 @@ fn main() -> ExitCode {
         ["conform"] => conform::run(),
         ["figures", models, out] => figures::run(models.as_ref(), out.as_ref()),
         ["stress", models, out] => many::stress(models.as_ref(), out.as_ref(), stress_plan()),
-        ["lanes", models, out] => many::lanes(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"], 3),
+        ["lanes", models, out] => lanes::run(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"], 3),
         ["kinds", models, out] => kinds::run(models.as_ref(), out.as_ref()),
         ["peers", models, out] => peers::run(models.as_ref(), out.as_ref(), &["bert_large-fp32", "resnet50-fp32"]),
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),

@@ -42,10 +42,10 @@ pub(crate) struct Plan {
 }
 
 /// A function: its program, and what it must answer.
-struct Function {
-    name: String,
-    asked: Asked,
-    expected: Vec<u8>,
+pub(crate) struct Function {
+    pub(crate) name: String,
+    pub(crate) asked: Asked,
+    pub(crate) expected: Vec<u8>,
     state: Mutex<State>,
 }
 
@@ -124,7 +124,7 @@ fn bind_one(
 
 /// Binds all functions, some at a time; says how long that takes, and how much memory. Those of the first kinds come
 /// first, alone: what they load is there for all others.
-fn bind_all(
+pub(crate) fn bind_all(
     runtime: &Runtime,
     device: &Arc<dyn Device>,
     all: &[(String, Prepared)],
@@ -350,54 +350,4 @@ pub(crate) fn stress(models: &Path, out: &Path, plan: Plan) -> Result<()> {
         Record::of("stress_memory_growth", "all", (grown / 1e6, "MB"), None, Target::Told),
     ])?;
     if wrong > 0 { Err(format!("{wrong} of {answers} outputs are wrong").into()) } else { Ok(()) }
-}
-
-/// Requests per second of resident functions of one model, by how many run at once.
-pub(crate) fn lanes(models: &Path, out: &Path, names: &[&str], seconds: u64) -> Result<()> {
-    let runtime = model::runtime()?;
-    let (mut records, mut kept) = (Vec::new(), Vec::new());
-    for name in names {
-        let all = model::prepared(&models.join("prepared"))?;
-        let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
-        let memory = Bytes::new((prepared.manifest().weights_bytes.get() + (64 << 20)) * 8);
-        let device: Arc<dyn Device> =
-            CudaDevice::open(&CudaConfig { memory: Some(memory), lanes: 8, ..model::config(0)? })?;
-        let functions = bind_all(&runtime, &device, &[((*name).to_owned(), prepared)], 8)?;
-        for function in &functions {
-            function.asked.swap_in()?;
-        }
-        let (mut rates, mut answers) = (Vec::new(), 0);
-        for at_once in [1_usize, 2, 4, 8] {
-            let until = Instant::now() + Duration::from_secs(seconds);
-            let counts: Vec<Result<u64>> = thread::scope(|scope| {
-                let one = |function: &Function| -> Result<u64> {
-                    let mut n = 0;
-                    while Instant::now() < until {
-                        if function.asked.ask()? != function.expected {
-                            return Err(format!("{}: wrong output in {at_once} lanes", function.name).into());
-                        }
-                        n += 1;
-                    }
-                    Ok(n)
-                };
-                let threads: Vec<_> = functions[..at_once].iter().map(|f| scope.spawn(move || one(f))).collect();
-                threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
-            });
-            let count: u64 = counts.into_iter().collect::<Result<Vec<_>>>()?.iter().sum();
-            answers += count;
-            rates.push(count as f64 / seconds as f64);
-        }
-        functions.iter().try_for_each(|function| function.asked.swap_out())?;
-        let [one, two, four, eight] = rates[..] else { return Err("four rates".into()) };
-        println!(
-            "lanes: {name:20} 1: {one:6.0}/s  2: {two:6.0}/s  4: {four:6.0}/s ({:.2}x)  8: {eight:6.0}/s",
-            four / one
-        );
-        records.push(json!({"model": name, "per_s": rates}));
-        let target = if name.starts_with("bert") { Target::AtLeast(1.6) } else { Target::AtLeast(2.2) };
-        let record = Record::of("four_lanes", name, (four, "requests/s"), Some((one, "one lane")), target);
-        kept.push(record.counting(answers, 0));
-        Records::new(out, "lanes", device.as_cuda().ok_or("no GPU")?.gpu_name()?)?.add(&kept)?;
-    }
-    Ok(std::fs::write(out.join("lanes.json"), serde_json::to_vec_pretty(&records)?)?)
 }

@@ -31,6 +31,14 @@ pub(crate) fn runtime() -> Result<Runtime> {
     Ok(Runtime::load(Path::new(&library), RuntimeOptions::default())?)
 }
 
+/// What PyTorch was measured to do on this machine (`export.py`); null where it was not.
+pub(crate) fn torch(models: &Path) -> Result<serde_json::Value> {
+    match fs::read_to_string(models.join("torch.json")) {
+        Ok(text) => Ok(serde_json::from_str(&text)?),
+        Err(_) => Ok(serde_json::Value::Null),
+    }
+}
+
 /// Prepares one model; the job comes as JSON.
 pub(crate) fn prepare_from_stdin() -> Result<()> {
     let mut text = String::new();

@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    bare::Exchange,
     bases::{self, Base},
     broker::Broker,
     costs,
@@ -133,6 +134,8 @@ struct Compared {
     name: String,
     resident: Times,
     swapped: Times,
+    /// Milliseconds of as many bytes through a connection and a word to another thread, asked in turn with the requests.
+    bare: Vec<f64>,
     checked: u64,
     wrong: u64,
 }
@@ -159,11 +162,16 @@ fn compare(stage: &Stage, live: &Live) -> Result<Compared> {
     let (request, mut http) = (request(base, design)?, Client::new(sidecar.address, PATIENCE));
     let link = live.links.alone.first().copied().unwrap_or(f64::NAN);
     let copy = costs::copy_time(base, link);
-    let (mut resident, mut swapped) = (Times::default(), Times::default());
+    let (mut resident, mut swapped, mut bare) = (Times::default(), Times::default(), Vec::new());
     let (mut checked, mut wrong) = (0_u64, 0_u64);
+    let asked_bytes = base.inputs.iter().map(|(_, _, data)| data.len()).sum();
+    let mut exchange = Exchange::start(asked_bytes, golden.iter().map(Vec::len).sum())?;
     for round in 0..2 * (WARM_UP + ROUNDS) {
         let by_http = round % 2 == 0;
         live.fleet.ask(OTHERS);
+        if by_http {
+            bare.push(exchange.once()?);
+        }
         for _ in 0..2 {
             let seen = if by_http { over_http(&request, &mut http, golden)? } else { by_client(live)? };
             checked += 1;
@@ -175,7 +183,7 @@ fn compare(stage: &Stage, live: &Live) -> Result<Compared> {
             }
         }
     }
-    Ok(Compared { name: base.name.clone(), resident, swapped, checked, wrong })
+    Ok(Compared { name: base.name.clone(), resident, swapped, bare: bare.split_off(WARM_UP), checked, wrong })
 }
 
 /// One answer.
@@ -281,7 +289,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         };
         // The broker has gone: the device is free.
         alone(&stage, &mut one)?;
-        println!("front: {} resident {}\n  swapped in {}", one.name, one.resident.json(), one.swapped.json());
+        let (resident, swapped) = (one.resident.json(), one.swapped.json());
+        println!(
+            "front: {} resident {resident}\n  swapped in {swapped}\n  bare {:.3} ms",
+            one.name,
+            median(&mut one.bare)
+        );
         device.clone_from(&stage.device);
         found.push(one);
     }
@@ -305,10 +318,10 @@ fn write(options: &Options, found: &mut [Compared], device: String) -> Result<()
                 records.push(Record::of(&name, &one.name, (added, "ms"), None, target).counting(checked, wrong));
             }
         }
-        values.push(
-            json!({"model": one.name, "resident": resident, "swapped_in": swapped, "outputs_checked": one.checked,
-                           "outputs_wrong": one.wrong}),
-        );
+        let bare = median(&mut one.bare);
+        records.push(Record::of("front_bare_exchange", &one.name, (bare, "ms"), None, Target::Told));
+        values.push(json!({"model": one.name, "resident": resident, "swapped_in": swapped, "bare_exchange_ms": bare,
+                           "outputs_checked": one.checked, "outputs_wrong": one.wrong}));
     }
     fs::write(options.out.join("front.json"), serde_json::to_vec_pretty(&values)?)?;
     Records::new(&options.out, "front", device)?.add(&records)

@@ -2,6 +2,7 @@
 //!
 //! What is measured is what a sidecar sees. All of it runs on GPUs, however many there are, and on host devices.
 
+mod bare;
 mod bases;
 pub(crate) mod broker;
 mod costs;
