@@ -3,6 +3,7 @@
 //! Whether the weights are there is the device's and the scheduler's business: Await nodes wait for them, and a run
 //! whose swap-in failed fails. Sizes and places of tensors are checked here, before ONNX Runtime sees them.
 
+mod home;
 mod io;
 mod on_gpu;
 mod programmed;
@@ -23,7 +24,7 @@ use faaswap_protocol::{Bytes, Detail, Refusal};
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
 pub use self::io::{AskPlace, Input, InputData, Place, RunOutput};
-use self::shapes::Shapes;
+use self::{home::Home, shapes::Shapes};
 use crate::{
     CudaTarget, EngineError, Manifest, Prepared, RunError, Runtime, Target,
     await_op::{self, Waiter},
@@ -47,6 +48,8 @@ pub struct Bound {
     session: Option<Session>,
     /// What the program was captured of, where its kernels go with that.
     origin: Option<Origin>,
+    /// Where a session that stays was made.
+    home: Option<Arc<Home>>,
     /// The lane of a GPU in which the session runs where there is no program.
     lane: Option<usize>,
     /// Why a session is kept on a GPU.
@@ -87,15 +90,31 @@ impl Bound {
     /// Reserves addresses on the device and makes a session whose initializers lie there; on a GPU a program of that
     /// session, which may then go. Takes no device memory for weights.
     pub fn new(runtime: &Runtime, prepared: &Prepared, device: &Arc<dyn Device>) -> Result<Self, EngineError> {
-        Self::with(runtime, prepared, device, true)
+        Self::bind(runtime, prepared, device, true)
     }
 
     /// The same; `learns` says whether the model's kind shall be learnt, if need be.
-    fn with(
+    fn bind(
         runtime: &Runtime,
         prepared: &Prepared,
         device: &Arc<dyn Device>,
         learns: bool,
+    ) -> Result<Self, EngineError> {
+        if device.as_cuda().is_none() {
+            return Self::with(runtime, prepared, device, None);
+        }
+        // It is told to a copy otherwise.
+        prepared.kind()?;
+        let (runtime, prepared, there) = (runtime.clone(), prepared.clone(), Arc::clone(device));
+        Home::run(device, move |home| Self::with(&runtime, &prepared, &there, Some((home, learns))))?
+    }
+
+    /// The same, on the thread that it shall be bound on: on a GPU one that can stay.
+    fn with(
+        runtime: &Runtime,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+        on_gpu: Option<(&Arc<Home>, bool)>,
     ) -> Result<Self, EngineError> {
         let manifest = Arc::clone(prepared.manifest());
         let target = match (manifest.target, device.as_cuda()) {
@@ -121,6 +140,7 @@ impl Bound {
             shapes: None,
             session: None,
             origin: None,
+            home: None,
             lane: None,
             kept: None,
             constants: None,
@@ -132,16 +152,17 @@ impl Bound {
             output_names: output_names?,
             manifest,
         };
-        match device.as_cuda() {
+        match on_gpu {
             None => bound.make_session(runtime, prepared, (target, None), None)?,
-            Some(_) => {
+            Some((home, learns)) => {
                 runtime.share_device_memory(device)?;
-                let origin = bound.make_program(runtime, prepared, target, device)?;
+                let origin = bound.make_program((runtime, prepared), target, (device, home))?;
                 let is_of_kind = learns && bound.learn_kind(runtime, prepared, device).unwrap_or_else(|error| {
                     tracing::warn!(%error, "a model's weights are mapped at each swap-in: its kind cannot be learnt");
                     false
                 });
                 bound.keep_or_let_go(origin.filter(|_| !is_of_kind), learns);
+                bound.home = bound.session.is_some().then(|| Arc::clone(home));
             }
         }
         Ok(bound)

@@ -98,6 +98,12 @@ pub(crate) fn variant(prepared: &Prepared, variant: u64) -> Result<HostWeights> 
     Ok(HostWeights::from_bytes(&bytes)?)
 }
 
+/// Where two outputs differ first, and in how many bytes.
+fn differences(one: &[u8], other: &[u8]) -> (usize, usize) {
+    let places: Vec<_> = (0..one.len().max(other.len())).filter(|&at| one.get(at) != other.get(at)).collect();
+    (places.first().copied().unwrap_or(0), places.len())
+}
+
 /// Functions that are bound at a time: their weights are made meanwhile, so more than a device binds.
 const BINDING: usize = 4;
 
@@ -118,7 +124,14 @@ fn bind_one(
     let bound = begun.elapsed();
     asked.swap_in()?;
     let expected = asked.ask()?;
+    let again = asked.ask()?;
     asked.swap_out()?;
+    if again != expected {
+        let (at, count) = differences(&expected, &again);
+        return Err(
+            format!("{name}/{number}: its second answer is not its first: {count} bytes, from byte {at}").into()
+        );
+    }
     Ok((Function { name: format!("{name}/{number}"), asked, expected, state: Mutex::default() }, [made, bound]))
 }
 
@@ -243,7 +256,11 @@ fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64
             Ok(answer) => {
                 counts.answers.fetch_add(1, Ordering::Relaxed);
                 if answer != functions[which].expected && counts.wrong.fetch_add(1, Ordering::Relaxed) < 5 {
-                    println!("WRONG: {} answered another output than at first", functions[which].name);
+                    let (at, count) = differences(&functions[which].expected, &answer);
+                    let name = &functions[which].name;
+                    println!(
+                        "WRONG: {name} answered another output than at first: {count} bytes differ, from byte {at}"
+                    );
                 }
             }
             Err(error) => {

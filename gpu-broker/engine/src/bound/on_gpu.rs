@@ -8,7 +8,7 @@ use faaswap_device::{
 };
 use ort::session::Session;
 
-use super::{Bound, shapes::Shapes};
+use super::{Bound, home::Home, shapes::Shapes};
 use crate::{
     EngineError, Prepared, Runtime, Target,
     kind::Kind,
@@ -17,15 +17,18 @@ use crate::{
 };
 
 /// Why a session is kept where the program is not one of its kind.
-const KERNELS_GO: &str = "some of its kernels are made by its session, and go with it";
+const KERNELS_GO: &str = "some of its kernels are made for its session, and go with it";
 
-/// A session that a program was captured of, and that nobody runs any more. It may have made kernels that go with it.
+/// A session that a program was captured of, and that nobody runs any more. Kernels may have been made for it, or for the thread that
+/// ran it.
 struct Ran {
     session: Option<Session>,
     /// Goes after the session.
     _supplied: Vec<Weights>,
     device: Arc<dyn Device>,
     key: Option<KindKey>,
+    /// Goes last: kernels may have been made for that thread.
+    _home: Arc<Home>,
 }
 
 impl Drop for Ran {
@@ -45,10 +48,9 @@ impl Bound {
     /// a program was captured of.
     pub(super) fn make_program(
         &mut self,
-        runtime: &Runtime,
-        prepared: &Prepared,
+        (runtime, prepared): (&Runtime, &Prepared),
         target: Target,
-        device: &Arc<dyn Device>,
+        (device, home): (&Arc<dyn Device>, &Arc<Home>),
     ) -> Result<Option<Origin>, EngineError> {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         let range = self.range();
@@ -90,7 +92,7 @@ impl Bound {
         self.kept.clone_from(&self.manifest.keep_session);
         match made {
             Ok((programs, drawing)) => {
-                let origin = self.kept.is_none().then(|| self.take_origin(device, kind));
+                let origin = self.kept.is_none().then(|| self.take_origin((device, home), kind));
                 if let (Some(origin), Some(kind), Some(range)) = (&origin, kind, range)
                     && let Some(constants) = programs.constants()
                     && let Err(error) = cuda.note_kind(kind.key, (drawing, origin), range, constants)
@@ -119,9 +121,10 @@ impl Bound {
     }
 
     /// Takes the session, which is not run any more.
-    fn take_origin(&mut self, device: &Arc<dyn Device>, kind: Option<&Kind>) -> Origin {
+    fn take_origin(&mut self, (device, home): (&Arc<dyn Device>, &Arc<Home>), kind: Option<&Kind>) -> Origin {
         let (session, supplied) = (self.session.take(), std::mem::take(&mut self.supplied));
-        Arc::new(Ran { session, _supplied: supplied, device: Arc::clone(device), key: kind.map(|kind| kind.key) })
+        let (device, key, home) = (Arc::clone(device), kind.map(|kind| kind.key), Arc::clone(home));
+        Arc::new(Ran { session, _supplied: supplied, device, key, _home: home })
     }
 
     /// Keeps what the program was captured of, or lets it go; `serves` says whether the program is to answer.
@@ -161,7 +164,7 @@ impl Bound {
         let mut others = Vec::new();
         for _ in 0..COMPARED_MAX {
             if cuda.knows_kind(&kind.key) == Some(false) {
-                others.push(Self::with(runtime, prepared, device, false)?);
+                others.push(Self::bind(runtime, prepared, device, false)?);
             }
         }
         let Some(template) = cuda.template(&kind.key) else { return Ok(false) };
