@@ -102,14 +102,24 @@ pub struct Manifest {
 }
 
 /// A session that must be kept counts as so many percent of the run's time more: it takes device memory for good.
-pub const KEPT_SESSION_PERCENT: u64 = 100;
+const KEPT_SESSION_PERCENT: u64 = 100;
+/// One for all of a kind counts as so many: it takes memory, too, and to make kernels takes seconds.
+const KERNELS_GO_PERCENT: u64 = 10;
 
 impl Manifest {
-    /// How dear the model is when prepared in this way, to choose between ways: how long it runs, and more where its
-    /// session must be kept. The largest where it was not tried.
+    /// How dear the model is when prepared in this way, to choose between ways: how long it runs, and more where a session must be
+    /// kept. The largest where it was not tried.
     pub fn cost(&self) -> u64 {
-        let percent = if self.keep_session.is_some() { 100 + KEPT_SESSION_PERCENT } else { 100 };
-        self.trial_run_us.map_or(u64::MAX, |us| us.saturating_mul(percent) / 100)
+        self.trial_run_us.map_or(u64::MAX, |us| us.saturating_mul(100 + self.kept_percent()) / 100)
+    }
+
+    /// What is kept for it counts as so many percent of its run's time.
+    pub fn kept_percent(&self) -> u64 {
+        match (&self.keep_session, self.kernels_go) {
+            (Some(_), _) => KEPT_SESSION_PERCENT,
+            (None, true) => KERNELS_GO_PERCENT,
+            (None, false) => 0,
+        }
     }
 
     /// The target, whichever GPU of its kind it was.
@@ -283,6 +293,20 @@ pub(crate) mod tests {
             trial_run_us: Some(10),
             trial_max_abs_diff: None,
         }
+    }
+
+    #[test]
+    fn what_keeps_a_session_is_taken_where_it_is_much_faster() {
+        let of = |us, keep_session: Option<&str>, kernels_go| Manifest {
+            trial_run_us: Some(us),
+            keep_session: keep_session.map(str::to_owned),
+            kernels_go,
+            ..manifest()
+        };
+        assert!(of(109, None, false).cost() < of(100, None, true).cost(), "a session for each kind");
+        assert!(of(111, None, false).cost() > of(100, None, true).cost());
+        assert!(of(199, None, false).cost() < of(100, Some("so"), true).cost(), "one for each function");
+        assert_eq!(Manifest { trial_run_us: None, ..manifest() }.cost(), u64::MAX);
     }
 
     #[test]

@@ -12,9 +12,7 @@ use faaswap_device::{
     Device,
     cuda::{CudaConfig, CudaDevice},
 };
-use faaswap_engine::{
-    CudaTarget, Input, InputData, OnDevice, PlainSession, Prepared, Runtime, Target, manifest::KEPT_SESSION_PERCENT,
-};
+use faaswap_engine::{CudaTarget, Input, InputData, OnDevice, PlainSession, Prepared, Runtime, Target};
 use faaswap_protocol::Bytes;
 use serde_json::{Value, json};
 
@@ -87,13 +85,13 @@ pub(crate) fn prepare_all(
 struct Measured {
     value: Value,
     resident_ms: f64,
+    kept_percent: u64,
 }
 
 impl Measured {
     /// What the broker chooses a layout by: see [`faaswap_engine::Manifest::cost`].
     fn cost(&self) -> f64 {
-        let kept = !self.value["kept"].is_null();
-        self.resident_ms * if kept { 1.0 + KEPT_SESSION_PERCENT as f64 / 100.0 } else { 1.0 }
+        self.resident_ms * (1.0 + self.kept_percent as f64 / 100.0)
     }
 }
 
@@ -187,7 +185,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         "resident_paced_ms": paced_ms, "pipelined_paced_ratio": both_ms / longer_paced, "plain_load_ms": plain_load_ms,
         "parts_ms": parts, "program_parts": asked.bound.program_parts(), "in_slab": in_slab.told(), "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
     });
-    Ok(Measured { value, resident_ms })
+    Ok(Measured { value, resident_ms, kept_percent: prepared.manifest().kept_percent() })
 }
 
 /// Requests whose weights are brought for them, after a pause each: their time, and where it goes: until the link has begun; from
