@@ -48,7 +48,7 @@ pub struct Bound {
     session: Option<Session>,
     /// What the program was captured of, where its kernels go with that.
     origin: Option<Origin>,
-    /// Where a session that stays was made.
+    /// Where a program was captured whose session stays.
     home: Option<Arc<Home>>,
     /// The lane of a GPU in which the session runs where there is no program.
     lane: Option<usize>,
@@ -162,7 +162,9 @@ impl Bound {
                     false
                 });
                 bound.keep_or_let_go(origin.filter(|_| !is_of_kind), learns);
-                bound.home = bound.session.is_some().then(|| Arc::clone(home));
+                // Sessions without a program run in lanes.
+                let was_captured_here = bound.session.is_some() && bound.programs.is_some();
+                bound.home = was_captured_here.then(|| Arc::clone(home));
             }
         }
         Ok(bound)

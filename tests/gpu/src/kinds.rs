@@ -94,7 +94,9 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         let freed_mb = (cuda.driver_memory()?.0.get() as f64 - before.get() as f64) / 1e6;
         let (kept_session, kernels_go) = (prepared.manifest().keep_session.is_some(), prepared.manifest().kernels_go);
         if twins == 0 {
-            println!("{name:20} none is bound by its kind{}", if kept_session { ": sessions are kept" } else { "" });
+            let why = prepared.manifest().keep_session.as_ref().or(prepared.manifest().bind_apart.as_ref());
+            let why = why.map_or("their kinds are not the same, or were not learnt", String::as_str);
+            println!("{name:20} none is bound by its kind: {why}");
         } else {
             let (session, kind) = (median(&mut by_session), median(&mut by_kind));
             println!(
