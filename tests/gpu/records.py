@@ -37,6 +37,7 @@ TITLES = {
     "open_batch_run": "Run of a model with an open batch, as a program",
     "stress_wrong_outputs": "Wrong outputs under constant eviction",
     "stress_memory_growth": "GPU memory grown under constant eviction",
+    "stress_process_growth": "The process's own memory grown meanwhile",
     "disk_to_host_bandwidth": "Reading weights from disk",
     "swap_in_from_disk": "Swap-in of weights that are read from disk meanwhile",
     "device_memory_per_function": "Device memory per bound function",

@@ -36,6 +36,7 @@ mod open;
 mod peers;
 mod record;
 mod stats;
+mod stress;
 mod tiers;
 
 use std::{error::Error, process::ExitCode};
@@ -46,10 +47,10 @@ const USAGE: &str = "usage: faaswap-gpu conform | figures MODELS OUT | stress MO
                      broker";
 
 /// Functions of all prepared models in turn, on less memory than the weights take; shorter where variables say so.
-fn stress_plan() -> many::Plan {
+fn stress_plan() -> stress::Plan {
     let number =
         |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
-    many::Plan {
+    stress::Plan {
         functions: usize::try_from(number("FAASWAP_GPU_FUNCTIONS", 200)).unwrap_or(200),
         seconds: number("FAASWAP_GPU_SECONDS", 60),
         memory: faaswap_protocol::Bytes::mib(number("FAASWAP_GPU_STRESS_MIB", 12 << 10)),
@@ -88,7 +89,7 @@ fn main() -> ExitCode {
     let done = match args[..] {
         ["conform"] => conform::run(),
         ["figures", models, out] => figures::run(models.as_ref(), out.as_ref()),
-        ["stress", models, out] => many::stress(models.as_ref(), out.as_ref(), stress_plan()),
+        ["stress", models, out] => stress::run(models.as_ref(), out.as_ref(), stress_plan()),
         ["lanes", models, out] => lanes::run(models.as_ref(), out.as_ref(), &["resnet50-fp32", "bert_large-fp32"], 3),
         ["kinds", models, out] => kinds::run(models.as_ref(), out.as_ref()),
         ["peers", models, out] => peers::run(models.as_ref(), out.as_ref(), &["bert_large-fp32", "resnet50-fp32"]),

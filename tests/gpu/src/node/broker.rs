@@ -143,7 +143,7 @@ impl Drop for Broker {
 }
 
 /// What a process, by its number or `self`, has of the machine's memory for itself, in bytes.
-fn own_memory(process: &str) -> Result<u64> {
+pub(crate) fn own_memory(process: &str) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).ok_or("no RssAnon")?;
     Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()?.saturating_mul(1024))

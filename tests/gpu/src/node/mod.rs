@@ -19,5 +19,6 @@ mod step;
 mod swaps;
 mod variants;
 
+pub(crate) use broker::own_memory;
 pub(crate) use options::Options;
 pub(crate) use variants::turn;
