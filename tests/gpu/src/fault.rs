@@ -17,6 +17,7 @@ use faaswap_protocol::Bytes;
 use crate::{
     Result,
     model::{self, Asked},
+    prepared,
 };
 
 /// What the other GPU has to do with the one that fails: nothing, it can read its memory, or it does so meanwhile.
@@ -27,8 +28,7 @@ const COPIES_AFTER: Duration = Duration::from_millis(100);
 /// Lets a kernel trap, sees that runs end with an error, and uses the GPU from another process.
 pub(crate) fn run(models: &Path, name: &str) -> Result<()> {
     let runtime = model::runtime()?;
-    let all = model::prepared(&models.join("prepared"))?;
-    let (_, prepared) = all.into_iter().find(|(of, _)| of == name).ok_or("that model is not prepared")?;
+    let prepared = prepared::one(models, name)?;
     let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + (64 << 20)));
     let open =
         || -> Result<Arc<dyn Device>> { Ok(CudaDevice::open(&CudaConfig { memory, lanes: 1, ..model::config(0)? })?) };
@@ -67,8 +67,7 @@ pub(crate) fn run(models: &Path, name: &str) -> Result<()> {
 /// Lets the first GPU fail, and says whether the second one, which holds the same model, still serves it.
 pub(crate) fn beside(models: &Path, name: &str, how: &str) -> Result<()> {
     let runtime = model::runtime()?;
-    let all = model::prepared(&models.join("prepared"))?;
-    let (_, prepared) = all.into_iter().find(|(of, _)| of == name).ok_or("that model is not prepared")?;
+    let prepared = prepared::one(models, name)?;
     let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + (64 << 20)));
     let peers = if how == "apart" { Vec::new() } else { vec![0, 1] };
     let open = |ordinal: u32| -> Result<Arc<dyn Device>> {
@@ -109,8 +108,7 @@ pub(crate) fn beside(models: &Path, name: &str, how: &str) -> Result<()> {
 /// Binds one model and asks it once.
 pub(crate) fn one(models: &Path, name: &str) -> Result<()> {
     let runtime = model::runtime()?;
-    let all = model::prepared(&models.join("prepared"))?;
-    let (_, prepared) = all.into_iter().find(|(of, _)| of == name).ok_or("that model is not prepared")?;
+    let prepared = prepared::one(models, name)?;
     let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + (64 << 20)));
     let device: Arc<dyn Device> = CudaDevice::open(&CudaConfig { memory, lanes: 1, ..model::config(0)? })?;
     let asked = Asked::new(&runtime, &prepared, &device)?;

@@ -19,14 +19,13 @@ use serde_json::{Value, json};
 use crate::{
     Result, in_slab,
     model::{self, Asked},
+    prepared,
     record::{self, Records},
     stats::{median, median_ms},
 };
 
 /// Weights on the GPU, as in the published evaluation.
 const MEMORY: Bytes = Bytes::mib(25 << 10);
-/// Children that prepare at a time.
-const PREPARING: usize = 4;
 /// Largest difference to a plain session's output, beside the largest value: TF32 and fp16 have 10 bits of fraction.
 const TOLERANCE: f64 = 1e-2;
 /// Between a swap-out and the next swap-in: the link does meanwhile what it does when it is idle.
@@ -38,48 +37,6 @@ const FORMER: usize = 39;
 const FURTHER: usize = 8;
 const SWAPS: usize = 15;
 const RUNS: usize = 40;
-
-/// Prepares all models in both layouts, some at a time. Convolutions alone have layouts.
-pub(crate) fn prepare_all(
-    models: &[(String, std::path::PathBuf)],
-    out: &Path,
-) -> Vec<(String, bool, Result<Prepared>)> {
-    let jobs: Vec<_> = models
-        .iter()
-        .flat_map(|(name, path)| [false, true].map(|last| (name.clone(), path.clone(), last)))
-        .filter(|(name, _, last)| !(*last && name.starts_with("bert")))
-        .collect();
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let mut done: Vec<_> = thread::scope(|scope| {
-        let work = || {
-            let mut mine = Vec::new();
-            while let Some((name, path, last)) = jobs.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
-                let start = Instant::now();
-                let folder = out.join(format!("{name}-{}", if *last { "nhwc" } else { "nchw" }));
-                let prepared = model::prepare(path, &folder, *last);
-                let how = prepared.as_ref().map_or_else(ToString::to_string, |prepared| {
-                    let m = prepared.manifest();
-                    format!(
-                        "{} groups, {} awaits, trial {:?} us, difference {:?}, session kept: {:?}, bound apart: {:?}",
-                        m.groups.len(),
-                        m.await_count,
-                        m.trial_run_us,
-                        m.trial_max_abs_diff,
-                        m.keep_session,
-                        m.bind_apart
-                    )
-                });
-                println!("  {} in {:.1} s: {how}", folder.display(), start.elapsed().as_secs_f64());
-                mine.push((name.clone(), *last, prepared));
-            }
-            mine
-        };
-        let threads: Vec<_> = (0..PREPARING).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
-    });
-    done.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
-    done
-}
 
 /// What was measured of one prepared model.
 struct Measured {
@@ -257,8 +214,8 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
     let all = model::found(models)?;
     let torch = model::torch(models)?;
     let start = Instant::now();
-    let prepared = prepare_all(&all, &models.join("prepared"));
-    println!("prepared {} in {:.0} s", prepared.len(), start.elapsed().as_secs_f64());
+    let all_prepared = prepared::prepare_all(&all, &models.join(prepared::FOLDER));
+    println!("prepared {} in {:.0} s", all_prepared.len(), start.elapsed().as_secs_f64());
     let start = Instant::now();
     let device: Arc<dyn Device> = CudaDevice::open(&CudaConfig { memory: Some(MEMORY), ..model::config(0)? })?;
     println!("opened {} in {:.2} s", device.info().capacity, start.elapsed().as_secs_f64());
@@ -282,7 +239,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
     );
     for (name, path) in &all {
         let mut best: Option<(bool, Measured, &Prepared)> = None;
-        for (_, last, prepared) in prepared.iter().filter(|(of, ..)| of == name) {
+        for (_, last, prepared) in all_prepared.iter().filter(|(of, ..)| of == name) {
             let measured = match prepared {
                 Ok(prepared) => {
                     measure(&runtime, &device, &path.join("model.onnx"), prepared).map(|measured| (measured, prepared))

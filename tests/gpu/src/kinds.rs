@@ -19,9 +19,9 @@ use prost::Message;
 use serde_json::json;
 
 use crate::{
-    Result, figures, many,
+    Result, many,
     model::{self, Asked},
-    node,
+    node, prepared,
     record::{Record, Records, Target},
     stats::median,
 };
@@ -35,15 +35,10 @@ const SPARE: Bytes = Bytes::mib(64);
 
 pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
     let runtime = model::runtime()?;
-    let folder = models.join("prepared");
-    if !folder.exists() {
-        let start = Instant::now();
-        figures::prepare_all(&model::found(models)?, &folder);
-        println!("prepared in {:.0} s", start.elapsed().as_secs_f64());
-    }
+    let prepared = prepared::all(models)?;
     let (mut records, mut told, mut all_wrong) = (Vec::new(), Vec::new(), 0);
     println!("model                  by session ms  by kind ms  first ms  twins  wrong");
-    for (name, prepared) in model::prepared(&folder)? {
+    for (name, prepared) in prepared {
         let memory = Some(Bytes::new(prepared.manifest().weights_bytes.get() + SPARE.get()));
         let open = |twins| -> Result<Arc<dyn Device>> {
             Ok(CudaDevice::open(&CudaConfig { memory, lanes: 2, twins, ..model::config(0)? })?)

@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::{
     Result,
     many::{Function, bind_all},
-    model,
+    model, prepared,
     record::{Record, Records, Target},
 };
 
@@ -30,15 +30,14 @@ const BOUND: usize = 2 * LANES;
 /// Each model with as many functions as there are lanes, each with weights of its own.
 pub(crate) fn run(models: &Path, out: &Path, names: &[&str], seconds: u64) -> Result<()> {
     let runtime = model::runtime()?;
-    let torch = model::torch(models)?;
+    let (all, torch) = (prepared::all(models)?, model::torch(models)?);
     let (mut records, mut kept) = (Vec::new(), Vec::new());
     for name in names {
-        let all = model::prepared(&models.join("prepared"))?;
-        let Some((_, prepared)) = all.into_iter().find(|(of, _)| of == name) else { continue };
+        let Some((_, prepared)) = all.iter().find(|(of, _)| of == name) else { continue };
         let memory = Bytes::new((prepared.manifest().weights_bytes.get() + (64 << 20)) * LANES as u64);
         let device: Arc<dyn Device> =
             CudaDevice::open(&CudaConfig { memory: Some(memory), lanes: LANES, ..model::config(0)? })?;
-        let functions = one_in_each(bind_all(&runtime, &device, &[((*name).to_owned(), prepared)], BOUND)?)?;
+        let functions = one_in_each(bind_all(&runtime, &device, &[((*name).to_owned(), prepared.clone())], BOUND)?)?;
         for function in &functions {
             function.asked.swap_in()?;
         }

@@ -34,6 +34,7 @@ mod model;
 mod node;
 mod open;
 mod peers;
+mod prepared;
 mod record;
 mod stats;
 mod stress;

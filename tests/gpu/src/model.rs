@@ -249,18 +249,3 @@ pub(crate) fn config(ordinal: u32) -> Result<CudaConfig> {
     }
     Ok(config)
 }
-
-/// The prepared models in a folder, each in its better layout, by name.
-pub(crate) fn prepared(folder: &Path) -> Result<Vec<(String, Prepared)>> {
-    let mut best: std::collections::BTreeMap<String, Prepared> = std::collections::BTreeMap::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        let full = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let (Some((name, _)), Ok(found)) = (full.rsplit_once('-'), Prepared::open(&path)) else { continue };
-        let cost = |of: &Prepared| of.manifest().cost();
-        if best.get(name).is_none_or(|known| cost(&found) < cost(known)) {
-            best.insert(name.to_owned(), found);
-        }
-    }
-    Ok(best.into_iter().collect())
-}

@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::{
     Result,
     model::{self, Asked},
+    prepared,
     record::{Record, Records, Target},
     stats::median,
 };
@@ -45,7 +46,7 @@ pub(crate) fn run(models: &Path, out: &Path, names: &[&str]) -> Result<()> {
     }
     let runtime = model::runtime()?;
     let ordinals: Vec<u32> = (0..u32::try_from(count)?).collect();
-    let all = model::prepared(&models.join("prepared"))?;
+    let all = prepared::all(models)?;
     let chosen: Vec<_> = names.iter().filter_map(|name| all.iter().find(|(of, _)| of == name)).collect();
     let largest = chosen.iter().map(|(_, prepared)| prepared.manifest().weights_bytes.get()).max().unwrap_or(0);
     let open = |&ordinal: &u32| -> Result<Arc<dyn Device>> {

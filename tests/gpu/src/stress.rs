@@ -26,6 +26,7 @@ use crate::{
     many::{self, Function, differences},
     model,
     node::own_memory,
+    prepared,
     record::{Record, Records, Target},
 };
 
@@ -252,7 +253,7 @@ fn on_each<G: Sync, T: Send, M>(
 /// Constant eviction on all GPUs at once, once all functions are bound on each.
 pub(crate) fn run(models: &Path, out: &Path, plan: Plan) -> Result<()> {
     let runtime = model::runtime()?;
-    let prepared = model::prepared(&models.join("prepared"))?;
+    let prepared = prepared::all(models)?;
     let ordinals: Vec<u32> = (0..u32::try_from(cuda::count()?)?).collect();
     let (nodes, ()) = on_each(&ordinals, |&ordinal| Node::bind(&runtime, &prepared, ordinal, plan), || ())?;
     let part = Duration::from_secs(plan.seconds) / 10;

@@ -1,6 +1,6 @@
 //! The models that functions are made of: found, prepared once for the devices, and what a plain session answers to them.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use faaswap_broker::store;
 use faaswap_device::cuda::{CudaConfig, CudaDevice};
@@ -8,7 +8,7 @@ use faaswap_engine::{CudaTarget, Input, InputData, PlainSession, Prepared, Runti
 use faaswap_protocol::{Bytes, DType, Shape};
 
 use super::options::Options;
-use crate::{Result, figures, model};
+use crate::{Result, model, prepared};
 
 /// Deadlines of the published evaluation.
 const DEADLINE: Duration = Duration::from_millis(80);
@@ -44,7 +44,11 @@ pub(crate) fn all(options: &Options) -> Result<Vec<Base>> {
     if wanted.is_empty() {
         return Err(format!("{} has no model of {}", options.models.display(), options.dtype).into());
     }
-    let mut prepared = if options.devices.is_host() { on_host(options, &wanted)? } else { on_gpu(options, &wanted)? };
+    let mut prepared = if options.devices.is_host() {
+        on_host(options, &wanted)?
+    } else {
+        prepared::these(&wanted, &options.models)?.into_iter().collect()
+    };
     let mut bases = Vec::new();
     for (name, folder) in wanted {
         let Some(prepared) = prepared.remove(&name) else {
@@ -60,20 +64,6 @@ pub(crate) fn all(options: &Options) -> Result<Vec<Base>> {
 }
 
 type Named = BTreeMap<String, Prepared>;
-
-/// What `figures` has prepared already, and else in the same way.
-fn on_gpu(options: &Options, wanted: &[(String, PathBuf)]) -> Result<Named> {
-    let folder = options.models.join("prepared");
-    fs::create_dir_all(&folder)?;
-    let known = |folder: &PathBuf| -> Result<Named> { Ok(model::prepared(folder)?.into_iter().collect()) };
-    let there = known(&folder)?;
-    let missing: Vec<_> = wanted.iter().filter(|(name, _)| !there.contains_key(name)).cloned().collect();
-    if missing.is_empty() {
-        return Ok(there);
-    }
-    figures::prepare_all(&missing, &folder);
-    known(&folder)
-}
 
 fn on_host(options: &Options, wanted: &[(String, PathBuf)]) -> Result<Named> {
     let mut prepared = Named::new();
