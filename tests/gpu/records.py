@@ -65,6 +65,7 @@ TITLES = {
     "front_broker_added_resident": "Added within the broker, weights there",
     "front_broker_added_swapped_in": "Added within the broker, weights swapped in",
     "front_bare_exchange": "As many bytes through a bare connection, and a word to another thread",
+    "front_bare_exchange_first": "The same first after other requests, as those whose weights are swapped in",
     "lose_others_missed": "A device lost: late or refused requests of functions that were elsewhere too",
     "lose_refused": "A device lost: requests refused",
     "lose_refused_later": "A device lost: requests refused that came afterwards",

@@ -49,6 +49,8 @@ const OTHERS: std::ops::Range<usize> = 1..4;
 /// Requests of each kind to each model.
 const ROUNDS: usize = 60;
 const WARM_UP: usize = 5;
+/// HTTP, the client, and the bare exchange.
+const WAYS: usize = 3;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a sidecar may take to be ready, and how often it is asked.
@@ -134,8 +136,9 @@ struct Compared {
     name: String,
     resident: Times,
     swapped: Times,
-    /// Milliseconds of as many bytes through a connection and a word to another thread, asked in turn with the requests.
-    bare: Vec<f64>,
+    /// Milliseconds of as many bytes through a connection and a word to another thread, asked in turn with the requests: first after
+    /// the others, as those whose weights have left, and again at once.
+    bare: [Vec<f64>; 2],
     checked: u64,
     wrong: u64,
 }
@@ -153,7 +156,7 @@ fn request(base: &Base, design: &Design) -> Result<Request> {
     Ok(Request::new(&format!("{}-front", design.name), &tensors)?)
 }
 
-/// Asks one function by both ways in turn, each time once when its weights have left, and once when they are there. The
+/// Asks one function by both ways and the bare exchange in turn, each time once when its weights have left, and once when they are there. The
 /// device has room for one function's weights, so that asking the others drives them out.
 fn compare(stage: &Stage, live: &Live) -> Result<Compared> {
     let (design, base) = (&stage.designs[ASKED], &stage.bases[0]);
@@ -162,28 +165,33 @@ fn compare(stage: &Stage, live: &Live) -> Result<Compared> {
     let (request, mut http) = (request(base, design)?, Client::new(sidecar.address, PATIENCE));
     let link = live.links.alone.first().copied().unwrap_or(f64::NAN);
     let copy = costs::copy_time(base, link);
-    let (mut resident, mut swapped, mut bare) = (Times::default(), Times::default(), Vec::new());
+    let (mut resident, mut swapped, mut bare) = (Times::default(), Times::default(), [Vec::new(), Vec::new()]);
     let (mut checked, mut wrong) = (0_u64, 0_u64);
     let asked_bytes = base.inputs.iter().map(|(_, _, data)| data.len()).sum();
     let mut exchange = Exchange::start(asked_bytes, golden.iter().map(Vec::len).sum())?;
-    for round in 0..2 * (WARM_UP + ROUNDS) {
-        let by_http = round % 2 == 0;
+    for round in 0..WAYS * (WARM_UP + ROUNDS) {
+        let (way, counts) = (round % WAYS, round >= WAYS * WARM_UP);
         live.fleet.ask(OTHERS);
-        if by_http {
-            bare.push(exchange.once()?);
-        }
-        for _ in 0..2 {
-            let seen = if by_http { over_http(&request, &mut http, golden)? } else { by_client(live)? };
+        for took in &mut bare {
+            let seen = match way {
+                0 => over_http(&request, &mut http, golden)?,
+                1 => by_client(live)?,
+                _ => {
+                    let ms = exchange.once()?;
+                    took.extend(counts.then_some(ms));
+                    continue;
+                }
+            };
             checked += 1;
             wrong += u64::from(!seen.answered.right);
-            if round >= 2 * WARM_UP {
+            if counts {
                 let of = if seen.answered.was_brought(copy) { &mut swapped } else { &mut resident };
                 of.broker.push(seen.answered.in_broker().as_secs_f64() * 1e3);
-                if by_http { &mut of.http } else { &mut of.client }.push(seen.took_ms);
+                if way == 0 { &mut of.http } else { &mut of.client }.push(seen.took_ms);
             }
         }
     }
-    Ok(Compared { name: base.name.clone(), resident, swapped, bare: bare.split_off(WARM_UP), checked, wrong })
+    Ok(Compared { name: base.name.clone(), resident, swapped, bare, checked, wrong })
 }
 
 /// One answer.
@@ -290,11 +298,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         // The broker has gone: the device is free.
         alone(&stage, &mut one)?;
         let (resident, swapped) = (one.resident.json(), one.swapped.json());
-        println!(
-            "front: {} resident {resident}\n  swapped in {swapped}\n  bare {:.3} ms",
-            one.name,
-            median(&mut one.bare)
-        );
+        println!("front: {} resident {resident}\n  swapped in {swapped}", one.name);
         device.clone_from(&stage.device);
         found.push(one);
     }
@@ -318,10 +322,13 @@ fn write(options: &Options, found: &mut [Compared], device: String) -> Result<()
                 records.push(Record::of(&name, &one.name, (added, "ms"), None, target).counting(checked, wrong));
             }
         }
-        let bare = median(&mut one.bare);
-        records.push(Record::of("front_bare_exchange", &one.name, (bare, "ms"), None, Target::Told));
-        values.push(json!({"model": one.name, "resident": resident, "swapped_in": swapped, "bare_exchange_ms": bare,
-                           "outputs_checked": one.checked, "outputs_wrong": one.wrong}));
+        let [first, again] = one.bare.each_mut().map(|all| median(all));
+        for (figure, took) in [("front_bare_exchange", again), ("front_bare_exchange_first", first)] {
+            records.push(Record::of(figure, &one.name, (took, "ms"), None, Target::Told));
+        }
+        println!("front: {} bare {again:.3} ms, {first:.3} after others", one.name);
+        values.push(json!({"model": one.name, "resident": resident, "swapped_in": swapped, "bare_exchange_ms": again,
+                           "bare_exchange_first_ms": first, "outputs_checked": one.checked, "outputs_wrong": one.wrong}));
     }
     fs::write(options.out.join("front.json"), serde_json::to_vec_pretty(&values)?)?;
     Records::new(&options.out, "front", device)?.add(&records)
