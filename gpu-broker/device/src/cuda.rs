@@ -143,7 +143,7 @@ pub struct CudaDevice {
     /// Held by whoever captures, and shared by those who may spoil that.
     capturing: RwLock<()>,
     next_lane: AtomicUsize,
-    /// For what graphs need on the device.
+    /// For what is brought to the device when models are bound: what graphs need there, and constants.
     uploads: Queue,
     /// What twins are made of; `None` where none are made.
     kinds: Option<Kinds>,

@@ -218,25 +218,19 @@ impl Context {
 
     /// Sets device memory to zeros and waits for it.
     pub(super) fn zero(&self, address: u64, len: usize) -> Result<(), DeviceError> {
-        self.apart(|stream| {
-            // SAFETY: a wrong address is an error of the driver's; ours are mapped by the callers.
-            check("cuMemsetD8Async", unsafe { cu::cuMemsetD8Async(address, 0, len, stream) })
-        })
-    }
-
-    /// Queues work in a stream of its own and waits for it: to wait for the whole device would spoil what other threads capture.
-    fn apart(&self, work: impl FnOnce(cu::CUstream) -> Result<(), DeviceError>) -> Result<(), DeviceError> {
         self.enter()?;
+        // A stream of its own: to wait for the whole device would spoil what other threads capture.
         let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as std::ffi::c_uint;
         let mut stream = ptr::null_mut();
         // SAFETY: the driver writes a handle, which is ours.
         check("cuStreamCreate", unsafe { cu::cuStreamCreate(&raw mut stream, flags) })?;
-        let queued = work(stream);
+        // SAFETY: a wrong address is an error of the driver's; ours are mapped by the callers.
+        let set = check("cuMemsetD8Async", unsafe { cu::cuMemsetD8Async(address, 0, len, stream) });
         // SAFETY: the handle is alive.
         let done = check("cuStreamSynchronize", unsafe { cu::cuStreamSynchronize(stream) });
         // SAFETY: the handle is ours and not used any more.
         tell("cuStreamDestroy", unsafe { cu::cuStreamDestroy_v2(stream) });
-        queued.and(done)
+        set.and(done)
     }
 
     /// Waits for everything that the context was given to do.
@@ -254,20 +248,6 @@ impl Context {
         // SAFETY: the driver writes a number of 32 bits, or says that it knows nothing of the address.
         let result = unsafe { cu::cuPointerGetAttribute((&raw mut kind).cast(), asked, address) };
         result == cu::CUresult::CUDA_SUCCESS && kind == cu::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32
-    }
-
-    /// Writes device memory and waits until it is there. The driver's own waiting copy does not, where it reads pageable memory: then
-    /// bytes may be on their way when it returns, and streams such as ours do not wait for them.
-    pub(super) fn write(&self, address: u64, from: &[u8]) -> Result<(), DeviceError> {
-        if from.is_empty() {
-            return Ok(());
-        }
-        self.apart(|stream| {
-            let (source, len) = (from.as_ptr().cast(), from.len());
-            // SAFETY: `from` is a slice of this length, which stays until the stream was waited for; a wrong device address is an error
-            // of the driver's.
-            check("cuMemcpyHtoDAsync", unsafe { cu::cuMemcpyHtoDAsync_v2(address, source, len, stream) })
-        })
     }
 
     /// Reads device memory and waits for it.

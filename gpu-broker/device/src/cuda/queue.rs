@@ -127,6 +127,24 @@ impl Queue {
         check("cuMemcpyHtoDAsync", unsafe { cu::cuMemcpyHtoDAsync_v2(to, from.cast(), len, self.raw()) })
     }
 
+    /// Writes device memory, and waits until it is there. The driver's own waiting copy does not, where it reads pageable memory: then
+    /// bytes may be on their way when it returns, and queues such as ours do not wait for them.
+    pub(super) fn write(&self, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+        self.context.enter()?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the slice stays until all is done; a wrong device address is an error of the driver's.
+        unsafe { self.copy_in(to, from.as_ptr(), from.len()) }?;
+        self.drain()
+    }
+
+    /// Waits for all that is queued.
+    fn drain(&self) -> Result<(), DeviceError> {
+        // SAFETY: the handle is alive.
+        check("cuStreamSynchronize", unsafe { cu::cuStreamSynchronize(self.raw()) })
+    }
+
     /// Copies from another device whose memory this one can reach, behind what is queued.
     ///
     /// # Safety
@@ -235,8 +253,7 @@ impl Graph {
         let graph = Self { raw, context: Arc::clone(&uploads.context), rewritten };
         // SAFETY: both handles are alive, and of one context.
         check("cuGraphUpload", unsafe { cu::cuGraphUpload(graph.raw(), uploads.raw()) })?;
-        // SAFETY: the handle is alive. Nobody captures in this queue.
-        check("cuStreamSynchronize", unsafe { cu::cuStreamSynchronize(uploads.raw()) })?;
+        uploads.drain()?;
         Ok(graph)
     }
 

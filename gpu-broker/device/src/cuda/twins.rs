@@ -293,7 +293,7 @@ impl CudaDevice {
     /// Takes memory for constants and writes it.
     pub fn place_constants(&self, constants: &Constants, content: &[u8]) -> Result<usize, DeviceError> {
         let address = self.for_constants(constants, || self.allocate(content.len()))?;
-        self.shared.noted(self.shared.context.write(address as u64, content))?;
+        self.shared.noted(self.uploads.write(address as u64, content))?;
         Ok(address)
     }
 
