@@ -16,9 +16,11 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Small whole numbers, so that sums are exact. As many seeds give as many models.
     fn weight(&self, row: usize, column: usize) -> f32 {
-        let mixed = (row * 31 + column * 17 + self.seed * 101 + row * column) % 7;
-        f32::from(u8::try_from(mixed).unwrap()) - 3.0
+        const NUMBERS: usize = 31;
+        let mixed = (row * 37 + column * 17 + self.seed * 101 + row * column) % NUMBERS;
+        f32::from(u8::try_from(mixed).unwrap()) - 15.0
     }
 
     pub fn input(&self, salt: usize) -> Vec<f32> {
