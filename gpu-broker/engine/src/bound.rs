@@ -100,31 +100,27 @@ impl Bound {
         device: &Arc<dyn Device>,
         learns: bool,
     ) -> Result<Self, EngineError> {
-        if device.as_cuda().is_none() {
-            return Self::with(runtime, prepared, device, None);
+        let target = target_on(device, prepared)?;
+        let mut bound = Self::reserve(prepared, device)?;
+        let Some(cuda) = device.as_cuda() else {
+            bound.make_session(runtime, prepared, (target, None), None)?;
+            return Ok(bound);
+        };
+        runtime.share_device_memory(device)?;
+        let lane = cuda.next_lane(prepared.kind()?.map(|kind| &kind.key));
+        if bound.bind_by_kind(prepared, device, lane)? {
+            return Ok(bound);
         }
-        // It is told to a copy otherwise.
-        prepared.kind()?;
         let (runtime, prepared, there) = (runtime.clone(), prepared.clone(), Arc::clone(device));
-        Home::run(device, move |home| Self::with(&runtime, &prepared, &there, Some((home, learns))))?
+        Home::run(device, move |home| {
+            bound.bind_by_session((&runtime, &prepared), target, (&there, home), (lane, learns))?;
+            Ok(bound)
+        })?
     }
 
-    /// The same, on the thread that it shall be bound on: on a GPU one that can stay.
-    fn with(
-        runtime: &Runtime,
-        prepared: &Prepared,
-        device: &Arc<dyn Device>,
-        on_gpu: Option<(&Arc<Home>, bool)>,
-    ) -> Result<Self, EngineError> {
+    /// Reserves addresses; nothing runs yet.
+    fn reserve(prepared: &Prepared, device: &Arc<dyn Device>) -> Result<Self, EngineError> {
         let manifest = Arc::clone(prepared.manifest());
-        let target = match (manifest.target, device.as_cuda()) {
-            (Target::Cpu, None) => Target::Cpu,
-            (Target::Cuda(wanted), Some(cuda)) => Target::Cuda(CudaTarget { ordinal: cuda.ordinal(), ..wanted }),
-            (Target::Cpu, Some(_)) | (Target::Cuda(_), None) => {
-                let reason = "it was prepared for another kind of device".to_owned();
-                return Err(EngineError::NotPrepared { path: prepared.graph_path(), reason });
-            }
-        };
         let range = match manifest.weights_bytes {
             Bytes::ZERO => None,
             weights => {
@@ -135,7 +131,7 @@ impl Bound {
         let names = |specs: &[faaswap_protocol::TensorSpec]| specs.iter().map(|s| raw::c_name(&s.name)).collect();
         let input_names: Result<_, EngineError> = names(&manifest.signature.inputs);
         let output_names: Result<_, EngineError> = names(&manifest.signature.outputs);
-        let mut bound = Self {
+        Ok(Self {
             programs: None,
             shapes: None,
             session: None,
@@ -151,23 +147,7 @@ impl Bound {
             input_names: input_names?,
             output_names: output_names?,
             manifest,
-        };
-        match on_gpu {
-            None => bound.make_session(runtime, prepared, (target, None), None)?,
-            Some((home, learns)) => {
-                runtime.share_device_memory(device)?;
-                let origin = bound.make_program((runtime, prepared), target, (device, home))?;
-                let is_of_kind = learns && bound.learn_kind(runtime, prepared, device).unwrap_or_else(|error| {
-                    tracing::warn!(%error, "a model's weights are mapped at each swap-in: its kind cannot be learnt");
-                    false
-                });
-                bound.keep_or_let_go(origin.filter(|_| !is_of_kind), learns);
-                // Sessions without a program run in lanes.
-                let was_captured_here = bound.session.is_some() && bound.programs.is_some();
-                bound.home = was_captured_here.then(|| Arc::clone(home));
-            }
-        }
-        Ok(bound)
+        })
     }
 
     /// Makes the session, on a GPU with its kernels on `stream`, and its own constants at the address that is told.
@@ -343,6 +323,18 @@ impl Drop for Bound {
         if let Some(cuda) = device.as_cuda() {
             (self.programs, self.shapes) = (None, None);
             cuda.beside_captures(|| self.session = None);
+        }
+    }
+}
+
+/// What the model runs on there.
+fn target_on(device: &Arc<dyn Device>, prepared: &Prepared) -> Result<Target, EngineError> {
+    match (prepared.manifest().target, device.as_cuda()) {
+        (Target::Cpu, None) => Ok(Target::Cpu),
+        (Target::Cuda(wanted), Some(cuda)) => Ok(Target::Cuda(CudaTarget { ordinal: cuda.ordinal(), ..wanted })),
+        (Target::Cpu, Some(_)) | (Target::Cuda(_), None) => {
+            let reason = "it was prepared for another kind of device".to_owned();
+            Err(EngineError::NotPrepared { path: prepared.graph_path(), reason })
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -21,7 +21,6 @@ use crate::{
     Result,
     model::{self, Asked},
     stats::median_ms,
-    stress::State,
 };
 
 /// A function: its program, and what it must answer.
@@ -29,7 +28,6 @@ pub(crate) struct Function {
     pub(crate) name: String,
     pub(crate) asked: Asked,
     pub(crate) expected: Vec<u8>,
-    pub(crate) state: Mutex<State>,
 }
 
 /// The weights with the lowest bit of every element turned by a pattern of `variant`; 0 leaves them as they are.
@@ -89,7 +87,7 @@ fn bind_one(
             format!("{name}/{number}: its second answer is not its first: {count} bytes, from byte {at}").into()
         );
     }
-    Ok((Function { name: format!("{name}/{number}"), asked, expected, state: Mutex::default() }, [made, bound]))
+    Ok((Function { name: format!("{name}/{number}"), asked, expected }, [made, bound]))
 }
 
 /// Binds all functions, some at a time; says how long that takes, and how much memory. Those of the first kinds come

@@ -44,10 +44,16 @@ pub(crate) struct Plan {
 }
 
 #[derive(Default)]
-pub(crate) struct State {
+struct State {
     resident: bool,
     /// Where its weights have left or are leaving: told when they have.
     leaving: Option<Receiver<()>>,
+}
+
+/// A function, and where its weights are.
+struct Held {
+    function: Function,
+    state: Mutex<State>,
 }
 
 /// What is on the GPU, by when it was last used.
@@ -71,7 +77,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Brings a function that is locked by the caller, evicting others that nobody has locked, least recently used first.
 /// Whether weights had to be brought; the copies may still be under way.
-fn bring(functions: &[Function], books: &Mutex<Books>, which: usize, state: &mut State) -> Result<Option<bool>> {
+fn bring(functions: &[Held], books: &Mutex<Books>, which: usize, state: &mut State) -> Result<Option<bool>> {
     if let Some(leaving) = state.leaving.take() {
         // A device that is lost says so to the swap-in.
         let _left = leaving.recv();
@@ -81,29 +87,29 @@ fn bring(functions: &[Function], books: &Mutex<Books>, which: usize, state: &mut
     let now = books.clock;
     books.resident.retain(|_, of| *of != which);
     if !state.resident {
-        let needed = charge(&functions[which]);
+        let needed = charge(&functions[which].function);
         let candidates: Vec<_> = books.resident.iter().map(|(at, of)| (*at, *of)).collect();
         for (at, of) in candidates {
             if books.free >= needed {
                 break;
             }
             let Ok(mut victim) = functions[of].state.try_lock() else { continue };
-            let range = functions[of].asked.bound.range().ok_or("no weights")?;
+            let range = functions[of].function.asked.bound.range().ok_or("no weights")?;
             let (left, leaving) = sync_channel(1);
             // Nobody listens where the run is over.
             let tell = move |_| {
                 let _told = left.try_send(());
             };
-            functions[of].asked.device.swap_out(range, Box::new(tell))?;
+            functions[of].function.asked.device.swap_out(range, Box::new(tell))?;
             (victim.resident, victim.leaving) = (false, Some(leaving));
             books.resident.remove(&at);
-            books.free += charge(&functions[of]);
+            books.free += charge(&functions[of].function);
         }
         if books.free < needed {
             return Ok(None);
         }
         books.free -= needed;
-        let swap = &functions[which].asked;
+        let swap = &functions[which].function.asked;
         let range = swap.bound.range().ok_or("no weights")?;
         swap.device.swap_in(range, Arc::clone(&swap.weights), swap.bound.groups(), Box::new(|_| {}))?;
     }
@@ -117,7 +123,7 @@ fn charge(function: &Function) -> u64 {
     function.asked.weights.size().get().next_multiple_of(chunk)
 }
 
-fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64, until: Instant) -> Result<()> {
+fn work(functions: &[Held], books: &Mutex<Books>, counts: &Counts, seed: u64, until: Instant) -> Result<()> {
     let mut random = Random::new(seed);
     while Instant::now() < until {
         // Not all are asked equally often, as anywhere.
@@ -130,12 +136,12 @@ fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64
             continue;
         };
         counts.swaps.fetch_add(u64::from(brought), Ordering::Relaxed);
-        match functions[which].asked.ask() {
+        match functions[which].function.asked.ask() {
             Ok(answer) => {
                 counts.answers.fetch_add(1, Ordering::Relaxed);
-                if answer != functions[which].expected && counts.wrong.fetch_add(1, Ordering::Relaxed) < 5 {
-                    let (at, count) = differences(&functions[which].expected, &answer);
-                    let name = &functions[which].name;
+                if answer != functions[which].function.expected && counts.wrong.fetch_add(1, Ordering::Relaxed) < 5 {
+                    let (at, count) = differences(&functions[which].function.expected, &answer);
+                    let name = &functions[which].function.name;
                     println!(
                         "WRONG: {name} answered another output than at first: {count} bytes differ, from byte {at}"
                     );
@@ -143,7 +149,7 @@ fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64
             }
             Err(error) => {
                 if counts.failed.fetch_add(1, Ordering::Relaxed) < 5 {
-                    println!("FAILED: {}: {error}", functions[which].name);
+                    println!("FAILED: {}: {error}", functions[which].function.name);
                 }
                 return Err(error);
             }
@@ -156,7 +162,7 @@ fn work(functions: &[Function], books: &Mutex<Books>, counts: &Counts, seed: u64
 struct Node {
     ordinal: u32,
     device: Arc<dyn Device>,
-    functions: Vec<Function>,
+    functions: Vec<Held>,
 }
 
 /// What happened on one GPU.
@@ -172,7 +178,8 @@ impl Node {
     fn bind(runtime: &Runtime, prepared: &[(String, Prepared)], ordinal: u32, plan: Plan) -> Result<Self> {
         let device: Arc<dyn Device> =
             CudaDevice::open(&CudaConfig { memory: Some(plan.memory), lanes: 8, ..model::config(ordinal)? })?;
-        let functions = many::bind_all(runtime, &device, prepared, plan.functions)?;
+        let bound = many::bind_all(runtime, &device, prepared, plan.functions)?;
+        let functions = bound.into_iter().map(|function| Held { function, state: Mutex::default() }).collect();
         Ok(Self { ordinal, device, functions })
     }
 
@@ -196,9 +203,9 @@ impl Node {
             threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".into()))).collect()
         });
         let seconds = start.elapsed().as_secs_f64();
-        for function in &self.functions {
-            if lock(&function.state).resident {
-                function.asked.swap_out()?;
+        for held in &self.functions {
+            if lock(&held.state).resident {
+                held.function.asked.swap_out()?;
             }
         }
         let count = |of: &AtomicU64| of.load(Ordering::Relaxed);

@@ -92,8 +92,8 @@ impl Captured {
     /// Whether both run the very same kernels: then these are the libraries' own, and go with no session.
     fn shares_kernels_with(&self, other: &Self) -> bool {
         let nodes = |captured: &Self| captured.content.iter().map(|content| content.nodes.len()).collect::<Vec<_>>();
-        let pairs = self.content.iter().zip(&other.content).flat_map(|(a, b)| a.nodes.iter().zip(&b.nodes));
-        nodes(self) == nodes(other) && pairs.into_iter().all(|(a, b)| a.runs_the_same(b))
+        let mut pairs = self.content.iter().zip(&other.content).flat_map(|(a, b)| a.nodes.iter().zip(&b.nodes));
+        nodes(self) == nodes(other) && pairs.all(|(a, b)| a.runs_the_same(b))
     }
 }
 
@@ -217,7 +217,7 @@ impl CudaDevice {
             }
         };
         let known = kinds.with(&key, |known| known.map(|known| std::mem::replace(known, Known::Apart(String::new()))));
-        // Kernels are asked for what they are.
+        // Kernels are asked for what they are, so they stay meanwhile.
         let first_origin = match &known {
             Some(Known::One(first, _)) => first.origin.upgrade(),
             Some(Known::Template(_) | Known::Apart(_)) | None => None,
@@ -267,6 +267,7 @@ impl CudaDevice {
     ) -> Result<Program, DeviceError> {
         let tensors = Tensors::new(tensors);
         let moves = template.reads(&tensors);
+        // Here until nobody is kept from capturing any more: what goes with it, goes then.
         let origin = template.kept_by_twins()?;
         let made = self.beside_captures(|| {
             self.place_constants(constants, first)?;

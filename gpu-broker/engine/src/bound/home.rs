@@ -1,8 +1,8 @@
-//! A thread that a model is bound on.
+//! A thread that a model's session is made and captured on.
 //!
 //! What libraries keep for the thread that runs a session goes with that thread: ONNX Runtime keeps its plans for attention so, and with
-//! them the kernels that cuDNN has made. So a model is bound to a GPU on a thread of its own, which stays as long as anybody may
-//! run such kernels.
+//! them the kernels that cuDNN has made. So a model that is bound to a GPU by a session is bound on a thread of its own, which
+//! stays as long as anybody may run such kernels.
 
 use std::{
     fmt,

@@ -44,30 +44,65 @@ impl Drop for Ran {
 }
 
 impl Bound {
-    /// Makes a program of a session on a binding lane of the GPU; where that cannot be, a session that stays, in a lane. Tells what
-    /// a program was captured of.
-    pub(super) fn make_program(
+    /// Binds to a program of the model's kind in a lane, without a session; false where that cannot be.
+    pub(super) fn bind_by_kind(
+        &mut self,
+        prepared: &Prepared,
+        device: &Arc<dyn Device>,
+        lane: usize,
+    ) -> Result<bool, EngineError> {
+        let (Some(cuda), Some(kind), Some(range)) = (device.as_cuda(), prepared.kind()?, self.range()) else {
+            return Ok(false);
+        };
+        let (Some(template), Ok(io)) = (cuda.template(&kind.key), IoLayout::of(&self.manifest.signature)) else {
+            return Ok(false);
+        };
+        match self.twin(prepared, device, &template, io, (lane, range)) {
+            Ok(programs) => {
+                (self.programs, self.is_twin) = (Some(programs), true);
+                Ok(true)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a model cannot be bound by its kind");
+                Ok(false)
+            }
+        }
+    }
+
+    /// Binds by a session, on a thread that can stay: to a program of it, or of the kind that is learnt from it, or to itself.
+    pub(super) fn bind_by_session(
         &mut self,
         (runtime, prepared): (&Runtime, &Prepared),
         target: Target,
         (device, home): (&Arc<dyn Device>, &Arc<Home>),
+        (lane, learns): (usize, bool),
+    ) -> Result<(), EngineError> {
+        let origin = self.make_program((runtime, prepared), target, (device, home), lane)?;
+        let is_of_kind = learns
+            && self.learn_kind(runtime, prepared, device).unwrap_or_else(|error| {
+                tracing::warn!(%error, "a model's weights are mapped at each swap-in: its kind cannot be learnt");
+                false
+            });
+        self.keep_or_let_go(origin.filter(|_| !is_of_kind), learns);
+        // Sessions without a program run in lanes.
+        let was_captured_here = self.session.is_some() && self.programs.is_some();
+        self.home = was_captured_here.then(|| Arc::clone(home));
+        Ok(())
+    }
+
+    /// Makes a program of a session on a binding lane of the GPU; where that cannot be, a session that stays, in a lane. Tells what
+    /// a program was captured of.
+    fn make_program(
+        &mut self,
+        (runtime, prepared): (&Runtime, &Prepared),
+        target: Target,
+        (device, home): (&Arc<dyn Device>, &Arc<Home>),
+        lane: usize,
     ) -> Result<Option<Origin>, EngineError> {
         let cuda = device.as_cuda().ok_or(DeviceError::Invalid("a program on a device without a GPU"))?;
         let range = self.range();
         let io = IoLayout::of(&self.manifest.signature);
         let kind = prepared.kind()?;
-        let lane = cuda.next_lane(kind.map(|kind| &kind.key));
-        if let (Some(kind), Ok(io), Some(range)) = (kind, &io, range)
-            && let Some(template) = cuda.template(&kind.key)
-        {
-            match self.twin(prepared, device, &template, io.clone(), (lane, range)) {
-                Ok(programs) => {
-                    (self.programs, self.is_twin) = (Some(programs), true);
-                    return Ok(None);
-                }
-                Err(error) => tracing::warn!(%error, "a model cannot be bound by its kind"),
-            }
-        }
         if let Some(kind) = kind {
             let (key, own) = (&kind.key[..4], kind.table.len());
             tracing::debug!(?key, own, lane, "a model is bound by a session, not by its kind");
@@ -128,7 +163,7 @@ impl Bound {
     }
 
     /// Keeps what the program was captured of, or lets it go; `serves` says whether the program is to answer.
-    pub(super) fn keep_or_let_go(&mut self, origin: Option<Origin>, serves: bool) {
+    fn keep_or_let_go(&mut self, origin: Option<Origin>, serves: bool) {
         if serves && self.manifest.kernels_go && origin.is_some() {
             self.kept = Some(KERNELS_GO.to_owned());
         }
@@ -148,7 +183,7 @@ impl Bound {
 
     /// Has the model's kind learnt from a second program where it is not known yet, and puts a program of the kind, which moves with
     /// the weights, in the place of the session's. Whether there is such a program now.
-    pub(super) fn learn_kind(
+    fn learn_kind(
         &mut self,
         runtime: &Runtime,
         prepared: &Prepared,
@@ -157,7 +192,7 @@ impl Bound {
         let (Some(cuda), Some(kind), Some(range)) = (device.as_cuda(), prepared.kind()?, self.range()) else {
             return Ok(false);
         };
-        let Some(programs) = self.programs.as_ref().filter(|_| !self.is_twin && self.kept.is_none()) else {
+        let Some(programs) = self.programs.as_ref().filter(|_| self.kept.is_none()) else {
             return Ok(false);
         };
         // Those that are compared stay, and what they were captured of.

@@ -57,12 +57,8 @@ impl Kinds {
     /// Takes out what is known of a kind if it is so.
     pub(super) fn take_if(&self, key: &KindKey, is_so: impl FnOnce(&Known) -> bool) -> Option<Known> {
         let known = &mut self.0.lock().unwrap_or_else(PoisonError::into_inner).known;
-        known
-            .get(key)
-            .is_some_and(|(known, _)| is_so(known))
-            .then(|| known.remove(key))
-            .flatten()
-            .map(|(known, _)| known)
+        let (found, _) = known.get(key)?;
+        if is_so(found) { known.remove(key).map(|(known, _)| known) } else { None }
     }
 
     /// Keeps what is known; where there is no room, the kind that was used the longest time ago goes.
