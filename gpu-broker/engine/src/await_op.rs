@@ -12,7 +12,7 @@ use ort::{
     value::TensorElementType,
 };
 
-use crate::{EngineError, raw};
+use crate::{EngineError, onnx::NodeProto, raw};
 
 /// The operators' domain.
 pub(crate) const DOMAIN: &str = "faaswap";
@@ -36,6 +36,10 @@ pub(crate) const fn op_type(dtype: DType) -> &'static str {
         DType::F32 => "AwaitF32",
         DType::F64 => "AwaitF64",
     }
+}
+
+pub(crate) fn is_await(node: &NodeProto) -> bool {
+    node.domain() == DOMAIN
 }
 
 const fn element(dtype: DType) -> TensorElementType {

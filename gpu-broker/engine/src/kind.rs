@@ -16,6 +16,7 @@ use crate::{
     limits::WEIGHT_ALIGN,
     manifest::Initializer,
     onnx::{self, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto},
+    prepare::graph::captured,
 };
 
 /// Layers: they read all of their inputs on the device, where they run there.
@@ -109,20 +110,14 @@ impl<'g> Uses<'g> {
             for name in &node.input {
                 uses.readers.entry(name).or_default().push(node);
             }
-            node.bodies().for_each(|body| uses.note_body(body));
-            let handed_on = is_await(node) && node.input.iter().any(|name| uses.of_layers.contains(name.as_str()));
+            uses.beyond.extend(node.bodies().flat_map(captured));
+            let handed_on =
+                await_op::is_await(node) && node.input.iter().any(|name| uses.of_layers.contains(name.as_str()));
             if handed_on || LAYERS.contains(&node.op_type()) {
                 uses.of_layers.extend(node.output.iter().map(String::as_str));
             }
         }
         uses
-    }
-
-    fn note_body(&mut self, body: &'g GraphProto) {
-        for node in &body.node {
-            self.beyond.extend(node.input.iter().map(String::as_str));
-            node.bodies().for_each(|inner| self.note_body(inner));
-        }
     }
 
     /// Whether a value of so many elements is read, and on the device alone.
@@ -135,7 +130,7 @@ impl<'g> Uses<'g> {
         if node.bodies().next().is_some() {
             return false;
         }
-        if is_await(node) {
+        if await_op::is_await(node) {
             // It hands the same value on.
             return node.output.iter().all(|name| self.are_on_device(name, elements));
         }
@@ -143,10 +138,6 @@ impl<'g> Uses<'g> {
         LAYERS.contains(&node.op_type())
             || ELEMENTWISE.contains(&node.op_type()) && (elements >= ELEMENTS_MIN || beside_layers())
     }
-}
-
-fn is_await(node: &NodeProto) -> bool {
-    node.domain() == await_op::DOMAIN
 }
 
 /// How many elements it has, where it is a constant that may be a model's own.
@@ -253,10 +244,14 @@ mod tests {
     #[test]
     fn what_bodies_read_and_what_is_handed_out_is_of_the_kind() {
         let mut body = AttributeProto { g: Some(GraphProto::default()), ..AttributeProto::default() };
-        body.g.get_or_insert_default().node.push(node("Add", &["inner", "in_body"]));
+        let inside = body.g.get_or_insert_default();
+        inside.node.push(node("Add", &["inner", "in_body"]));
+        inside.output.push(ValueInfoProto { name: Some("out_of_body".to_owned()), ..ValueInfoProto::default() });
         let looped = NodeProto { attribute: vec![body], ..node("Loop", &["x"]) };
-        let nodes = vec![node("Add", &["x", "in_body"]), node("Add", &["x", "handed_out"]), looped];
-        let initializer = vec![floats("in_body", 16, 1), floats("handed_out", 16, 1), floats("unused", 16, 1)];
+        let names = ["in_body", "out_of_body", "handed_out"];
+        let read = names.map(|name| node("Add", &["x", name]));
+        let nodes = read.into_iter().chain([looped]).collect();
+        let initializer = names.into_iter().chain(["unused"]).map(|name| floats(name, 16, 1)).collect();
         let output = vec![ValueInfoProto { name: Some("handed_out".to_owned()), ..ValueInfoProto::default() }];
         let graph = GraphProto { node: nodes, initializer, output, ..GraphProto::default() };
         let kind = Kind::of_graph(ModelProto { graph: Some(graph), ..ModelProto::default() }, &manifest());

@@ -58,7 +58,7 @@ impl<'a> Walk<'a> {
             // A node with bodies cannot start before what its bodies read from out here exists.
             let captured = node.bodies().flat_map(read_inside).filter_map(|name| known.get(name).copied());
             sure = captured.fold(sure, usize::max);
-            let sure = if node.domain() == await_op::DOMAIN {
+            let sure = if await_op::is_await(node) {
                 self.proof.awaits += 1;
                 sure.max(awaited(node)? + 1)
             } else {

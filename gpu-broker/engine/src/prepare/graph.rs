@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use crate::onnx::{GraphProto, NodeProto};
 
 /// The names that a body reads from the graphs around it.
-pub(super) fn captured(body: &GraphProto) -> HashSet<&str> {
+pub(crate) fn captured(body: &GraphProto) -> HashSet<&str> {
     let mut defined: HashSet<&str> = body.input.iter().map(|value| value.name()).collect();
     defined.extend(body.initializer.iter().map(|tensor| tensor.name()));
     defined.extend(body.node.iter().flat_map(|node| node.output.iter().map(String::as_str)));

@@ -8,7 +8,7 @@ pub mod attention;
 mod awaits;
 mod check;
 mod concat;
-mod graph;
+pub(crate) mod graph;
 mod groups;
 mod head;
 mod inspect;

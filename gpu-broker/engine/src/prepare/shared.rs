@@ -105,7 +105,7 @@ enum Kind {
 }
 
 fn kind(node: &NodeProto) -> Kind {
-    if node.domain() == await_op::DOMAIN {
+    if await_op::is_await(node) {
         return Kind::View;
     }
     let known = DOMAINS.contains(&node.domain()) && node.bodies().next().is_none();
