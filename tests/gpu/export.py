@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Exports the paper's models to ONNX with PyTorch (random weights from a seed) and times PyTorch on them.
 
-    export.py OUT [--only onnx|times] [name ...]     writes OUT/NAME-fp32/model.onnx, OUT/NAME-fp16/model.onnx and OUT/torch.json
+    export.py OUT [--only onnx|times|compiled] [name ...]     writes OUT/NAME-fp32/model.onnx, OUT/NAME-fp16/model.onnx and OUT/torch.json
 
 What is there already from the same PyTorch and GPU is left as it is. Models are exported several at a time, each by a process
-of its own; then they are timed, one after the other and alone on the GPU.
+of its own; so they are compiled (`torch.compile`). Then they are timed, one after the other and alone on the GPU.
 
 Needs torch, torchvision and transformers, a GPU, and no network.
 """
@@ -23,8 +23,10 @@ OPEN = ("resnet50", "fp32")
 IN_STREAMS = ("resnet50-fp32", "bert_large-fp32")
 STREAMS = (1, 2, 4, 8)
 STREAMS_S = 2.0
-# Models that are exported at a time.
+# Models that are exported, or compiled, at a time.
 AT_ONCE = 8
+# How far a compiled model's output may be from the other's, beside its largest value: half precision has 10 bits of fraction.
+TOLERANCE = 1e-2
 
 
 class Bert(torch.nn.Module):
@@ -147,6 +149,42 @@ def captured(model, inputs):
     return stream, graph
 
 
+def compile_figures(model, inputs):
+    """Milliseconds of a run of `torch.compile`'s, and of that as a CUDA graph, once what it answers was found right; or why not."""
+    model, inputs = model.cuda(), [x.cuda() for x in inputs]
+    try:
+        with torch.inference_mode():
+            expected, start = model(*inputs), time.perf_counter()
+            compiled = torch.compile(model)
+            found = compiled(*inputs)
+            torch.cuda.synchronize()
+            took = time.perf_counter() - start
+            far = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+            if not far < TOLERANCE:
+                return {"compiled_ms": None, "compiled_error": f"the output is off by {far:.2g} of its largest value"}
+            figures = {"compile_s": round(took, 1), "compiled_ms": median_ms(lambda: compiled(*inputs))}
+            _stream, graph = captured(compiled, inputs)
+            figures["compiled_graph_ms"] = median_ms(graph.replay)
+            del graph
+            return figures
+    # It is told, not needed: what cannot be compiled here is left out.
+    except Exception as error:
+        return {"compiled_ms": None, "compiled_error": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        model.cpu()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def compile_one(name):
+    """Compiles a model in both precisions, so that those who time it find it in the compiler's cache."""
+    make, example, _ = MODELS[name]
+    with torch.device("cuda"):
+        model = make().eval()
+    for kind in KINDS:
+        print(f"{name}-{kind} compiled: {compile_figures(dress(model, kind), example(kind == 'fp16'))}", flush=True)
+
+
 def streams_per_s(make, inputs):
     """Runs per second of as many models as there are streams, each with weights and a graph of its own, one run in flight in each."""
     inputs, rates = [x.cuda() for x in inputs], {}
@@ -215,42 +253,62 @@ def export_open(out, name, model, args, inputs):
 def export_all(out, names):
     """Runs this program for some models at a time; what one of them needs is mostly one core."""
     waiting = [name for name in names if not all(os.path.exists(f"{out}/{name}-{kind}/model.onnx") for kind in KINDS)]
-    # The longest first.
-    waiting.sort(key=lambda name: name != "bert_large")
-    running, failed = [], 0
-    while waiting or running:
-        while waiting and len(running) < min(AT_ONCE, os.cpu_count() or 1):
-            running.append(subprocess.Popen([sys.executable, __file__, "--one", out, waiting.pop(0)]))
-        failed += running.pop(0).wait() != 0
+    failed = each_apart("export", out, waiting)
     if failed:
         sys.exit(f"{failed} models could not be exported")
 
 
-def time_all(out, names):
+def each_apart(what, out, waiting):
+    """Does it to each model in a process of its own, some at a time; how many failed."""
+    # The longest first.
+    waiting, running, failed = sorted(waiting, key=lambda name: name != "bert_large"), [], 0
+    while waiting or running:
+        while waiting and len(running) < min(AT_ONCE, os.cpu_count() or 1):
+            running.append(subprocess.Popen([sys.executable, __file__, "--one", what, out, waiting.pop(0)]))
+        failed += running.pop(0).wait() != 0
+    return failed
+
+
+def time_all(out, names, key, figures_of):
+    """Adds figures to those of each model that does not have this one."""
     here = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
     figures = known(f"{out}/torch.json", here)
     for name in names:
-        if all(f"{name}-{kind}" in figures for kind in KINDS):
+        missing = [kind for kind in KINDS if key not in figures.get(f"{name}-{kind}", {})]
+        if not missing:
             continue
         make, example, _ = MODELS[name]
         with torch.device("cuda"):
             model = make().eval()
-        for kind in KINDS:
-            figures[f"{name}-{kind}"] = measure(dress(model, kind), example(kind == "fp16"))
-            print(f"{name}-{kind}: {figures[f'{name}-{kind}']}", flush=True)
-            if f"{name}-{kind}" in IN_STREAMS:
-                figures[f"{name}-{kind}"]["streams_per_s"] = streams_per_s(make, example(False))
+        for kind in missing:
+            found = figures_of(f"{name}-{kind}", dress(model, kind), example(kind == "fp16"))
+            figures[f"{name}-{kind}"] = {**figures.get(f"{name}-{kind}", {}), **found}
+            print(f"{name}-{kind}: {found}", flush=True)
         # After each model, so that what ends this process costs no more than one.
         with open(f"{out}/torch.json", "w") as file:
             json.dump(figures, file, indent=1)
+
+
+def times(which, model, inputs):
+    figures = measure(model, inputs)
+    if which in IN_STREAMS:
+        make, example, _ = MODELS[which.rsplit("-", 1)[0]]
+        figures["streams_per_s"] = streams_per_s(make, example(False))
+    return figures
+
+
+def compiled(out, names):
+    # Those that fail say so once more when they are timed.
+    each_apart("compile", out, names)
+    time_all(out, names, "compiled_ms", lambda _which, model, inputs: compile_figures(model, inputs))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
     parser.add_argument("names", nargs="*", metavar="name", default=list(MODELS))
-    parser.add_argument("--only", choices=("onnx", "times"))
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("onnx", "times", "compiled"))
+    parser.add_argument("--one", choices=("export", "compile"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = set(args.names) - set(MODELS)
     if unknown:
@@ -259,12 +317,16 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    if args.one:
+    if args.one == "export":
         return export(args.out, args.names[0])
-    if args.only != "times":
+    if args.one == "compile":
+        return compile_one(args.names[0])
+    if args.only in (None, "onnx"):
         export_all(args.out, args.names)
-    if args.only != "onnx":
-        time_all(args.out, args.names)
+    if args.only in (None, "times"):
+        time_all(args.out, args.names, "eager_ms", times)
+    if args.only in (None, "compiled"):
+        compiled(args.out, args.names)
 
 
 main()

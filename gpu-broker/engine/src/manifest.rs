@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::{CudaTarget, EngineError, Target, kind::Kind, limits::MANIFEST_BYTES_MAX, onnx, program::IoLayout};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 12;
+pub const MANIFEST_VERSION: u32 = 13;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.

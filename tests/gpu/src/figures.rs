@@ -103,6 +103,7 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
     // What came after a pause is compared with a resident run after the same pause, too.
     asked.swap_in()?;
     let paced_ms = paced(&asked, &expected, &mut check)?;
+    let bare_paced_ms = bare_paced(&asked)?;
     asked.swap_out()?;
 
     let Target::Cuda(target) = prepared.manifest().target else { return Err("prepared for the processor".into()) };
@@ -133,13 +134,13 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         plain_runs.push(start.elapsed());
     }
     let plain_ms = median_ms(&mut plain_runs);
-    let (longer, longer_paced) = (bare_ms.max(resident_ms), bare_ms.max(paced_ms));
+    let (longer, longer_paced) = (bare_ms.max(resident_ms), bare_paced_ms.max(paced_ms));
     let value = json!({
         "bytes": bytes, "kept": kept, "nodes": asked.bound.program_nodes(), "copies": asked.bound.program_copies(), "bind_ms": bind_ms,
         "bare_copy_ms": bare_ms, "swap_ms": swap_ms, "map_ms": map_ms, "bandwidth_ratio": bare_ms / swap_ms,
         "resident_ms": resident_ms, "program_ms": program_ms, "plain_ms": plain_ms, "resident_ratio": program_ms / plain_ms,
         "pipelined_ms": both_ms, "pipelined_ratio": both_ms / longer,
-        "resident_paced_ms": paced_ms, "pipelined_paced_ratio": both_ms / longer_paced, "plain_load_ms": plain_load_ms,
+        "resident_paced_ms": paced_ms, "bare_copy_paced_ms": bare_paced_ms, "pipelined_paced_ratio": both_ms / longer_paced, "plain_load_ms": plain_load_ms,
         "parts_ms": parts, "program_parts": asked.bound.program_parts(), "in_slab": in_slab.told(), "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
     });
     Ok(Measured { value, resident_ms, kept_percent: prepared.manifest().kept_percent() })
@@ -147,10 +148,10 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
 
 /// Requests whose weights are brought for them, after a pause each: their time, and where it goes: until the link has begun; from
 /// there until all is copied, meanwhile queueing and mapping; until the program's first part is launched, until all is, from
-/// there to the end.
-fn swapped_in(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result<(f64, [f64; 7])> {
+/// there to the end; and what the device says of the run.
+fn swapped_in(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> Result<(f64, [f64; 8])> {
     let mut both: Vec<Duration> = Vec::new();
-    let mut parts: [Vec<Duration>; 7] = Default::default();
+    let mut parts: [Vec<Duration>; 8] = Default::default();
     for _ in 0..SWAPS {
         let start = Instant::now();
         let done = asked.begin_swap_in()?;
@@ -159,12 +160,24 @@ fn swapped_in(asked: &Asked, expected: &[u8], check: &mut impl FnMut(bool)) -> R
         check(output == expected);
         let (swap, run) = (done.recv()??, asked.bound.last_run().unwrap_or_default());
         let swap = [swap.waited, swap.took, swap.queueing, swap.mapping];
-        let took = swap.into_iter().chain([run.until_first, run.until_launch, run.after]);
+        let took = swap.into_iter().chain([run.until_first, run.until_launch, run.after, run.on_device]);
         parts.iter_mut().zip(took).for_each(|(all, one)| all.push(one));
         asked.swap_out()?;
         thread::sleep(BETWEEN);
     }
     Ok((median_ms(&mut both), parts.map(|mut all| median_ms(&mut all))))
+}
+
+/// Bare copies of the weights to where they are, after the same pause.
+fn bare_paced(asked: &Asked) -> Result<f64> {
+    let cuda = asked.device.as_cuda().ok_or("no GPU")?;
+    let range = asked.bound.range().ok_or("no weights")?;
+    let mut paced: Vec<Duration> = Vec::new();
+    for _ in 0..SWAPS {
+        thread::sleep(BETWEEN);
+        paced.push(cuda.time_plain_copy(range, &asked.weights)?);
+    }
+    Ok(median_ms(&mut paced))
 }
 
 /// Requests whose weights are there, after the same pause.

@@ -75,7 +75,10 @@ const FIGURES: &[Figure] = &[
         "swapped_in_request_paced",
         "ms",
         From::Ours("pipelined_ms"),
-        Some((From::Longer("bare_copy_ms", "resident_paced_ms"), "longer of bare copy and resident run after a pause")),
+        Some((
+            From::Longer("bare_copy_paced_ms", "resident_paced_ms"),
+            "longer of bare copy and resident run, after a pause each",
+        )),
         Target::Told,
     ),
     figure(
@@ -98,6 +101,20 @@ const FIGURES: &[Figure] = &[
         From::Ours("program_ms"),
         Some((From::Torch("graph_ms"), "PyTorch CUDA graph")),
         Target::AtMost(1.0),
+    ),
+    figure(
+        "resident_run_to_compiled",
+        "ms",
+        From::Ours("program_ms"),
+        Some((From::Torch("compiled_ms"), "torch.compile")),
+        Target::Told,
+    ),
+    figure(
+        "resident_run_to_compiled_graph",
+        "ms",
+        From::Ours("program_ms"),
+        Some((From::Torch("compiled_graph_ms"), "torch.compile, as a CUDA graph")),
+        Target::Told,
     ),
     figure(
         "request_to_new_session",
@@ -260,7 +277,8 @@ mod tests {
 
     #[test]
     fn a_model_gives_a_record_per_figure_each_beside_its_reference() {
-        let records = of_model("resnet50-fp16", &measured(), &json!({"eager_ms": 3.6, "graph_ms": 2.0}));
+        let records =
+            of_model("resnet50-fp16", &measured(), &json!({"eager_ms": 3.6, "graph_ms": 2.0, "compiled_ms": null}));
         let speed = find(&records, "swap_in_bandwidth");
         assert_eq!((speed["ours"].as_f64(), speed["reference"].as_f64()), (Some(40.0), Some(50.0)));
         assert_eq!((speed["ratio"].as_f64(), &speed["target"]["at_least"]), (Some(0.8), &json!(0.97)));
@@ -271,6 +289,7 @@ mod tests {
             (&json!("resnet50"), &json!("fp16"), &json!("H100"))
         );
         assert_eq!(find(&records, "resident_run_to_eager")["ratio"], 0.5);
+        assert!(records.iter().all(|record| !record.figure.contains("compiled")), "it could not be compiled");
         let memory = find(&records, "device_memory_per_function");
         assert_eq!(
             (&memory["ours"], &memory["reference"], &memory["ratio"]),

@@ -312,13 +312,15 @@ impl<'d> Run<'d> {
         let launched = Instant::now();
         // Also after a failure: what was queued uses memory that goes back with this run.
         let done = self.lane.queue.record(&self.lane.done).and_then(|()| self.wait(swapping.as_deref(), begun));
+        let after = launched.elapsed();
+        // Not when it was seen to end: who slept too long would go on to sleep as long.
+        let took = done.and_then(|()| self.lane.done.since(&self.lane.begun));
         let times = RunTimes {
             until_first: went.as_ref().ok().copied().flatten().unwrap_or(launched) - started,
             until_launch: launched - started,
-            after: launched.elapsed(),
+            after,
+            on_device: took.as_ref().ok().copied().unwrap_or_default(),
         };
-        // Not when it was seen to end: who slept too long would go on to sleep as long.
-        let took = done.and_then(|()| self.lane.done.since(&self.lane.begun));
         self.program.took(times, took.as_ref().ok().copied().filter(|_| swapping.is_none()));
         self.device.shared.noted(went.and(took))?;
         Ok(())

@@ -102,6 +102,8 @@ pub struct RunTimes {
     pub until_launch: Duration,
     /// From there to the last output.
     pub after: Duration,
+    /// By the device's clock, from before the inputs to behind the outputs.
+    pub on_device: Duration,
 }
 
 impl Program {

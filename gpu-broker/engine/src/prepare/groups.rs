@@ -26,7 +26,7 @@ pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Byt
         let (last, more) = if cost > 0 { (first.min(LAST_GROUP_BYTES.get()), LAST_GROUPS) } else { (first, 0) };
         let groups = cut_from(initializers, weights_bytes, (first, last), largest.get().max(first));
         if groups.len() <= most.saturating_add(more) || first >= weights_bytes {
-            return groups;
+            return if cost > 0 { with_short_end(initializers, groups, cost) } else { groups };
         }
         first = first.saturating_add(first / 2);
     }
@@ -57,6 +57,27 @@ fn cut_from(
     }
     if weights_bytes > start {
         groups.push(GroupSpan { offset: start, len: weights_bytes - start });
+    }
+    groups
+}
+
+/// Sees to it that what is awaited last is the last weights that are not small, with what is small behind them: what reads those before
+/// runs while these are copied. An image model ends with its largest matrix, and a bias. A group costs as much as `cost` bytes.
+fn with_short_end(initializers: &[Initializer], mut groups: Vec<GroupSpan>, cost: u64) -> Vec<GroupSpan> {
+    while let [.., before, last] = groups.as_mut_slice() {
+        if last.len >= cost {
+            break;
+        }
+        before.len += last.len;
+        groups.pop();
+    }
+    let Some(last) = groups.last_mut() else { return groups };
+    let (start, end) = (last.offset, last.offset + last.len);
+    let enough = |from: u64, until: u64| until.saturating_sub(from) >= LAST_GROUP_BYTES.get();
+    let at = initializers.iter().rev().map(|weight| weight.offset).find(|&at| enough(at, end));
+    if let Some(at) = at.filter(|&at| enough(start, at)) {
+        last.len = at - start;
+        groups.push(GroupSpan { offset: at, len: end - at });
     }
     groups
 }
@@ -118,5 +139,21 @@ mod tests {
         let (table, total) = weights(&[128 << 10; 30]);
         let small = cut(&table, total, Bytes::mib(4), 192 << 10).len();
         assert!((GROUPS_MIN..=GROUPS_MIN + LAST_GROUPS).contains(&small), "a small model: {small}");
+    }
+
+    #[test]
+    fn what_is_before_the_last_matrix_is_not_awaited_with_it() {
+        // As ResNet-50 ends: a convolution of 4 MiB, a matrix of 8, a bias.
+        let sizes: Vec<u64> = [vec![2 << 20; 40], vec![4 << 20, 8 << 20, 4096]].concat();
+        let (table, total) = weights(&sizes);
+        let groups = cut(&table, total, Bytes::mib(8), 192 << 10);
+        assert_eq!(groups.last().map(|last| last.len), Some((8 << 20) + 4096), "{groups:?}");
+        assert_eq!(groups.iter().map(|group| group.len).sum::<u64>(), total);
+        let (table, total) = weights(&[1 << 10; 400]);
+        let small = cut(&table, total, Bytes::mib(8), 192 << 10);
+        assert!(small.len() <= GROUPS_MIN + LAST_GROUPS, "what is small is left together: {}", small.len());
+        let table = weights(&[64 << 10, 8 << 20, 4096]).0;
+        let whole = vec![GroupSpan { offset: 0, len: (8 << 20) + (64 << 10) + 4096 }];
+        assert_eq!(with_short_end(&table, whole.clone(), 192 << 10), whole, "too little is before it");
     }
 }

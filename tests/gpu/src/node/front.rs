@@ -136,8 +136,8 @@ struct Compared {
     name: String,
     resident: Times,
     swapped: Times,
-    /// Milliseconds of as many bytes through a connection and a word to another thread, asked in turn with the requests: first after
-    /// the others, as those whose weights have left, and again at once.
+    /// Milliseconds of as many bytes through a connection and a word to another thread, which sleeps as long as the broker took, asked in
+    /// turn with the requests: first after the others, as those whose weights have left, and again at once.
     bare: [Vec<f64>; 2],
     checked: u64,
     wrong: u64,
@@ -169,21 +169,24 @@ fn compare(stage: &Stage, live: &Live) -> Result<Compared> {
     let (mut checked, mut wrong) = (0_u64, 0_u64);
     let asked_bytes = base.inputs.iter().map(|(_, _, data)| data.len()).sum();
     let mut exchange = Exchange::start(asked_bytes, golden.iter().map(Vec::len).sum())?;
+    // What the last request took in the broker, so that the bare exchange is asked for as long: of those that are first, and of those after.
+    let mut last = [Duration::ZERO; 2];
     for round in 0..WAYS * (WARM_UP + ROUNDS) {
         let (way, counts) = (round % WAYS, round >= WAYS * WARM_UP);
         live.fleet.ask(OTHERS);
-        for took in &mut bare {
+        for (took, last) in bare.iter_mut().zip(&mut last) {
             let seen = match way {
                 0 => over_http(&request, &mut http, golden)?,
                 1 => by_client(live)?,
                 _ => {
-                    let ms = exchange.once()?;
+                    let ms = exchange.once(*last)?;
                     took.extend(counts.then_some(ms));
                     continue;
                 }
             };
             checked += 1;
             wrong += u64::from(!seen.answered.right);
+            *last = seen.answered.in_broker();
             if counts {
                 let of = if seen.answered.was_brought(copy) { &mut swapped } else { &mut resident };
                 of.broker.push(seen.answered.in_broker().as_secs_f64() * 1e3);
