@@ -127,8 +127,9 @@ impl Queue {
         check("cuMemcpyHtoDAsync", unsafe { cu::cuMemcpyHtoDAsync_v2(to, from.cast(), len, self.raw()) })
     }
 
-    /// Writes device memory, and waits until it is there. The driver's own waiting copy does not, where it reads pageable memory: then
-    /// bytes may be on their way when it returns, and queues such as ours do not wait for them.
+    /// Writes device memory, waits until it is there, and sees that it is: what is written so is seldom, and never looked at again. The
+    /// driver's own waiting copy does not wait, where it reads pageable memory: then bytes may be on their way when it returns, and
+    /// queues such as ours do not wait for them.
     pub(super) fn write(&self, to: u64, from: &[u8]) -> Result<(), DeviceError> {
         self.context.enter()?;
         if from.is_empty() {
@@ -136,7 +137,14 @@ impl Queue {
         }
         // SAFETY: the slice stays until all is done; a wrong device address is an error of the driver's.
         unsafe { self.copy_in(to, from.as_ptr(), from.len()) }?;
-        self.drain()
+        self.drain()?;
+        let mut there = vec![0; from.len()];
+        self.context.read(to, &mut there)?;
+        if there == from {
+            return Ok(());
+        }
+        let reason = "the device has other bytes than it was sent".to_owned();
+        Err(DeviceError::Failed { call: "cuMemcpyHtoDAsync", reason })
     }
 
     /// Waits for all that is queued.
