@@ -43,6 +43,8 @@ TITLES = {
     "disk_to_host_bandwidth": "Reading weights from disk",
     "swap_in_from_disk": "Swap-in of weights that are read from disk meanwhile",
     "device_memory_per_function": "Device memory per bound function",
+    "chunk_waste": "What chunks take beyond the weights of all models",
+    "device_memory_to_process": "The same beside a process with a session of its own",
     "host_memory_per_function": "Host memory per function and device, beyond weights",
     "density_requests": "Requests per second per device, 95% of functions compliant, by policy",
     "density_of_optimum": "That, as a share of what the links could carry at most",

@@ -13,19 +13,21 @@ use faaswap_device::{
     cuda::{CudaConfig, CudaDevice},
 };
 use faaswap_engine::{CudaTarget, Input, InputData, OnDevice, PlainSession, Prepared, Runtime, Target};
-use faaswap_protocol::Bytes;
+use faaswap_protocol::{Bytes, Signature};
 use serde_json::{Value, json};
 
 use crate::{
     Result, in_slab,
     model::{self, Asked},
-    prepared,
-    record::{self, Records},
+    native, prepared,
+    record::{self, Record, Records, Target as Goal},
     stats::{median, median_ms},
 };
 
 /// Weights on the GPU, as in the published evaluation.
 const MEMORY: Bytes = Bytes::mib(25 << 10);
+/// Most of the weights' size that chunks may take beyond it, in percent.
+const CHUNK_WASTE_MAX: f64 = 5.0;
 /// Largest difference to a plain session's output, beside the largest value: TF32 and fp16 have 10 bits of fraction.
 const TOLERANCE: f64 = 1e-2;
 /// Between a swap-out and the next swap-in: the link does meanwhile what it does when it is idle.
@@ -43,6 +45,8 @@ struct Measured {
     value: Value,
     resident_ms: f64,
     kept_percent: u64,
+    /// What it answered.
+    answer: Vec<u8>,
 }
 
 impl Measured {
@@ -118,13 +122,8 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
     let theirs = plain.run(&inputs)?;
     let plain_load_ms = start.elapsed().as_secs_f64() * 1e3;
     let signature = &prepared.manifest().signature;
-    let mut at = 0;
-    let mut difference = 0.0_f64;
-    for (spec, (_, bytes)) in signature.outputs.iter().zip(&theirs) {
-        let ours = expected.get(at..at + bytes.len()).unwrap_or_default();
-        difference = difference.max(model::difference(spec.dtype, ours, bytes));
-        at += bytes.len();
-    }
+    let theirs: Vec<u8> = theirs.into_iter().flat_map(|(_, bytes)| bytes).collect();
+    let difference = difference(signature, &expected, &theirs)?;
     check(difference < TOLERANCE);
     let on_device = OnDevice::new(&plain, signature, device)?;
     let mut plain_runs: Vec<Duration> = Vec::new();
@@ -143,7 +142,20 @@ fn measure(runtime: &Runtime, device: &Arc<dyn Device>, graph: &Path, prepared: 
         "resident_paced_ms": paced_ms, "bare_copy_paced_ms": bare_paced_ms, "pipelined_paced_ratio": both_ms / longer_paced, "plain_load_ms": plain_load_ms,
         "parts_ms": parts, "program_parts": asked.bound.program_parts(), "in_slab": in_slab.told(), "groups": asked.bound.groups().len(), "difference": difference, "outputs_checked": checked, "outputs_wrong": wrong,
     });
-    Ok(Measured { value, resident_ms, kept_percent: prepared.manifest().kept_percent() })
+    Ok(Measured { value, resident_ms, kept_percent: prepared.manifest().kept_percent(), answer: expected })
+}
+
+/// The largest difference between all outputs, one after the other, of which each has a fixed shape.
+fn difference(signature: &Signature, ours: &[u8], theirs: &[u8]) -> Result<f64> {
+    let (mut at, mut most) = (0, 0.0_f64);
+    for spec in &signature.outputs {
+        let size = spec.fixed_shape().ok_or("an output has no fixed shape")?.size(spec.dtype)?;
+        let end = at + size.as_len().ok_or("an output that is larger than memory")?;
+        let part = |all: &[u8]| all.get(at..end).map(<[u8]>::to_vec).ok_or("an output is missing");
+        most = most.max(model::difference(spec.dtype, &part(ours)?, &part(theirs)?));
+        at = end;
+    }
+    Ok(most)
 }
 
 /// Requests whose weights are brought for them, after a pause each: their time, and where it goes: until the link has begun; from
@@ -246,6 +258,8 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         mapping.push(json!({"chunk_mib": mib, "map_us": map, "access_us": open, "unmap_us": unmap}));
     }
     let mut records = Vec::new();
+    // Of all models' weights, and of the chunks that these take.
+    let (mut weights, mut chunks) = (0, 0);
     let mut kept = Records::new(out, "figures", cuda.gpu_name()?)?;
     println!(
         "model                  MB  GB/s  swap/bare  run ms  /plain /graph  both ms  ratio  bind ms  MB/fn  wrong"
@@ -275,7 +289,17 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         best.value["bind_bytes"] = json!(each.device);
         best.value["bind_constants_bytes"] = json!(each.constants);
         best.value["bind_twins"] = json!(each.twins);
+        let dir = prepared.graph_path();
+        let (graph, dir) = (path.join("model.onnx"), dir.parent().ok_or("a prepared model without a folder")?);
+        let (answer, native) = native::measure(cuda, &graph, dir, best.answer.len())?;
+        let is_wrong = difference(&prepared.manifest().signature, &best.answer, &answer)? >= TOLERANCE;
+        best.value["native_bytes"] = json!(native);
+        for (count, more) in [("outputs_checked", 1), ("outputs_wrong", u64::from(is_wrong))] {
+            best.value[count] = json!(best.value[count].as_u64().unwrap_or(0) + more);
+        }
         kept.add(&record::of_model(name, &best.value, &torch[name]))?;
+        weights += prepared.manifest().weights_bytes.get();
+        chunks += prepared.manifest().weights_bytes.get().next_multiple_of(device.info().chunk.get());
         let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
         let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);
         println!(
@@ -310,6 +334,8 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
             serde_json::to_vec_pretty(&json!({"records": records, "mapping": mapping, "torch": torch}))?,
         )?;
     }
+    let waste = (chunks as f64 / weights as f64 - 1.0) * 100.0;
+    kept.add(&[Record::of("chunk_waste", "all", (waste, "%"), None, Goal::AtMost(CHUNK_WASTE_MAX))])?;
     let (constants, scratch) = cuda.arenas();
     println!("constants {constants}, scratch {scratch}, awaits that copied {}", faaswap_engine::await_copies());
     Ok(())

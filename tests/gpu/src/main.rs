@@ -31,6 +31,7 @@ mod lanes;
 mod links;
 mod many;
 mod model;
+mod native;
 mod node;
 mod open;
 mod peers;
@@ -97,6 +98,7 @@ fn main() -> ExitCode {
         ["fault", models] => fault::run(models.as_ref(), "resnet50-fp32"),
         ["one", models, name] => fault::one(models.as_ref(), name),
         ["beside", models, name, how] => fault::beside(models.as_ref(), name, how),
+        [native::COMMAND, graph, prepared] => native::stay(graph.as_ref(), prepared.as_ref()),
         ["links", out] => links::run(out.as_ref()),
         ["open", models, out] => open::run(models.as_ref(), out.as_ref(), "resnet50"),
         ["tiers", out] => tiers::run(out.as_ref()),

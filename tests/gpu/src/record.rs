@@ -139,6 +139,13 @@ const FIGURES: &[Figure] = &[
     ),
     figure("bind", "ms", From::Ours("bind_ms"), None, Target::Told),
     figure("device_memory_per_function", "MB", From::Megabytes("bind_bytes"), None, Target::AtMost(1.5)),
+    figure(
+        "device_memory_to_process",
+        "MB",
+        From::Megabytes("bind_bytes"),
+        Some((From::Megabytes("native_bytes"), "a process with a session of ONNX Runtime")),
+        Target::AtMost(1.0 / 300.0),
+    ),
 ];
 
 /// Most device memory of a function whose session is kept, in MB.
@@ -267,7 +274,7 @@ mod tests {
 
     fn measured() -> Value {
         json!({"bytes": 50e6, "swap_ms": 1.25, "bare_copy_ms": 1.0, "resident_ms": 2.0, "pipelined_ms": 2.1,
-               "program_ms": 1.8, "plain_ms": 2.4, "plain_load_ms": 250.0, "bind_ms": 30.0, "bind_bytes": 700_000.0,
+               "program_ms": 1.8, "plain_ms": 2.4, "plain_load_ms": 250.0, "bind_ms": 30.0, "bind_bytes": 700_000.0, "native_bytes": 700_000_000,
                "kept": null, "outputs_checked": 56, "outputs_wrong": 1})
     }
 
@@ -289,6 +296,7 @@ mod tests {
             (&json!("resnet50"), &json!("fp16"), &json!("H100"))
         );
         assert_eq!(find(&records, "resident_run_to_eager")["ratio"], 0.5);
+        assert_eq!(find(&records, "device_memory_to_process")["ratio"], 0.001);
         assert!(records.iter().all(|record| !record.figure.contains("compiled")), "it could not be compiled");
         let memory = find(&records, "device_memory_per_function");
         assert_eq!(
