@@ -234,17 +234,8 @@ fn one_more(runtime: &Runtime, device: &Arc<dyn Device>, prepared: &Prepared) ->
     Ok(OneMore { device, constants, twins: others.iter().filter(|asked| asked.bound.is_twin()).count() })
 }
 
-pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
-    let runtime = model::runtime()?;
-    let all = model::found(models)?;
-    let torch = model::torch(models)?;
-    let start = Instant::now();
-    let all_prepared = prepared::prepare_all(&all, &models.join(prepared::FOLDER));
-    println!("prepared {} in {:.0} s", all_prepared.len(), start.elapsed().as_secs_f64());
-    let start = Instant::now();
-    let device: Arc<dyn Device> = CudaDevice::open(&CudaConfig { memory: Some(MEMORY), ..model::config(0)? })?;
-    println!("opened {} in {:.2} s", device.info().capacity, start.elapsed().as_secs_f64());
-    let cuda = device.as_cuda().ok_or("no GPU")?;
+/// How long 128 MiB take to be mapped, made accessible and unmapped, in chunks of several sizes.
+fn time_mapping(cuda: &CudaDevice) -> Result<Vec<Value>> {
     let mut mapping = Vec::new();
     for mib in [2_u64, 4, 8, 16, 32, 64] {
         let chunks = usize::try_from(128 / mib)?;
@@ -257,6 +248,54 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         println!("128 MiB in chunks of {mib:2} MiB: map {map:4.0} us, access {open:4.0} us, unmap {unmap:4.0} us");
         mapping.push(json!({"chunk_mib": mib, "map_us": map, "access_us": open, "unmap_us": unmap}));
     }
+    Ok(mapping)
+}
+
+/// What was measured of a model, for who watches.
+fn tell(name: &str, last: bool, value: &Value, torch: &Value, each: &OneMore) {
+    let v = |key: &str| value[key].as_f64().unwrap_or(f64::NAN);
+    let graph = torch["graph_ms"].as_f64().unwrap_or(f64::NAN);
+    println!(
+        "{name:20} {:5.0} {:5.1} {:10.3} {:7.3} {:7.3} {:6.3} {:8.3} {:6.3} {:8.0} {:6.2} {:6} {} {}{}",
+        v("bytes") / 1e6,
+        v("bytes") / 1e6 / v("bare_copy_ms"),
+        v("bandwidth_ratio"),
+        v("resident_ms"),
+        v("resident_ratio"),
+        v("program_ms") / graph,
+        v("pipelined_ms"),
+        v("pipelined_ratio"),
+        v("bind_ms"),
+        v("bind_bytes") / 1e6,
+        v("outputs_wrong"),
+        if last { "nhwc" } else { "nchw" },
+        value["copies"],
+        if value["kept"].is_null() { "" } else { " session kept" },
+    );
+    let v = |key: &str| &value[key];
+    println!("{:20} parts {} groups {} program {}", "", v("parts_ms"), v("groups"), v("program_parts"));
+    println!("{:20} inputs in a slab {}", "", value["in_slab"]);
+    println!(
+        "{:20} one more function: {:.2} MB of device memory, {:.2} of them constants; {} of {FURTHER} bound by their kind",
+        "",
+        each.device / 1e6,
+        each.constants / 1e6,
+        each.twins
+    );
+}
+
+pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
+    let runtime = model::runtime()?;
+    let all = model::found(models)?;
+    let torch = model::torch(models)?;
+    let start = Instant::now();
+    let all_prepared = prepared::prepare_all(&all, &models.join(prepared::FOLDER));
+    println!("prepared {} in {:.0} s", all_prepared.len(), start.elapsed().as_secs_f64());
+    let start = Instant::now();
+    let device: Arc<dyn Device> = CudaDevice::open(&CudaConfig { memory: Some(MEMORY), ..model::config(0)? })?;
+    println!("opened {} in {:.2} s", device.info().capacity, start.elapsed().as_secs_f64());
+    let cuda = device.as_cuda().ok_or("no GPU")?;
+    let mapping = time_mapping(cuda)?;
     let mut records = Vec::new();
     // Of all models' weights, and of the chunks that these take.
     let (mut weights, mut chunks) = (0, 0);
@@ -300,35 +339,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         kept.add(&record::of_model(name, &best.value, &torch[name]))?;
         weights += prepared.manifest().weights_bytes.get();
         chunks += prepared.manifest().weights_bytes.get().next_multiple_of(device.info().chunk.get());
-        let v = |key: &str| best.value[key].as_f64().unwrap_or(f64::NAN);
-        let graph = torch[name]["graph_ms"].as_f64().unwrap_or(f64::NAN);
-        println!(
-            "{name:20} {:5.0} {:5.1} {:10.3} {:7.3} {:7.3} {:6.3} {:8.3} {:6.3} {:8.0} {:6.2} {:6} {} {}{}",
-            v("bytes") / 1e6,
-            v("bytes") / 1e6 / v("bare_copy_ms"),
-            v("bandwidth_ratio"),
-            v("resident_ms"),
-            v("resident_ratio"),
-            v("program_ms") / graph,
-            v("pipelined_ms"),
-            v("pipelined_ratio"),
-            v("bind_ms"),
-            v("bind_bytes") / 1e6,
-            v("outputs_wrong"),
-            if last { "nhwc" } else { "nchw" },
-            best.value["copies"],
-            if best.value["kept"].is_null() { "" } else { " session kept" },
-        );
-        let v = |key: &str| &best.value[key];
-        println!("{:20} parts {} groups {} program {}", "", v("parts_ms"), v("groups"), v("program_parts"));
-        println!("{:20} inputs in a slab {}", "", best.value["in_slab"]);
-        println!(
-            "{:20} one more function: {:.2} MB of device memory, {:.2} of them constants; {} of {FURTHER} bound by their kind",
-            "",
-            each.device / 1e6,
-            each.constants / 1e6,
-            each.twins
-        );
+        tell(name, last, &best.value, &torch[name], &each);
         fs::write(
             out.join("figures.json"),
             serde_json::to_vec_pretty(&json!({"records": records, "mapping": mapping, "torch": torch}))?,
