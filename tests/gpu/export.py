@@ -180,7 +180,7 @@ def compile_one(name):
     """Compiles a model in both precisions, so that those who time it find it in the compiler's cache."""
     make, example, _ = MODELS[name]
     with torch.device("cuda"):
-        model = make().eval()
+        model = calm(make().eval())
     for kind in KINDS:
         print(f"{name}-{kind} compiled: {compile_figures(dress(model, kind), example(kind == 'fp16'))}", flush=True)
 
@@ -279,7 +279,7 @@ def time_all(out, names, key, figures_of):
             continue
         make, example, _ = MODELS[name]
         with torch.device("cuda"):
-            model = make().eval()
+            model = calm(make().eval())
         for kind in missing:
             found = figures_of(f"{name}-{kind}", dress(model, kind), example(kind == "fp16"))
             figures[f"{name}-{kind}"] = {**figures.get(f"{name}-{kind}", {}), **found}
