@@ -23,8 +23,9 @@ OPEN = ("resnet50", "fp32")
 IN_STREAMS = ("resnet50-fp32", "bert_large-fp32")
 STREAMS = (1, 2, 4, 8)
 STREAMS_S = 2.0
-# Models that are exported, or compiled, at a time.
+# Models that are exported at a time, and models in a precision that are compiled: these wait for the processor alone.
 AT_ONCE = 8
+COMPILED_AT_ONCE = 16
 # How far a compiled model's output may be from the other's, beside its largest value: half precision has 10 bits of fraction.
 TOLERANCE = 1e-2
 
@@ -176,13 +177,12 @@ def compile_figures(model, inputs):
         torch.cuda.empty_cache()
 
 
-def compile_one(name):
-    """Compiles a model in both precisions, so that those who time it find it in the compiler's cache."""
+def compile_one(name, kind):
+    """Compiles a model, so that who times it finds it in the compiler's cache."""
     make, example, _ = MODELS[name]
     with torch.device("cuda"):
         model = calm(make().eval())
-    for kind in KINDS:
-        print(f"{name}-{kind} compiled: {compile_figures(dress(model, kind), example(kind == 'fp16'))}", flush=True)
+    print(f"{name}-{kind} compiled: {compile_figures(dress(model, kind), example(kind == 'fp16'))}", flush=True)
 
 
 def streams_per_s(make, inputs):
@@ -253,18 +253,18 @@ def export_open(out, name, model, args, inputs):
 def export_all(out, names):
     """Runs this program for some models at a time; what one of them needs is mostly one core."""
     waiting = [name for name in names if not all(os.path.exists(f"{out}/{name}-{kind}/model.onnx") for kind in KINDS)]
-    failed = each_apart("export", out, waiting)
+    failed = each_apart([["export", out, name] for name in waiting], AT_ONCE)
     if failed:
         sys.exit(f"{failed} models could not be exported")
 
 
-def each_apart(what, out, waiting):
-    """Does it to each model in a process of its own, some at a time; how many failed."""
+def each_apart(jobs, at_once):
+    """Does each in a process of its own, some at a time; how many failed."""
     # The longest first.
-    waiting, running, failed = sorted(waiting, key=lambda name: name != "bert_large"), [], 0
+    waiting, running, failed = sorted(jobs, key=lambda job: "bert_large" not in job), [], 0
     while waiting or running:
-        while waiting and len(running) < min(AT_ONCE, os.cpu_count() or 1):
-            running.append(subprocess.Popen([sys.executable, __file__, "--one", what, out, waiting.pop(0)]))
+        while waiting and len(running) < min(at_once, os.cpu_count() or 1):
+            running.append(subprocess.Popen([sys.executable, __file__, "--one", *waiting.pop(0)]))
         failed += running.pop(0).wait() != 0
     return failed
 
@@ -299,7 +299,7 @@ def times(which, model, inputs):
 
 def compiled(out, names):
     # Those that fail say so once more when they are timed.
-    each_apart("compile", out, names)
+    each_apart([["compile", "--kind", kind, out, name] for name in names for kind in KINDS], COMPILED_AT_ONCE)
     time_all(out, names, "compiled_ms", lambda _which, model, inputs: compile_figures(model, inputs))
 
 
@@ -309,6 +309,7 @@ def main():
     parser.add_argument("names", nargs="*", metavar="name", default=list(MODELS))
     parser.add_argument("--only", choices=("onnx", "times", "compiled"))
     parser.add_argument("--one", choices=("export", "compile"), help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = set(args.names) - set(MODELS)
     if unknown:
@@ -320,7 +321,7 @@ def main():
     if args.one == "export":
         return export(args.out, args.names[0])
     if args.one == "compile":
-        return compile_one(args.names[0])
+        return compile_one(args.names[0], args.kind)
     if args.only in (None, "onnx"):
         export_all(args.out, args.names)
     if args.only in (None, "times"):
