@@ -269,12 +269,17 @@ def each_apart(jobs, at_once):
     return failed
 
 
-def time_all(out, names, key, figures_of):
-    """Adds figures to those of each model that does not have this one."""
+def missing_of(out, names, key):
+    """What was measured before, and of each model in which precisions this figure was not."""
     here = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
     figures = known(f"{out}/torch.json", here)
-    for name in names:
-        missing = [kind for kind in KINDS if key not in figures.get(f"{name}-{kind}", {})]
+    return figures, {name: [kind for kind in KINDS if key not in figures.get(f"{name}-{kind}", {})] for name in names}
+
+
+def time_all(out, names, key, figures_of):
+    """Adds figures to those of each model that does not have this one."""
+    figures, all_missing = missing_of(out, names, key)
+    for name, missing in all_missing.items():
         if not missing:
             continue
         make, example, _ = MODELS[name]
@@ -298,8 +303,9 @@ def times(which, model, inputs):
 
 
 def compiled(out, names):
+    _, missing = missing_of(out, names, "compiled_ms")
     # Those that fail say so once more when they are timed.
-    each_apart([["compile", "--kind", kind, out, name] for name in names for kind in KINDS], COMPILED_AT_ONCE)
+    each_apart([["compile", "--kind", kind, out, name] for name in names for kind in missing[name]], COMPILED_AT_ONCE)
     time_all(out, names, "compiled_ms", lambda _which, model, inputs: compile_figures(model, inputs))
 
 

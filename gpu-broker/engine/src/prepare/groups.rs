@@ -23,10 +23,10 @@ pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Byt
     };
     let mut first = FIRST_GROUP_BYTES.get();
     loop {
-        let (last, more) = if cost > 0 { (first.min(LAST_GROUP_BYTES.get()), LAST_GROUPS) } else { (first, 0) };
+        let last = first.min(LAST_GROUP_BYTES.get());
         let groups = cut_from(initializers, weights_bytes, (first, last), largest.get().max(first));
-        if groups.len() <= most.saturating_add(more) || first >= weights_bytes {
-            return if cost > 0 { with_short_end(initializers, groups, cost) } else { groups };
+        if groups.len() <= most.saturating_add(LAST_GROUPS) || first >= weights_bytes {
+            return groups;
         }
         first = first.saturating_add(first / 2);
     }
@@ -34,6 +34,8 @@ pub(super) fn cut(initializers: &[Initializer], weights_bytes: u64, largest: Byt
 
 /// Cuts where initializers start; groups join without gaps and end with the weights. No group but the last is below its
 /// wanted size, the smallest at the beginning and smaller ones at the end, unless the next initializer would more than double it.
+/// The last one begins with the last initializer behind whose start not less than `last` is left, if so much comes before it, too: an
+/// image model ends with its largest matrix, which is copied while what is before it runs, and a bias.
 fn cut_from(
     initializers: &[Initializer],
     weights_bytes: u64,
@@ -45,11 +47,15 @@ fn cut_from(
     let mut groups = Vec::new();
     let mut start = 0;
     for weight in initializers {
-        let have = weight.offset - start;
-        let with = (weight.offset + weight.len) - start;
+        let (have, left) = (weight.offset - start, weights_bytes - weight.offset);
+        if left < FIRST_GROUP_BYTES.get() {
+            break;
+        }
+        let with = have + weight.len;
         // What is left halves from group to group towards the end.
         let wanted_here = wanted.min(((weights_bytes - start) / 2).max(last));
-        if have >= wanted_here || (have > 0 && with > wanted_here.saturating_mul(2)) {
+        let is_last = have >= last && left >= last && left - weight.len < last;
+        if is_last || have >= wanted_here || (have > 0 && with > wanted_here.saturating_mul(2)) {
             groups.push(GroupSpan { offset: start, len: have });
             start = weight.offset;
             wanted = wanted.saturating_mul(2).min(largest);
@@ -57,27 +63,6 @@ fn cut_from(
     }
     if weights_bytes > start {
         groups.push(GroupSpan { offset: start, len: weights_bytes - start });
-    }
-    groups
-}
-
-/// Sees to it that what is awaited last is the last weights that are not small, with what is small behind them: what reads those before
-/// runs while these are copied. An image model ends with its largest matrix, and a bias. A group costs as much as `cost` bytes.
-fn with_short_end(initializers: &[Initializer], mut groups: Vec<GroupSpan>, cost: u64) -> Vec<GroupSpan> {
-    while let [.., before, last] = groups.as_mut_slice() {
-        if last.len >= cost {
-            break;
-        }
-        before.len += last.len;
-        groups.pop();
-    }
-    let Some(last) = groups.last_mut() else { return groups };
-    let (start, end) = (last.offset, last.offset + last.len);
-    let enough = |from: u64, until: u64| until.saturating_sub(from) >= LAST_GROUP_BYTES.get();
-    let at = initializers.iter().rev().map(|weight| weight.offset).find(|&at| enough(at, end));
-    if let Some(at) = at.filter(|&at| enough(start, at)) {
-        last.len = at - start;
-        groups.push(GroupSpan { offset: at, len: end - at });
     }
     groups
 }
@@ -116,8 +101,8 @@ mod tests {
     fn a_huge_initializer_does_not_delay_the_small_ones_before_it() {
         let (table, total) = weights(&[2048, 2048, 100 << 20, 2048]);
         let groups = cut(&table, total, Bytes::mib(4), 0);
-        assert_eq!(groups.iter().map(|g| g.len).collect::<Vec<_>>(), [4096, 100 << 20, 2048]);
-        assert_eq!(table.iter().map(|w| group_at(&groups, w.offset)).collect::<Vec<_>>(), [0, 0, 1, 2]);
+        assert_eq!(groups.iter().map(|g| g.len).collect::<Vec<_>>(), [4096, (100 << 20) + 2048]);
+        assert_eq!(table.iter().map(|w| group_at(&groups, w.offset)).collect::<Vec<_>>(), [0, 0, 1, 1]);
     }
 
     #[test]
@@ -149,11 +134,8 @@ mod tests {
         let groups = cut(&table, total, Bytes::mib(8), 192 << 10);
         assert_eq!(groups.last().map(|last| last.len), Some((8 << 20) + 4096), "{groups:?}");
         assert_eq!(groups.iter().map(|group| group.len).sum::<u64>(), total);
-        let (table, total) = weights(&[1 << 10; 400]);
-        let small = cut(&table, total, Bytes::mib(8), 192 << 10);
-        assert!(small.len() <= GROUPS_MIN + LAST_GROUPS, "what is small is left together: {}", small.len());
-        let table = weights(&[64 << 10, 8 << 20, 4096]).0;
-        let whole = vec![GroupSpan { offset: 0, len: (8 << 20) + (64 << 10) + 4096 }];
-        assert_eq!(with_short_end(&table, whole.clone(), 192 << 10), whole, "too little is before it");
+        let (table, total) = weights(&[64 << 10, 8 << 20, 4096]);
+        let ends = cut_from(&table, total, (256 << 10, 256 << 10), 8 << 20);
+        assert_eq!(ends.iter().map(|group| group.len).collect::<Vec<_>>(), [64 << 10, (8 << 20) + 4096]);
     }
 }
