@@ -4,7 +4,7 @@
     export.py OUT [--only onnx|times|compiled] [name ...]     writes OUT/NAME-fp32/model.onnx, OUT/NAME-fp16/model.onnx and OUT/torch.json
 
 What is there already from the same PyTorch and GPU is left as it is. Models are exported several at a time, each by a process
-of its own; so they are compiled (`torch.compile`). Then they are timed, one after the other and alone on the GPU.
+of its own; so they are compiled (`torch.compile`). They are timed one after the other, alone on the GPU.
 
 Needs torch, torchvision and transformers, a GPU, and no network.
 """
@@ -150,39 +150,43 @@ def captured(model, inputs):
     return stream, graph
 
 
-def compile_figures(model, inputs):
-    """Milliseconds of a run of `torch.compile`'s, and of that as a CUDA graph, once what it answers was found right; or why not."""
-    model, inputs = model.cuda(), [x.cuda() for x in inputs]
-    try:
-        with torch.inference_mode():
-            expected, start = model(*inputs), time.perf_counter()
-            compiled = torch.compile(model)
-            found = compiled(*inputs)
-            torch.cuda.synchronize()
-            took = time.perf_counter() - start
-            far = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-            if not far < TOLERANCE:
-                return {"compiled_ms": None, "compiled_error": f"the output is off by {far:.2g} of its largest value"}
-            figures = {"compile_s": round(took, 1), "compiled_ms": median_ms(lambda: compiled(*inputs))}
-            _stream, graph = captured(compiled, inputs)
-            figures["compiled_graph_ms"] = median_ms(graph.replay)
-            del graph
-            return figures
-    # It is told, not needed: what cannot be compiled here is left out.
-    except Exception as error:
-        return {"compiled_ms": None, "compiled_error": f"{type(error).__name__}: {error}"[:500]}
-    finally:
-        model.cpu()
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-
-
 def compile_one(name, kind):
-    """Compiles a model, so that who times it finds it in the compiler's cache."""
+    """Compiles a model and says how that went, in a line; then waits for a line, times it, and says that in another."""
     make, example, _ = MODELS[name]
     with torch.device("cuda"):
         model = calm(make().eval())
-    print(f"{name}-{kind} compiled: {compile_figures(dress(model, kind), example(kind == 'fp16'))}", flush=True)
+    try:
+        with torch.inference_mode():
+            timed = compiled_right(dress(model, kind).cuda(), [x.cuda() for x in example(kind == "fp16")])
+            sys.stdin.readline()
+            tell_line(timed())
+    # It is told, not needed: what cannot be compiled here is left out.
+    except Exception as error:
+        tell_line({"compiled_ms": None, "compiled_error": f"{type(error).__name__}: {error}"[:500]})
+
+
+def compiled_right(model, inputs):
+    """Compiles a model and compares what it answers; returns what times it."""
+    expected, start = model(*inputs), time.perf_counter()
+    compiled = torch.compile(model)
+    found = compiled(*inputs)
+    torch.cuda.synchronize()
+    took = time.perf_counter() - start
+    far = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+    if not far < TOLERANCE:
+        raise ValueError(f"the output is off by {far:.2g} of its largest value")
+    tell_line({"compile_s": round(took, 1)})
+
+    def timed():
+        plain_ms = median_ms(lambda: compiled(*inputs))
+        _stream, graph = captured(compiled, inputs)
+        return {"compiled_ms": plain_ms, "compiled_graph_ms": median_ms(graph.replay)}
+
+    return timed
+
+
+def tell_line(figures):
+    print(json.dumps(figures), flush=True)
 
 
 def streams_per_s(make, inputs):
@@ -258,13 +262,17 @@ def export_all(out, names):
         sys.exit(f"{failed} models could not be exported")
 
 
+def apart(job, **streams):
+    return subprocess.Popen([sys.executable, __file__, "--one", *job], text=True, **streams)
+
+
 def each_apart(jobs, at_once):
     """Does each in a process of its own, some at a time; how many failed."""
     # The longest first.
     waiting, running, failed = sorted(jobs, key=lambda job: "bert_large" not in job), [], 0
     while waiting or running:
         while waiting and len(running) < min(at_once, os.cpu_count() or 1):
-            running.append(subprocess.Popen([sys.executable, __file__, "--one", *waiting.pop(0)]))
+            running.append(apart(waiting.pop(0)))
         failed += running.pop(0).wait() != 0
     return failed
 
@@ -276,9 +284,14 @@ def missing_of(out, names, key):
     return figures, {name: [kind for kind in KINDS if key not in figures.get(f"{name}-{kind}", {})] for name in names}
 
 
-def time_all(out, names, key, figures_of):
-    """Adds figures to those of each model that does not have this one."""
-    figures, all_missing = missing_of(out, names, key)
+def keep(out, figures):
+    with open(f"{out}/torch.json", "w") as file:
+        json.dump(figures, file, indent=1)
+
+
+def time_all(out, names):
+    """Times each model that has not been timed."""
+    figures, all_missing = missing_of(out, names, "eager_ms")
     for name, missing in all_missing.items():
         if not missing:
             continue
@@ -286,27 +299,38 @@ def time_all(out, names, key, figures_of):
         with torch.device("cuda"):
             model = calm(make().eval())
         for kind in missing:
-            found = figures_of(f"{name}-{kind}", dress(model, kind), example(kind == "fp16"))
-            figures[f"{name}-{kind}"] = {**figures.get(f"{name}-{kind}", {}), **found}
-            print(f"{name}-{kind}: {found}", flush=True)
+            which = f"{name}-{kind}"
+            found = measure(dress(model, kind), example(kind == "fp16"))
+            if which in IN_STREAMS:
+                found["streams_per_s"] = streams_per_s(make, example(False))
+            figures[which] = {**figures.get(which, {}), **found}
+            print(f"{which}: {found}", flush=True)
         # After each model, so that what ends this process costs no more than one.
-        with open(f"{out}/torch.json", "w") as file:
-            json.dump(figures, file, indent=1)
+        keep(out, figures)
 
 
-def times(which, model, inputs):
-    figures = measure(model, inputs)
-    if which in IN_STREAMS:
-        make, example, _ = MODELS[which.rsplit("-", 1)[0]]
-        figures["streams_per_s"] = streams_per_s(make, example(False))
-    return figures
-
-
-def compiled(out, names):
-    _, missing = missing_of(out, names, "compiled_ms")
-    # Those that fail say so once more when they are timed.
-    each_apart([["compile", "--kind", kind, out, name] for name in names for kind in missing[name]], COMPILED_AT_ONCE)
-    time_all(out, names, "compiled_ms", lambda _which, model, inputs: compile_figures(model, inputs))
+def compile_all(out, names):
+    """Compiles as many as there are processors for, then times these, one after the other."""
+    figures, missing = missing_of(out, names, "compiled_ms")
+    waiting = [(name, kind) for name in names for kind in missing[name]]
+    at_once = min(COMPILED_AT_ONCE, os.cpu_count() or 1)
+    while waiting:
+        some, waiting = waiting[:at_once], waiting[at_once:]
+        jobs = [("compile", "--kind", kind, out, name) for name, kind in some]
+        running = [apart(job, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for job in jobs]
+        lines = [process.stdout.readline() for process in running]
+        for (name, kind), process, line in zip(some, running, lines):
+            # Who could not compile has ended, and said why.
+            last, _ = process.communicate("go\n" if "compile_s" in line else None)
+            found = {}
+            for line in [line, *last.splitlines()]:
+                found.update(json.loads(line) if line.startswith("{") else {})
+            if "compiled_ms" not in found:
+                found.update(compiled_ms=None, compiled_error=f"the process ended with {process.returncode}")
+            which = f"{name}-{kind}"
+            figures[which] = {**figures.get(which, {}), **found}
+            print(f"{which}: {found}", flush=True)
+            keep(out, figures)
 
 
 def main():
@@ -316,7 +340,7 @@ def main():
     parser.add_argument("--only", choices=("onnx", "times", "compiled"))
     parser.add_argument("--one", choices=("export", "compile"), help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     unknown = set(args.names) - set(MODELS)
     if unknown:
         parser.error(f"there is no model {', '.join(sorted(unknown))}")
@@ -331,9 +355,9 @@ def main():
     if args.only in (None, "onnx"):
         export_all(args.out, args.names)
     if args.only in (None, "times"):
-        time_all(args.out, args.names, "eager_ms", times)
+        time_all(args.out, args.names)
     if args.only in (None, "compiled"):
-        compiled(args.out, args.names)
+        compile_all(args.out, args.names)
 
 
 main()
