@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::{CudaTarget, EngineError, Target, kind::Kind, limits::MANIFEST_BYTES_MAX, onnx, program::IoLayout};
 
 /// Version of the manifest, and of how a graph is rewritten. Older prepared models are prepared again.
-pub const MANIFEST_VERSION: u32 = 13;
+pub const MANIFEST_VERSION: u32 = 14;
 /// File names inside the folder of a prepared model.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The flat weights.
@@ -73,6 +73,8 @@ pub struct Manifest {
     pub has_convolutions: bool,
     /// How many attentions were fused into one operator each.
     pub fused_attention: usize,
+    /// How many products were made of several with the same input; see `prepare::joined`.
+    pub joined_products: usize,
     /// What the model takes and gives.
     pub signature: Signature,
     /// Size of the flat weights.
@@ -280,6 +282,7 @@ pub(crate) mod tests {
             bind_apart: None,
             has_convolutions: true,
             fused_attention: 0,
+            joined_products: 0,
             signature: Signature { inputs: Vec::new(), outputs: Vec::new() },
             weights_bytes: Bytes::new(16),
             groups: vec![GroupSpan { offset: 0, len: 16 }],

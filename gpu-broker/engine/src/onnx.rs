@@ -159,6 +159,22 @@ impl NodeProto {
     }
 }
 
+impl ModelProto {
+    /// The version of the standard's operators; 0 where none is named.
+    pub fn opset(&self) -> i64 {
+        let standard = self.opset_import.iter().find(|import| matches!(import.domain(), "" | "ai.onnx"));
+        standard.map_or(0, OperatorSetIdProto::version)
+    }
+}
+
+impl AttributeProto {
+    /// One that is an integer.
+    pub fn of_int(name: &str, value: i64) -> Self {
+        let (name, r#type) = (Some(name.to_owned()), Some(attribute_proto::AttributeType::Int.into()));
+        Self { name, r#type, i: Some(value), ..Self::default() }
+    }
+}
+
 impl ValueInfoProto {
     /// The element type, where the value is a tensor.
     pub fn tensor_element(&self) -> Option<i32> {

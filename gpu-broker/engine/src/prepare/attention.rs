@@ -19,8 +19,11 @@ mod view;
 
 use faaswap_protocol::DType;
 
-use self::{rewrite::Rewrite, view::View};
-use super::types;
+use self::rewrite::Rewrite;
+use super::{
+    graph::{self, View},
+    types,
+};
 use crate::onnx::{GraphProto, ModelProto, NodeProto, OperatorSetIdProto};
 
 const DOMAIN: &str = "com.microsoft";
@@ -31,8 +34,7 @@ const OURS: &str = "faaswap/attention";
 /// Fuses what is recognized in the graph, not in its bodies, of those element types that it is worth it for. Returns how many
 /// attentions that is.
 pub fn fuse(model: &mut ModelProto, worth_it: impl Fn(DType) -> bool) -> usize {
-    let opset = model.opset_import.iter().find(|import| import.domain().is_empty());
-    let opset = opset.map_or(0, OperatorSetIdProto::version);
+    let opset = model.opset();
     let Some(graph) = &mut model.graph else { return 0 };
     let found: Vec<_> = {
         let (view, types) = (View::of(graph), types::of_values(graph));
@@ -43,7 +45,7 @@ pub fn fuse(model: &mut ModelProto, worth_it: impl Fn(DType) -> bool) -> usize {
     let count = found.len();
     if count > 0 {
         Rewrite::new(opset).all(graph, found);
-        rewrite::drop_unused(graph);
+        graph::drop_unused(graph);
         if !model.opset_import.iter().any(|import| import.domain() == DOMAIN) {
             let (domain, version) = (Some(DOMAIN.to_owned()), Some(1));
             model.opset_import.push(OperatorSetIdProto { domain, version });

@@ -18,7 +18,7 @@ use faaswap_protocol::DType;
 use super::{graph::captured, order, types};
 use crate::{
     await_op,
-    onnx::{AttributeProto, GraphProto, NodeProto, attribute_proto::AttributeType},
+    onnx::{AttributeProto, GraphProto, NodeProto},
 };
 
 /// What was put in.
@@ -169,12 +169,7 @@ fn await_node(input: &str, output: &str, dtype: DType, group: u32) -> NodeProto 
         name: Some(output.to_owned()),
         op_type: Some(await_op::op_type(dtype).to_owned()),
         domain: Some(await_op::DOMAIN.to_owned()),
-        attribute: vec![AttributeProto {
-            name: Some(await_op::GROUP.to_owned()),
-            r#type: Some(AttributeType::Int.into()),
-            i: Some(i64::from(group)),
-            ..AttributeProto::default()
-        }],
+        attribute: vec![AttributeProto::of_int(await_op::GROUP, i64::from(group))],
         ..NodeProto::default()
     }
 }

@@ -2,7 +2,46 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::onnx::{GraphProto, NodeProto};
+use crate::onnx::{GraphProto, NodeProto, TensorProto};
+
+/// A graph's nodes and constants by the names of what they give.
+pub(super) struct View<'g> {
+    pub(super) producers: HashMap<&'g str, &'g NodeProto>,
+    /// Each as often as it reads the value.
+    pub(super) readers: HashMap<&'g str, Vec<&'g NodeProto>>,
+    pub(super) constants: HashMap<&'g str, &'g TensorProto>,
+    /// What bodies read, or the graph gives.
+    pub(super) kept: HashSet<&'g str>,
+}
+
+impl<'g> View<'g> {
+    pub(super) fn of(graph: &'g GraphProto) -> Self {
+        let mut readers: HashMap<&str, Vec<&NodeProto>> = HashMap::new();
+        for node in &graph.node {
+            node.input.iter().for_each(|name| readers.entry(name).or_default().push(node));
+        }
+        let given = graph.node.iter().flat_map(|node| node.output.iter().map(move |name| (name.as_str(), node)));
+        let read_inside = graph.node.iter().flat_map(NodeProto::bodies).flat_map(captured);
+        Self {
+            producers: given.collect(),
+            readers,
+            constants: graph.initializer.iter().map(|tensor| (tensor.name(), tensor)).collect(),
+            kept: read_inside.chain(graph.output.iter().map(|value| value.name())).collect(),
+        }
+    }
+
+    /// The only reader of a value.
+    pub(super) fn reader(&self, name: &str) -> Option<&'g NodeProto> {
+        let [reader] = self.readers.get(name)?[..] else { return None };
+        (!self.kept.contains(name)).then_some(reader)
+    }
+
+    /// The producer of a value that nobody else reads, if it is one of these.
+    pub(super) fn only(&self, name: &str, ops: &[&str]) -> Option<&'g NodeProto> {
+        self.reader(name)?;
+        self.producers.get(name).copied().filter(|node| ops.contains(&node.op_type()))
+    }
+}
 
 /// The names that a body reads from the graphs around it.
 pub(crate) fn captured(body: &GraphProto) -> HashSet<&str> {
@@ -53,4 +92,23 @@ pub(super) fn find_cycle(graph: &GraphProto) -> Option<&NodeProto> {
         return (0..graph.node.len()).find(|&i| waiting_for[i] > 0).map(|i| &graph.node[i]);
     }
     graph.node.iter().flat_map(NodeProto::bodies).find_map(find_cycle)
+}
+
+/// Drops nodes that nobody reads any more, and constants that only these have read.
+pub(super) fn drop_unused(graph: &mut GraphProto) {
+    let mut wanted: HashSet<String> = graph.output.iter().map(|value| value.name().to_owned()).collect();
+    let mut kept: Vec<_> = std::mem::take(&mut graph.node).into_iter().rev().collect();
+    // Nodes lie behind what they read.
+    kept.retain(|node| {
+        let is_read = node.output.iter().any(|name| wanted.contains(name));
+        if is_read {
+            wanted.extend(reads(node).map(str::to_owned));
+        }
+        is_read
+    });
+    kept.reverse();
+    graph.node = kept;
+    // A default of an input is no constant.
+    wanted.extend(graph.input.iter().map(|value| value.name().to_owned()));
+    graph.initializer.retain(|tensor| wanted.contains(tensor.name()));
 }

@@ -12,6 +12,7 @@ pub(crate) mod graph;
 mod groups;
 mod head;
 mod inspect;
+pub mod joined;
 pub mod kin;
 mod limit;
 mod optimize;
@@ -84,11 +85,11 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: &Signature, work: &Pa
         try_out(runtime, job, manifest, reference.as_ref())
     };
     // Only where it can be tried.
-    let fused = reference.as_ref().and_then(|_| with_fused_attention(&model, job.target));
-    let mut manifest = match fused.map(&make) {
+    let changed = reference.as_ref().map_or(Ok(None), |_| for_gpu(&model, job.target, work))?;
+    let mut manifest = match changed.map(&make) {
         Some(Ok(manifest)) => manifest,
         Some(Err(error)) => {
-            tracing::warn!(%error, "attention is left as it is");
+            tracing::warn!(%error, "attention and products are left as they are");
             make(model)?
         }
         None => make(model)?,
@@ -121,15 +122,19 @@ fn prepare(runtime: &Runtime, job: &PrepareJob, signature: &Signature, work: &Pa
     Ok(manifest)
 }
 
-/// The model with its attention fused; `None` where there is none. Of single precision it stays apart: on an H100 BERT-large took
-/// longer with the kernels that there are for it (4.7 ms, and 4.2 to 4.3 without). On the processor nothing is gained.
-fn with_fused_attention(model: &ModelProto, target: Target) -> Option<ModelProto> {
-    let mut fused = (target != Target::Cpu).then(|| model.clone())?;
-    let count = attention::fuse(&mut fused, |dtype| matches!(dtype, DType::F16 | DType::Bf16));
-    if count > 0 {
-        tracing::debug!(count, "attention is fused");
+/// The model with its attention fused and its products joined; `None` where there is nothing to do, and for the processor, where nothing is
+/// gained. Attention of single precision stays apart: on an H100 BERT-large took longer with the kernels that there are for it (4.7 ms,
+/// and 4.2 to 4.3 without). `work` has the weights.
+fn for_gpu(model: &ModelProto, target: Target, work: &Path) -> Result<Option<ModelProto>, EngineError> {
+    if target == Target::Cpu {
+        return Ok(None);
     }
-    (count > 0).then_some(fused)
+    let mut changed = model.clone();
+    let attention = attention::fuse(&mut changed, |dtype| matches!(dtype, DType::F16 | DType::Bf16));
+    let opset = changed.opset();
+    let products = joined::join(changed.graph.get_or_insert_default(), opset, work)?;
+    tracing::debug!(attention, products, "attention is fused, and products are joined");
+    Ok((attention + products > 0).then_some(changed))
 }
 
 /// Writes the rewritten graph and its weights.
@@ -157,13 +162,14 @@ fn rewrite(
     let by_rows = rows::by_rows(graph, signature.inputs.iter().map(|spec| spec.name.as_str()));
     model.training_info.clear();
     model.opset_import.push(OperatorSetIdProto { domain: Some(await_op::DOMAIN.to_owned()), version: Some(1) });
-    let fused_attention = attention::count(graph);
+    let (fused_attention, joined_products) = (attention::count(graph), joined::count(graph));
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         ort_version: runtime.version().to_owned(),
         target: job.target,
         has_convolutions,
         fused_attention,
+        joined_products,
         keep_session: on_gpu.then(|| "its program was not seen to outlive its session".to_owned()),
         kernels_go: on_gpu,
         bind_apart: on_gpu.then(|| "no program of its kind was seen to be made of others".to_owned()),

@@ -42,7 +42,7 @@ pub(super) fn extract(
     let mut uses = Vec::with_capacity(late.len());
     first_uses(graph, &mut late, &mut uses);
     let head = if on_gpu { head::count(graph, &uses) } else { 0 };
-    let mut source = Source { dir: data_dir, open: HashMap::new() };
+    let mut source = Source::new(data_dir);
     let (table, size) = write_flat(graph, &uses[head..], &mut source, &out.join(WEIGHTS_FILE))?;
     // What is left over is used by nobody; ONNX Runtime would warn of it and drop it.
     let unused: HashSet<usize> = late.into_values().collect();
@@ -56,9 +56,13 @@ pub(super) fn extract(
 }
 
 fn can_move(tensor: &TensorProto) -> bool {
+    bytes_of(tensor).is_some_and(|len| len >= WEIGHT_BYTES_MIN)
+}
+
+/// How many bytes a tensor has, where they are not listed one by one.
+pub(super) fn bytes_of(tensor: &TensorProto) -> Option<u64> {
     let has_bytes = tensor.raw_data.is_some() || matches!(tensor.external(), Ok(Some(_)));
-    let len = (tensor.data_type() < 23).then(|| onnx::data_len(tensor.data_type(), &tensor.dims)).flatten();
-    has_bytes && len.is_some_and(|len| len >= WEIGHT_BYTES_MIN)
+    (has_bytes && tensor.data_type() < 23).then(|| onnx::data_len(tensor.data_type(), &tensor.dims)).flatten()
 }
 
 /// Takes the indices of `late` out in the order in which nodes use them; bodies are used where their node stands.
@@ -123,12 +127,27 @@ fn rename_reads(graph: &mut GraphProto, renamed: &HashMap<String, String>) {
 }
 
 /// The files that hold the optimized graph's data.
-struct Source<'a> {
+pub(super) struct Source<'a> {
     dir: &'a Path,
     open: HashMap<String, File>,
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    pub(super) fn new(dir: &'a Path) -> Self {
+        Self { dir, open: HashMap::new() }
+    }
+
+    /// All of the tensor's bytes.
+    pub(super) fn whole(&mut self, tensor: &TensorProto, len: u64) -> Result<Vec<u8>, EngineError> {
+        let (mut data, dir) = (Vec::new(), self.dir);
+        let read = self.read(tensor, len)?.read_to_end(&mut data);
+        if read.map_err(EngineError::io(dir))? as u64 != len {
+            let reason = format!("initializer {} is cut short", tensor.name());
+            return Err(EngineError::NotPrepared { path: dir.to_owned(), reason });
+        }
+        Ok(data)
+    }
+
     /// The tensor's bytes, to be read once.
     fn read<'t>(&'t mut self, tensor: &'t TensorProto, len: u64) -> Result<Box<dyn Read + 't>, EngineError> {
         let Ok(Some(external)) = tensor.external() else {
@@ -187,13 +206,7 @@ fn embed(graph: &mut GraphProto, source: &mut Source<'_>) -> Result<(), EngineEr
         let Some(len) = onnx::data_len(tensor.data_type(), &tensor.dims).filter(|_| in_files) else {
             continue;
         };
-        let mut data = Vec::new();
-        let dir = source.dir;
-        let read = source.read(tensor, len)?.read_to_end(&mut data);
-        if read.map_err(EngineError::io(dir))? as u64 != len {
-            let reason = format!("initializer {} is cut short", tensor.name());
-            return Err(EngineError::NotPrepared { path: dir.to_owned(), reason });
-        }
+        let data = source.whole(tensor, len)?;
         tensor.set_raw(Buffer::from(data));
     }
     for body in graph.node.iter_mut().flat_map(NodeProto::bodies_mut) {

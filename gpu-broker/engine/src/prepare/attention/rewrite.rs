@@ -1,10 +1,10 @@
 //! Puts the operator into the graph.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use faaswap_protocol::DType;
 
-use super::{super::graph, Attention, DOMAIN, OPERATOR, OURS};
+use super::{Attention, DOMAIN, OPERATOR, OURS};
 use crate::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_proto::AttributeType, element_of};
 
 /// As a shape: heads of a row beside each other.
@@ -66,7 +66,7 @@ impl Rewrite {
         }
         let (name, r#type) = (Some("scale".to_owned()), Some(AttributeType::Float.into()));
         let scale = AttributeProto { name, r#type, f: Some(attention.scale), ..Default::default() };
-        self.set(vec![with_int("num_heads", attention.heads), scale]);
+        self.set(vec![AttributeProto::of_int("num_heads", attention.heads), scale]);
         match (bias, &attention.zero) {
             (Some(bias), Some(zero)) => {
                 let hidden = self.hidden_by(&bias);
@@ -84,7 +84,7 @@ impl Rewrite {
             return known.clone();
         }
         let mut inputs = vec![bias.to_owned()];
-        let mut attributes = vec![with_int("keepdims", 1)];
+        let mut attributes = vec![AttributeProto::of_int("keepdims", 1)];
         if self.opset >= AXES_AS_INPUT_SINCE {
             inputs.push(self.constant(&[3]));
         } else {
@@ -152,28 +152,4 @@ impl Rewrite {
 fn with_ints(name: &str, values: &[i64]) -> AttributeProto {
     let (name, r#type) = (Some(name.to_owned()), Some(AttributeType::Ints.into()));
     AttributeProto { name, r#type, ints: values.to_vec(), ..Default::default() }
-}
-
-fn with_int(name: &str, value: i64) -> AttributeProto {
-    let (name, r#type) = (Some(name.to_owned()), Some(AttributeType::Int.into()));
-    AttributeProto { name, r#type, i: Some(value), ..Default::default() }
-}
-
-/// Drops nodes that nobody reads any more, and constants that only these have read.
-pub(super) fn drop_unused(graph: &mut GraphProto) {
-    let mut wanted: HashSet<String> = graph.output.iter().map(|value| value.name().to_owned()).collect();
-    let mut kept: Vec<_> = std::mem::take(&mut graph.node).into_iter().rev().collect();
-    // Nodes lie behind what they read.
-    kept.retain(|node| {
-        let is_read = node.output.iter().any(|name| wanted.contains(name));
-        if is_read {
-            wanted.extend(graph::reads(node).map(str::to_owned));
-        }
-        is_read
-    });
-    kept.reverse();
-    graph.node = kept;
-    // A default of an input is no constant.
-    wanted.extend(graph.input.iter().map(|value| value.name().to_owned()));
-    graph.initializer.retain(|tensor| wanted.contains(tensor.name()));
 }

@@ -1,14 +1,12 @@
 //! Recognizes attention in a graph.
 
-use std::collections::{HashMap, HashSet};
-
 use faaswap_protocol::DType;
 
 use super::{
-    super::{graph, verify},
+    super::{graph::View, verify},
     Attention,
 };
-use crate::onnx::{self, AttributeProto, GraphProto, NodeProto, TensorProto, element_of};
+use crate::onnx::{self, AttributeProto, NodeProto, element_of};
 
 const SOFTMAXES: [&str; 2] = ["Softmax", "BiasSoftmax"];
 /// From (batch, row, head, size) to (batch, head, row, size), and back.
@@ -23,31 +21,7 @@ struct Split {
     rows: i64,
 }
 
-/// A graph's nodes and constants by the names of what they give.
-pub(super) struct View<'g> {
-    producers: HashMap<&'g str, &'g NodeProto>,
-    readers: HashMap<&'g str, Vec<&'g NodeProto>>,
-    constants: HashMap<&'g str, &'g TensorProto>,
-    /// What bodies read, or the graph gives.
-    kept: HashSet<&'g str>,
-}
-
 impl<'g> View<'g> {
-    pub(super) fn of(graph: &'g GraphProto) -> Self {
-        let mut readers: HashMap<&str, Vec<&NodeProto>> = HashMap::new();
-        for node in &graph.node {
-            node.input.iter().for_each(|name| readers.entry(name).or_default().push(node));
-        }
-        let given = graph.node.iter().flat_map(|node| node.output.iter().map(move |name| (name.as_str(), node)));
-        let captured = graph.node.iter().flat_map(NodeProto::bodies).flat_map(graph::captured);
-        Self {
-            producers: given.collect(),
-            readers,
-            constants: graph.initializer.iter().map(|tensor| (tensor.name(), tensor)).collect(),
-            kept: captured.chain(graph.output.iter().map(|value| value.name())).collect(),
-        }
-    }
-
     /// The attention that ends with this node.
     pub(super) fn attention(&self, last: &NodeProto) -> Option<Attention> {
         let mixed = self.transposed(last, &HEADS_FIRST)?;
@@ -73,12 +47,6 @@ impl<'g> View<'g> {
             bias: bias.map(str::to_owned),
             output: output.clone(),
         })
-    }
-
-    /// The producer of a value that nobody else reads, if it is one of these.
-    fn only(&self, name: &str, ops: &[&str]) -> Option<&'g NodeProto> {
-        let alone = self.readers.get(name).is_some_and(|readers| readers.len() == 1) && !self.kept.contains(name);
-        self.producers.get(name).copied().filter(|node| alone && ops.contains(&node.op_type()))
     }
 
     /// The softmax over keys that gives this value, and the zero that is put where that is no number.

@@ -10,7 +10,7 @@ use bytes::Bytes as Buffer;
 use prost::Message;
 
 use super::{
-    super::{inspect, write_manifest},
+    super::{inspect, joined, write_manifest},
     original::Original,
     parts::{self, Part},
 };
@@ -90,6 +90,11 @@ fn origin(original: &Original, part: &Part) -> Result<Option<Vec<u8>>, PrepareEr
         Part::Kept => return Ok(None),
         Part::Copied(from) => (from, None),
         Part::Moved { from, order } => (from, Some(&order[..])),
+        Part::Joined { rows, parts } => {
+            // Some of the first model's beside others of this one's are not learnt.
+            let parts = parts.iter().map(|part| origin(original, part)?.ok_or_else(|| changed("a joined matrix")));
+            return Ok(Some(joined::beside(&parts.collect::<Result<Vec<_>, _>>()?, *rows)));
+        }
     };
     let tensor = original.weight(name).ok_or_else(|| changed(name))?;
     if order.is_some_and(|order| order.len() != tensor.dims.len() || order.iter().any(|at| *at >= tensor.dims.len())) {

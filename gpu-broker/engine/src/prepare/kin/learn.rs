@@ -13,7 +13,7 @@ use faaswap_protocol::{Bytes, DType};
 use prost::Message;
 
 use super::{
-    super::{PrepareJob, inspect, optimize, rewrite, with_fused_attention},
+    super::{PrepareJob, for_gpu, inspect, joined, optimize, rewrite},
     Kin, Recipe,
     original::{Original, is_weight, strip},
     parts::{self, Part},
@@ -58,8 +58,8 @@ pub(super) fn learn(
     };
     let signature = inspect::judge(work, &original_of(work)?)?;
     let mut model = inspect::read_model(&optimized.graph)?;
-    if prepared.manifest().fused_attention > 0 {
-        model = with_fused_attention(&model, target).unwrap_or(model);
+    if prepared.manifest().fused_attention + prepared.manifest().joined_products > 0 {
+        model = for_gpu(&model, target, work)?.unwrap_or(model);
     }
     let changed = rewrite(model, runtime, &job, &signature, work)?;
     same_tables(prepared.manifest(), &changed)?;
@@ -231,8 +231,28 @@ impl Source<'_> {
     }
 }
 
-/// The only origin of a part; one of the same name goes before others.
+/// The origin of a part, or of each of those that were joined.
 fn find(sources: &[Source<'_>], pair: &Pair<'_>) -> Result<Part, PrepareError> {
+    let Some(count) = joined::parts_of(pair.name).filter(|_| pair.before != pair.after) else {
+        return find_one(sources, pair);
+    };
+    let (rows, mut dims) = (joined::rows_of(pair.dims), pair.dims.to_vec());
+    if let Some(last) = dims.last_mut() {
+        *last /= i64::try_from(count).unwrap_or(i64::MAX);
+    }
+    let [before, after] = [&pair.before, &pair.after].map(|bytes| joined::apart(bytes, rows, count).into_iter());
+    let parts = before.zip(after).map(|(before, after)| {
+        find_one(sources, &Pair { name: pair.name, dims: &dims, before: before.into(), after: after.into() })
+    });
+    let parts = parts.collect::<Result<Vec<_>, _>>()?;
+    match parts.contains(&Part::Kept) {
+        true => Err(PrepareError::rejected(format!("{} is in part the same for all models", pair.name))),
+        false => Ok(Part::Joined { rows, parts }),
+    }
+}
+
+/// The only origin of a part; one of the same name goes before others.
+fn find_one(sources: &[Source<'_>], pair: &Pair<'_>) -> Result<Part, PrepareError> {
     if pair.before == pair.after {
         return Ok(Part::Kept);
     }
@@ -252,5 +272,44 @@ fn find(sources: &[Source<'_>], pair: &Pair<'_>) -> Result<Part, PrepareError> {
         (Some(_), Some(_)) => {
             Err(PrepareError::rejected(format!("{} may come from more than one of the weights", pair.name)))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_of_the_matrices_that_were_joined_is_found() {
+        let dims = [3, 4];
+        let bytes = |seed: u8| -> Buffer {
+            (0..48).map(|at| seed.wrapping_mul(31).wrapping_add(at)).collect::<Vec<_>>().into()
+        };
+        let source = |name, number| Source {
+            name,
+            dims: &dims,
+            element: 1,
+            number,
+            bytes: bytes(u8::try_from(number).expect("small")),
+        };
+        let sources = [source("a", 1), source("b", 2), source("c", 3)];
+        let joined_of = |changed: [bool; 2]| {
+            let parts = [2, 0].iter().zip(changed).map(|(&at, is_changed)| {
+                let mut bytes = sources[at].bytes.to_vec();
+                if is_changed {
+                    change(&mut bytes, 1, sources[at].number);
+                }
+                bytes
+            });
+            Buffer::from(joined::beside(&parts.collect::<Vec<_>>(), 3))
+        };
+        let found = |after| {
+            let (before, after) = (joined_of([false; 2]), joined_of(after));
+            find(&sources, &Pair { name: "faaswap/joined/2/c", dims: &[3, 8], before, after })
+        };
+        let parts = ["c", "a"].map(|name| Part::Copied(name.to_owned())).to_vec();
+        assert_eq!(found([true; 2]).expect("all are there"), Part::Joined { rows: 3, parts });
+        assert_eq!(found([false; 2]).expect("nothing has changed"), Part::Kept);
+        assert!(found([true, false]).is_err());
     }
 }

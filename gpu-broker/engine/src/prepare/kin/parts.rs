@@ -18,6 +18,13 @@ pub(super) enum Part {
         /// Each dimension's place before.
         order: Vec<usize>,
     },
+    /// Matrices of so many rows beside each other.
+    Joined {
+        /// How many.
+        rows: usize,
+        /// Where each comes from.
+        parts: Vec<Self>,
+    },
 }
 
 /// The orders that optimizers put dimensions in.
