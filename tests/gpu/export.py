@@ -8,7 +8,7 @@ of its own; so they are compiled (`torch.compile`). They are timed one after the
 
 Needs torch, torchvision and transformers, a GPU, and no network.
 """
-import argparse, json, os, statistics, subprocess, sys, time
+import argparse, json, os, signal, statistics, subprocess, sys, time
 
 import torch
 import torchvision.models as tv
@@ -26,6 +26,9 @@ STREAMS_S = 2.0
 # Models that are exported at a time, and models in a precision that are compiled: these wait for the processor alone.
 AT_ONCE = 8
 COMPILED_AT_ONCE = 16
+# Each may use so many processes to compile, and all of it take so long: what hangs ends.
+COMPILERS = "4"
+COMPILED_WITHIN_S = 1200
 # How far a compiled model's output may be from the other's, beside its largest value: half precision has 10 bits of fraction.
 TOLERANCE = 1e-2
 
@@ -152,6 +155,7 @@ def captured(model, inputs):
 
 def compile_one(name, kind):
     """Compiles a model and says how that went, in a line; then waits for a line, times it, and says that in another."""
+    signal.alarm(COMPILED_WITHIN_S)
     make, example, _ = MODELS[name]
     with torch.device("cuda"):
         model = calm(make().eval())
@@ -314,10 +318,11 @@ def compile_all(out, names):
     figures, missing = missing_of(out, names, "compiled_ms")
     waiting = [(name, kind) for name in names for kind in missing[name]]
     at_once = min(COMPILED_AT_ONCE, os.cpu_count() or 1)
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {"TORCHINDUCTOR_COMPILE_THREADS": COMPILERS, **os.environ}}
     while waiting:
         some, waiting = waiting[:at_once], waiting[at_once:]
         jobs = [("compile", "--kind", kind, out, name) for name, kind in some]
-        running = [apart(job, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for job in jobs]
+        running = [apart(job, **streams) for job in jobs]
         lines = [process.stdout.readline() for process in running]
         for (name, kind), process, line in zip(some, running, lines):
             # Who could not compile has ended, and said why.
