@@ -124,24 +124,25 @@ fn find(graph: &GraphProto) -> Vec<Vec<Product>> {
     found
 }
 
-/// The product that a node is, where its matrix is a constant that nobody else reads.
+/// The product that a node is, where its matrix is a constant that nobody else reads. A bias may be read by others: it is small, and
+/// equal ones are one in an optimized graph.
 fn product(view: &View<'_>, given: &HashSet<&str>, node: &NodeProto) -> Option<Product> {
-    let own_constant = |name: &str, rank: usize| {
+    let constant = |name: &str, rank: usize| {
         let tensor = view.constants.get(name).copied().filter(|tensor| tensor.dims.len() == rank);
-        let is_own = view.reader(name).is_some() && !given.contains(name);
-        tensor.filter(|tensor| is_own && onnx::is_float(tensor.data_type()) && weights::bytes_of(tensor).is_some())
+        let is_known = |tensor: &&TensorProto| weights::bytes_of(tensor).is_some() && !given.contains(name);
+        tensor.filter(|tensor| onnx::is_float(tensor.data_type()) && is_known(tensor))
     };
     let [input, weight] = &node.input[..] else { return None };
     let is_plain = |node: &NodeProto, op: &str| node.op_type() == op && matches!(node.domain(), "" | "ai.onnx");
-    let weight =
-        own_constant(weight, 2).filter(|_| is_plain(node, "MatMul") && !view.constants.contains_key(input.as_str()))?;
+    let is_product = is_plain(node, "MatMul") && !view.constants.contains_key(input.as_str());
+    let weight = constant(weight, 2).filter(|_| is_product && view.reader(weight).is_some())?;
     let product = node.output.first()?;
     if weight.dims.iter().any(|&dim| dim < 1) || view.kept.contains(product.as_str()) {
         return None;
     }
     let sum = view.reader(product).filter(|sum| is_plain(sum, "Add") && sum.input.len() == 2);
     let biased = sum.and_then(|sum| {
-        let bias = own_constant(sum.input.iter().find(|name| *name != product)?, 1)?;
+        let bias = constant(sum.input.iter().find(|name| *name != product)?, 1)?;
         let fits = bias.dims[0] == weight.dims[1] && bias.data_type() == weight.data_type();
         let output = sum.output.first().filter(|output| fits && !view.kept.contains(output.as_str()))?;
         Some((bias.clone(), output.clone()))
@@ -171,10 +172,11 @@ impl<'a> Writer<'a> {
 
     /// The nodes that do all of these products, and their weights.
     fn joined(&mut self, products: &[Product], opset: i64) -> Result<(Vec<NodeProto>, Vec<TensorProto>), EngineError> {
-        let weight = self.tensor(products.iter().map(|product| &product.weight))?;
+        let name = format!("{OURS}/{}/{}", products.len(), products[0].weight.name());
+        let weight = self.tensor(name.clone(), products.iter().map(|product| &product.weight))?;
         let biases: Option<Vec<_>> = products.iter().map(|product| product.bias.as_ref()).collect();
-        let bias = biases.map(|biases| self.tensor(biases.into_iter())).transpose()?;
-        let about = weight.name();
+        let bias = biases.map(|biases| self.tensor(format!("{name}/bias"), biases.into_iter())).transpose()?;
+        let about = &name;
         let node = |op: &str, input: Vec<String>| {
             let output = format!("{about}/{op}");
             let (name, op_type) = (Some(output.clone()), Some(op.to_owned()));
@@ -197,7 +199,11 @@ impl<'a> Writer<'a> {
     }
 
     /// Tensors of one shape as one, along the last dimension.
-    fn tensor<'t>(&mut self, parts: impl Iterator<Item = &'t TensorProto>) -> Result<TensorProto, EngineError> {
+    fn tensor<'t>(
+        &mut self,
+        name: String,
+        parts: impl Iterator<Item = &'t TensorProto>,
+    ) -> Result<TensorProto, EngineError> {
         let parts: Vec<_> = parts.collect();
         let len = |part: &TensorProto| weights::bytes_of(part).expect("what was found has been measured");
         let bytes = parts.iter().map(|part| self.source.whole(part, len(part))).collect::<Result<Vec<_>, _>>()?;
@@ -208,7 +214,6 @@ impl<'a> Writer<'a> {
         if let Some(last) = dims.last_mut() {
             *last *= i64::try_from(parts.len()).unwrap_or(i64::MAX);
         }
-        let name = format!("{OURS}/{}/{}", parts.len(), parts[0].name());
         let mut tensor =
             TensorProto { name: Some(name), data_type: parts[0].data_type, dims, ..TensorProto::default() };
         tensor.set_external(DATA_FILE, self.end, joined.len() as u64);
@@ -294,6 +299,21 @@ mod tests {
             // The second matrix's first row lies behind the first one's.
             assert_eq!(bytes[8..16], wanted[1][..8]);
         }
+    }
+
+    #[test]
+    fn a_bias_that_others_read_is_joined_as_well_and_stays() {
+        let mut graph = projections();
+        graph.initializer.retain(|tensor| tensor.dims.len() == 2 || tensor.name() == "qb");
+        for node in &mut graph.node {
+            node.input.iter_mut().filter(|name| name.ends_with('b')).for_each(|name| "qb".clone_into(name));
+        }
+        graph.node.push(node("Relu", &["qb"], "r"));
+        graph.output.push(onnx::ValueInfoProto { name: Some("r".to_owned()), ..Default::default() });
+        assert_eq!(joined(&mut graph, 17).0, 1);
+        assert_eq!(ops(&graph), ["MatMul", "Add", "Split", "Concat", "Relu"]);
+        let names: Vec<_> = graph.initializer.iter().map(TensorProto::name).collect();
+        assert_eq!(names, ["qb", "faaswap/joined/3/qw", "faaswap/joined/3/qw/bias"]);
     }
 
     #[test]
