@@ -1,9 +1,9 @@
 //! Makes one matrix product of several that have the same input, as the projections to queries, keys and values of attention have.
 //!
 //! ```text
-//!   ┌ MatMul ─ Add ─ q                            ┌ q
-//! x ┼ MatMul ─ Add ─ k    becomes  x ─ MatMul ─ Add ─ Split ┼ k
-//!   └ MatMul ─ Add ─ v                            └ v
+//!   ┌ MatMul ─ Add ─ q                                      ┌ q
+//! x ┼ MatMul ─ Add ─ k   becomes   x ─ MatMul ─ Add ─ Split ┼ k
+//!   └ MatMul ─ Add ─ v                                      └ v
 //! ```
 //!
 //! The product of a request's few rows and a small matrix leaves most of a GPU idle: on an H200 three products of 512 rows with matrices
@@ -32,6 +32,9 @@ const OURS: &str = "faaswap/joined";
 const DATA_FILE: &str = "joined.bin";
 /// Most columns of a joined matrix: wider ones fill a GPU apart, and splitting costs more.
 const COLUMNS_MAX: i64 = 4096;
+/// Most products of which one is made: CUDA's split takes the places of more than a few outputs from the host's memory, which a captured
+/// run must not.
+const PARTS_MAX: usize = 32;
 /// The version of operators since which dimensions are counted from the last, too.
 const FROM_LAST_SINCE: i64 = 11;
 /// The version of operators since which a split into equal parts says into how many.
@@ -120,7 +123,7 @@ fn find(graph: &GraphProto) -> Vec<Vec<Product>> {
         found[place].push(product);
     }
     let columns = |products: &[Product]| products.iter().map(|product| product.weight.dims[1]).sum::<i64>();
-    found.retain(|products| products.len() > 1 && columns(products) <= COLUMNS_MAX);
+    found.retain(|products| (2..=PARTS_MAX).contains(&products.len()) && columns(products) <= COLUMNS_MAX);
     found
 }
 
@@ -342,7 +345,15 @@ mod tests {
             assert_eq!(joined(&mut graph, 17).0, 0);
             assert_eq!(graph, before);
         };
-        // Tied weights, weights that are inputs, and matrices that are wide.
+        // Tied weights, weights that are inputs, and matrices that are wide, or many.
+        stays(&|graph| {
+            for at in 0..PARTS_MAX {
+                let weight = format!("w{at}");
+                graph.initializer.extend([tensor(&weight, &[3, 4], 1), tensor(&format!("b{at}"), &[4], 2)]);
+                graph.node.push(node("MatMul", &["x", &weight], &format!("p{at}")));
+                graph.node.push(node("Add", &[&format!("p{at}"), &format!("b{at}")], &format!("s{at}")));
+            }
+        });
         stays(&|graph| {
             ["qw", "kw"].iter().for_each(|name| graph.node.push(node("Relu", &[name], &format!("{name}r"))));
         });
