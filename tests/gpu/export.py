@@ -328,8 +328,8 @@ def compile_all(out, names):
             # Who could not compile has ended, and said why.
             last, _ = process.communicate("go\n" if "compile_s" in line else None)
             found = {}
-            for line in [line, *last.splitlines()]:
-                found.update(json.loads(line) if line.startswith("{") else {})
+            for told in [line, *last.splitlines()]:
+                found.update(json.loads(told) if told.startswith("{") else {})
             if "compiled_ms" not in found:
                 found.update(compiled_ms=None, compiled_error=f"the process ended with {process.returncode}")
             which = f"{name}-{kind}"

@@ -138,7 +138,17 @@ impl TensorProto {
     }
 }
 
+/// Whether it is the domain of the standard's own operators.
+fn is_standard(domain: &str) -> bool {
+    matches!(domain, "" | "ai.onnx")
+}
+
 impl NodeProto {
+    /// Whether it is this operator of the standard's.
+    pub fn is(&self, op: &str) -> bool {
+        self.op_type() == op && is_standard(self.domain())
+    }
+
     /// The graphs that this node runs itself: branches and loop bodies.
     pub fn bodies(&self) -> impl Iterator<Item = &GraphProto> {
         self.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs))
@@ -162,12 +172,18 @@ impl NodeProto {
 impl ModelProto {
     /// The version of the standard's operators; 0 where none is named.
     pub fn opset(&self) -> i64 {
-        let standard = self.opset_import.iter().find(|import| matches!(import.domain(), "" | "ai.onnx"));
+        let standard = self.opset_import.iter().find(|import| is_standard(import.domain()));
         standard.map_or(0, OperatorSetIdProto::version)
     }
 }
 
 impl AttributeProto {
+    /// One that is a list of integers.
+    pub fn of_ints(name: &str, values: &[i64]) -> Self {
+        let (name, r#type) = (Some(name.to_owned()), Some(attribute_proto::AttributeType::Ints.into()));
+        Self { name, r#type, ints: values.to_vec(), ..Self::default() }
+    }
+
     /// One that is an integer.
     pub fn of_int(name: &str, value: i64) -> Self {
         let (name, r#type) = (Some(name.to_owned()), Some(attribute_proto::AttributeType::Int.into()));

@@ -330,9 +330,7 @@ pub(crate) fn run(models: &Path, out: &Path) -> Result<()> {
         best.value["bind_bytes"] = json!(each.device);
         best.value["bind_constants_bytes"] = json!(each.constants);
         best.value["bind_twins"] = json!(each.twins);
-        let dir = prepared.graph_path();
-        let (graph, dir) = (path.join("model.onnx"), dir.parent().ok_or("a prepared model without a folder")?);
-        let (answer, native) = native::measure(cuda, &graph, dir, best.answer.len())?;
+        let (answer, native) = native::measure(cuda, &path.join("model.onnx"), prepared.dir(), best.answer.len())?;
         let is_wrong = difference(&prepared.manifest().signature, &best.answer, &answer)? >= TOLERANCE;
         best.value["native_bytes"] = json!(native);
         for (count, more) in [("outputs_checked", 1), ("outputs_wrong", u64::from(is_wrong))] {

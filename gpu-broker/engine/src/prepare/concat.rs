@@ -10,7 +10,7 @@ const INPUTS_MAX: usize = 32;
 pub(super) fn split_wide(graph: &mut GraphProto) {
     let mut nodes = Vec::with_capacity(graph.node.len());
     for mut node in std::mem::take(&mut graph.node) {
-        let is_concat = node.op_type() == "Concat" && matches!(node.domain(), "" | "ai.onnx");
+        let is_concat = node.is("Concat");
         while is_concat && node.input.len() > INPUTS_MAX {
             let name = node.output.first().cloned().unwrap_or_default();
             let level = node.input.len();

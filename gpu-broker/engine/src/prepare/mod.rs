@@ -53,7 +53,8 @@ pub struct PrepareJob {
     pub model_dir: PathBuf,
     /// Name of its graph file in that folder.
     pub graph_file: String,
-    /// Folder for the prepared model; made if it is not there. Its parent must have room for about twice the model.
+    /// Folder for the prepared model; made if it is not there. Its parent must have room for about
+    /// twice the model, and once more for products that are joined.
     pub out_dir: PathBuf,
     /// Wanted size of the later groups.
     pub group_bytes: Bytes,

@@ -88,13 +88,13 @@ impl Rewrite {
         if self.opset >= AXES_AS_INPUT_SINCE {
             inputs.push(self.constant(&[3]));
         } else {
-            attributes.push(with_ints("axes", &[3]));
+            attributes.push(AttributeProto::of_ints("axes", &[3]));
         }
         let largest = self.add("ReduceMax", inputs, bias);
         self.set(attributes);
         // From (batch, head, row, 1) to (batch, row, head, 1), where there may be one head for all.
         let largest = self.add("Transpose", vec![largest], bias);
-        self.set(vec![with_ints("perm", &[0, 2, 1, 3])]);
+        self.set(vec![AttributeProto::of_ints("perm", &[0, 2, 1, 3])]);
         let difference = self.add("Sub", vec![largest.clone(), largest], bias);
         let hidden = self.add("IsNaN", vec![difference], bias);
         self.hidden.insert(bias.to_owned(), hidden.clone());
@@ -147,9 +147,4 @@ impl Rewrite {
         self.constants.insert(values.to_vec(), name.clone());
         name
     }
-}
-
-fn with_ints(name: &str, values: &[i64]) -> AttributeProto {
-    let (name, r#type) = (Some(name.to_owned()), Some(AttributeType::Ints.into()));
-    AttributeProto { name, r#type, ints: values.to_vec(), ..Default::default() }
 }
